@@ -1,0 +1,388 @@
+"""What workers and the aggregator say to each other, as frozen dataclasses; one class per meaning.
+
+A message that carries tensors has two parts: a *head* of small facts, which is what the wire's header holds
+and validates, and the tensors. ``broker.wire`` turns each class into bytes and back.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from enum import StrEnum
+from math import prod
+from typing import Annotated, Any
+
+import ml_dtypes
+import numpy as np
+from numpy.typing import NDArray
+from pydantic import AfterValidator, ConfigDict, Field, Strict, with_config
+
+from broker.errors import ModelMismatch
+
+__all__ = [
+    "DTYPES",
+    "Event",
+    "EventKind",
+    "Goodbye",
+    "Hello",
+    "Manifest",
+    "Mode",
+    "ModelSpec",
+    "Parameters",
+    "ParametersHead",
+    "Plan",
+    "Reason",
+    "Role",
+    "Rounds",
+    "TensorRole",
+    "TensorSpec",
+    "Tensors",
+    "Update",
+    "UpdateHead",
+    "UpdateId",
+    "as_bytes",
+    "parameters_digest",
+]
+
+Array = NDArray[Any]
+Tensors = Mapping[str, Array]
+
+# A name is one word of an AMQP routing key, part of queue names and of folder names, and RabbitMQ pastes a
+# user's name into regular expressions: so nothing but letters, digits, dash and underscore.
+NAME_PATTERN = r"^[A-Za-z0-9_-]{1,64}$"
+Name = Annotated[str, Strict(), Field(pattern=NAME_PATTERN)]
+Count = Annotated[int, Strict(), Field(ge=0, le=2**53)]
+Text = Annotated[str, Strict(), Field(max_length=1000)]
+Number = Annotated[float, Field(strict=True)]
+Label = Annotated[str, Strict(), Field(pattern=r"^[A-Za-z0-9_./:-]{1,64}$")]
+Scalar = Annotated[float | int | str | bool | None, Field(union_mode="left_to_right")]
+Metrics = Annotated[dict[Label, Number], Field(max_length=64)]
+
+DType = Annotated[str, Strict(), AfterValidator(lambda name: _known_dtype(name))]
+
+# Unknown keys are refused, not ignored: a reader that does not know a field cannot know what it changes.
+strict = with_config(ConfigDict(extra="forbid"))
+
+#: Element types that may travel, by the name that stands on the wire. All little-endian.
+DTYPES: Mapping[str, np.dtype[Any]] = {
+    **{
+        name: np.dtype(name).newbyteorder("<")
+        for name in ("float16", "float32", "float64", "int8", "int16", "int32", "int64", "uint8")
+    },
+    "bfloat16": np.dtype(ml_dtypes.bfloat16),
+}
+
+
+def _known_dtype(name: str) -> str:
+    if name not in DTYPES:
+        raise ValueError(f"dtype {name!r} does not travel; known are {', '.join(DTYPES)}")
+    return name
+
+
+class Mode(StrEnum):
+    """What an update's tensors are."""
+
+    GRADIENT = "gradient"
+    """The gradient of the worker's mean loss at the base version; the server descends along it."""
+    DELTA = "delta"
+    """New minus old parameters after local training from the base version (FedAvg, FedBuff)."""
+
+
+class Rounds(StrEnum):
+    """When a round closes."""
+
+    SYNCHRONOUS = "synchronous"
+    """When every sampled worker has answered the version, or at the deadline with a minimum."""
+    BUFFERED = "buffered"
+    """When the buffer holds K updates, whoever sent them and whatever version they started from (FedBuff)."""
+
+
+class Role(StrEnum):
+    """Why a worker is connected."""
+
+    TRAINER = "trainer"
+    EVALUATOR = "evaluator"
+
+
+class TensorRole(StrEnum):
+    """How the aggregator treats a tensor."""
+
+    PARAMETER = "parameter"
+    """Trained: the server optimiser moves it."""
+    BUFFER = "buffer"
+    """A statistic that training updates as a side effect (batch norm): the mean of the changes is added."""
+
+
+class Reason(StrEnum):
+    """Why an update was rejected. The values are what operators see in the dead-letter queue."""
+
+    MALFORMED = "malformed"
+    UNKNOWN_FORMAT = "unknown-format"
+    NOT_SUPPORTED = "not-supported"
+    WRONG_RUN = "wrong-run"
+    WRONG_WORKER = "wrong-worker"
+    WRONG_MODE = "wrong-mode"
+    MODEL_MISMATCH = "model-mismatch"
+    NO_EXAMPLES = "no-examples"
+    NOT_FINITE = "not-finite"
+    FUTURE_VERSION = "future-version"
+    TOO_STALE = "too-stale"
+    ROUND_CLOSED = "round-closed"
+    SECOND_IN_ROUND = "second-in-round"
+    RUN_DONE = "run-done"
+
+
+class EventKind(StrEnum):
+    """What an event tells. Events are lossy on purpose."""
+
+    HEARTBEAT = "heartbeat"
+    PROGRESS = "progress"
+    EVALUATION = "evaluation"
+    NOTICE = "notice"
+
+
+# ---------------------------------------------------------------------------------------------------- models
+
+
+@strict
+@dataclass(frozen=True, slots=True)
+class TensorSpec:
+    """Name, shape, dtype and role of one tensor of a model."""
+
+    name: Annotated[str, Strict(), Field(min_length=1, max_length=256)]
+    shape: Annotated[tuple[Count, ...], Field(max_length=16)]
+    dtype: DType
+    role: TensorRole = TensorRole.PARAMETER
+
+    @property
+    def nbytes(self) -> int:
+        """Size in bytes, in Python's unbounded integers."""
+        return prod(self.shape) * DTYPES[self.dtype].itemsize
+
+    def __str__(self) -> str:
+        return f"{self.dtype}{list(self.shape)} {self.role}"
+
+
+@strict
+@dataclass(frozen=True, slots=True)
+class ModelSpec:
+    """The tensors of a run's model that travel, in their fixed order.
+
+    ``frozen`` is a digest over the parameters that do not train and therefore stay with the workers; all
+    workers of a run must have the same.
+    """
+
+    tensors: tuple[TensorSpec, ...]
+    frozen: Annotated[str, Strict(), Field(pattern=r"^([0-9a-f]{64})?$")] = ""
+
+    @property
+    def nbytes(self) -> int:
+        """Size in bytes of all tensors."""
+        return sum(tensor.nbytes for tensor in self.tensors)
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 over the whole description, as 64 hexadecimal digits."""
+        facts = [[t.name, list(t.shape), t.dtype, t.role.value] for t in self.tensors]
+        return hashlib.sha256(json.dumps([facts, self.frozen]).encode()).hexdigest()
+
+    def differences(self, other: ModelSpec, *, ours: str = "the run", theirs: str = "this model") -> list[str]:
+        """Each difference as a line; the empty list if the two are the same."""
+        mine = {t.name: t for t in self.tensors}
+        yours = {t.name: t for t in other.tensors}
+        lines = [f"{name}: only {ours} has it ({mine[name]})" for name in mine if name not in yours]
+        lines += [f"{name}: only {theirs} has it ({yours[name]})" for name in yours if name not in mine]
+        lines += [
+            f"{name}: {ours} has {mine[name]}, {theirs} has {yours[name]}"
+            for name in mine
+            if name in yours and mine[name] != yours[name]
+        ]
+        if not lines and [t.name for t in self.tensors] != [t.name for t in other.tensors]:
+            lines.append("the same tensors, in another order")
+        if not lines and self.frozen != other.frozen:
+            lines.append(
+                f"the frozen parameters: {ours} has {self.frozen[:12] or 'none'}, {theirs} has "
+                f"{other.frozen[:12] or 'none'} (digests; load them from the same file on every worker)"
+            )
+        return lines
+
+    def require_same(self, other: ModelSpec, *, ours: str = "the run", theirs: str = "this model") -> None:
+        """Raise :class:`ModelMismatch` that shows where ``other`` differs, if it does."""
+        lines = self.differences(other, ours=ours, theirs=theirs)
+        if lines:
+            shown = "\n  ".join(lines[:10]) + (f"\n  … and {len(lines) - 10} more" if len(lines) > 10 else "")
+            raise ModelMismatch(f"{theirs} differs from {ours}'s model:\n  {shown}")
+
+
+# --------------------------------------------------------------------------------------------------- updates
+
+
+@strict
+@dataclass(frozen=True, slots=True, order=True)
+class UpdateId:
+    """The identity under which an update counts once, however often it is published.
+
+    ``incarnation`` names one life of the worker's state folder; ``seq`` counts up within it and is durable
+    before the first publish.
+    """
+
+    worker: Name
+    incarnation: Name
+    seq: Count
+
+    def __str__(self) -> str:
+        return f"{self.worker}/{self.incarnation}/{self.seq}"
+
+
+@strict
+@dataclass(frozen=True, slots=True, kw_only=True)
+class UpdateHead:
+    """The small facts of an update."""
+
+    run: Name
+    id: UpdateId
+    base_version: Count
+    base_epoch: Count
+    mode: Mode
+    examples: Count
+    """Number of examples behind the update; its weight where the run weighs by examples."""
+    metrics: Metrics = field(default_factory=dict)
+    """What the worker measured while training: ``loss`` is the mean training loss."""
+    seconds: Number = 0.0
+    """How long the worker trained."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Update(UpdateHead):
+    """A gradient message: the head, and one tensor for each tensor of the model, in the model's dtypes.
+
+    Decoded tensors are read-only views of the message's bytes.
+    """
+
+    model: ModelSpec
+    tensors: Tensors
+
+
+# ------------------------------------------------------------------------------------------------ parameters
+
+
+@strict
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Plan:
+    """What the aggregator asks of workers; it travels with each version."""
+
+    mode: Mode = Mode.DELTA
+    rounds: Rounds = Rounds.BUFFERED
+    fraction: Number = 1.0
+    """Synchronous rounds: the share of workers that train; each decides for itself, see ``is_sampled``."""
+    seed: Count = 0
+    attempt: Count = 0
+    """Counts up when the same version is asked for again because too few usable updates came."""
+    updates_per_version: Count = 1
+    """How many updates one worker may publish for one version before it waits for the next."""
+    done: bool = False
+    """This is the run's last version: workers stop."""
+
+    def is_sampled(self, worker: str, version: int) -> bool:
+        """Whether ``worker`` takes part in the round of ``version``: the same answer on both sides.
+
+        A hash of (seed, version, attempt, worker) read as a number in [0, 1) is compared with ``fraction``,
+        so no list of workers is needed and each one is sampled independently (Bernoulli sampling).
+        """
+        text = f"{self.seed}:{version}:{self.attempt}:{worker}".encode()
+        draw = int.from_bytes(hashlib.sha256(text).digest()[:8], "big") / 2**64
+        return draw < self.fraction
+
+
+@strict
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ParametersHead:
+    """The small facts of a version."""
+
+    run: Name
+    epoch: Count
+    version: Count
+    plan: Plan
+    digest: Annotated[str, Strict(), Field(pattern=r"^[0-9a-f]{64}$")]
+    """SHA-256 over the tensors of this version (``parameters_digest``)."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Parameters(ParametersHead):
+    """One durable version of the parameters."""
+
+    model: ModelSpec
+    tensors: Tensors
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Manifest:
+    """A message whose tensors travel apart, as a sequence of chunks (see ``FORMAT.md``)."""
+
+    head: UpdateHead | ParametersHead
+    model: ModelSpec
+    nbytes: int
+    """Size in bytes of the tensor section, all chunks together."""
+    chunks: tuple[tuple[int, str], ...]
+    """Size in bytes and checksum of each chunk, in order."""
+
+
+# ----------------------------------------------------------------------------------------- control and events
+
+
+@strict
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Hello:
+    """A worker is here."""
+
+    run: Name
+    worker: Name
+    incarnation: Name
+    role: Role = Role.TRAINER
+    version: Annotated[int, Strict(), Field(ge=-1, le=2**53)] = -1
+    """The newest version that the worker has; -1 if none."""
+
+
+@strict
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Goodbye:
+    """A worker leaves on purpose."""
+
+    run: Name
+    worker: Name
+    incarnation: Name
+    role: Role = Role.TRAINER
+    confirmed: Count = 0
+    """Updates of this incarnation whose publish the broker confirmed."""
+    reason: Text = ""
+
+
+@strict
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Event:
+    """Something worth showing: heartbeat, progress, an evaluation, a notice to a worker. May get lost."""
+
+    run: Name
+    kind: EventKind
+    source: Name
+    """A worker's name, or ``aggregator``."""
+    time: Number
+    """Seconds since 1970, by the sender's clock."""
+    data: Annotated[dict[Label, Scalar], Field(max_length=64)] = field(default_factory=dict)
+
+
+def parameters_digest(tensors: Tensors) -> str:
+    """SHA-256 over names, dtypes, shapes and bytes of ``tensors`` in their order, as hexadecimal digits."""
+    digest = hashlib.sha256()
+    for name, array in tensors.items():
+        digest.update(f"{name}\0{array.dtype.name}\0{list(array.shape)}\0".encode())
+        digest.update(as_bytes(array))
+    return digest.hexdigest()
+
+
+def as_bytes(array: Array) -> memoryview:
+    """The bytes of ``array`` in C order, without a copy if it is contiguous."""
+    # uint8 first: a memoryview cannot be made of dtypes that the buffer protocol does not know (bfloat16).
+    return memoryview(np.ascontiguousarray(array).reshape(-1).view(np.uint8))

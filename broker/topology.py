@@ -1,0 +1,154 @@
+"""Exchanges, queues and streams of a run, as data. Nothing here talks to a broker.
+
+Names carry the run, so that many runs share a broker and the admin UI reads like the run. Only arguments
+that can never change afterwards are declared; the rest is left to the operator's policies.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Literal
+
+from broker.errors import ConfigError
+from broker.messages import NAME_PATTERN
+
+__all__ = [
+    "CONTROL",
+    "DEAD",
+    "EVENTS",
+    "UPDATES",
+    "Exchange",
+    "Queue",
+    "QueueType",
+    "Topology",
+    "check_name",
+]
+
+QueueType = Literal["classic", "quorum", "stream"]
+
+#: Topic exchange that workers publish updates to, with the key ``<run>.<worker>``. Topic, because its
+#: permissions are the only ones that RabbitMQ can bind to the user's name.
+UPDATES = "fedmq.updates"
+#: Topic exchange for hello and goodbye, key ``<run>.<worker>``.
+CONTROL = "fedmq.control"
+#: Topic exchange for events, key ``<run>.<kind>.<source>``. Lossy on purpose.
+EVENTS = "fedmq.events"
+#: Topic exchange for rejected updates, key ``<run>.<worker>``; also where the broker itself dead-letters.
+DEAD = "fedmq.dead"
+
+
+@dataclass(frozen=True, slots=True)
+class Exchange:
+    """A durable exchange."""
+
+    name: str
+    type: Literal["topic", "fanout"]
+
+
+@dataclass(frozen=True, slots=True)
+class Queue:
+    """A durable queue and what is bound to it."""
+
+    name: str
+    type: QueueType
+    exchange: str
+    binding: str
+    arguments: Mapping[str, str | int | bool] = field(default_factory=dict)
+
+
+def check_name(what: str, name: str) -> str:
+    """``name`` itself; raises :class:`ConfigError` if it cannot be a run's or a worker's name."""
+    if not re.fullmatch(NAME_PATTERN, name):
+        raise ConfigError(
+            f"{what} = {name!r}: a name has 1 to 64 letters, digits, '-' and '_' "
+            "(it becomes part of queue names and routing keys)"
+        )
+    return name
+
+
+@dataclass(frozen=True, slots=True)
+class Topology:
+    """The names of one run, and what the aggregator declares for it."""
+
+    run: str
+
+    def __post_init__(self) -> None:
+        check_name("run", self.run)
+
+    @property
+    def updates(self) -> str:
+        """Queue of updates that wait for the aggregator."""
+        return f"fedmq.{self.run}.updates"
+
+    @property
+    def control(self) -> str:
+        """Queue of hellos and goodbyes."""
+        return f"fedmq.{self.run}.control"
+
+    @property
+    def parameters(self) -> str:
+        """Fanout exchange of the versions, and the stream bound to it."""
+        return f"fedmq.{self.run}.parameters"
+
+    @property
+    def dead(self) -> str:
+        """Queue of rejected updates with their reasons."""
+        return f"fedmq.{self.run}.dead"
+
+    def key(self, worker: str) -> str:
+        """Routing key of what ``worker`` publishes."""
+        return f"{self.run}.{worker}"
+
+    def event_key(self, kind: str, source: str) -> str:
+        """Routing key of an event."""
+        return f"{self.run}.{kind}.{source}"
+
+    def notice_key(self, worker: str) -> str:
+        """Routing key of a notice to ``worker``."""
+        return f"{self.run}.notice.{worker}"
+
+    def exchanges(self) -> tuple[Exchange, ...]:
+        """All exchanges, in the order in which to declare them."""
+        return (
+            Exchange(UPDATES, "topic"),
+            Exchange(CONTROL, "topic"),
+            Exchange(EVENTS, "topic"),
+            Exchange(DEAD, "topic"),
+            Exchange(self.parameters, "fanout"),
+        )
+
+    def queues(self, queue_type: Literal["classic", "quorum"], model_bytes: int) -> tuple[Queue, ...]:
+        """All queues of the run.
+
+        ``model_bytes`` is the size of one version, by which the stream's retention is set: segments of about
+        two versions, of which RabbitMQ always keeps the last, and a limit of about eight.
+        """
+        updates: dict[str, str | int | bool] = {
+            "x-single-active-consumer": True,
+            # What the broker itself gives up on (delivery limit, expiry by policy) must not vanish.
+            "x-dead-letter-exchange": DEAD,
+            "x-dead-letter-routing-key": self.key("broker"),
+        }
+        if queue_type == "quorum":
+            # Each crash of an aggregator counts as a failed delivery of every update it held; the default
+            # limit of RabbitMQ 4 (20) would bury good updates after a bad afternoon.
+            updates |= {
+                "x-delivery-limit": 1000,
+                "x-dead-letter-strategy": "at-least-once",
+                "x-overflow": "reject-publish",
+            }
+        segment = max(2 * model_bytes, 1_000_000)
+        return (
+            Queue(self.updates, queue_type, UPDATES, f"{self.run}.*", updates),
+            Queue(self.control, queue_type, CONTROL, f"{self.run}.*"),
+            Queue(self.dead, queue_type, DEAD, f"{self.run}.*"),
+            Queue(
+                self.parameters,
+                "stream",
+                self.parameters,
+                "",
+                {"x-max-length-bytes": 4 * segment, "x-stream-max-segment-size-bytes": segment},
+            ),
+        )

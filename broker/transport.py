@@ -1,0 +1,162 @@
+"""The port: what an application needs of a broker, in the words of this domain.
+
+Two implementations, held to the same behaviour by ``tests/contract``: ``broker.amqp`` (RabbitMQ) and
+``broker.memory`` (in-process). Both carry encoded messages, never objects.
+
+Incoming messages are handed to a *sink*, a function that must return at once (it puts them into a queue);
+it is called from whatever thread the transport has. Every other method may be called from any thread.
+Connections are made again for as long as it takes; the only errors that come out are those that no waiting
+will cure (:class:`AccessRefused`, :class:`TopologyMismatch`, :class:`UnsupportedBroker`, :class:`MessageTooLarge`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from concurrent.futures import Future
+from dataclasses import dataclass, field
+from enum import StrEnum
+from typing import Protocol
+
+from broker.errors import FedmqError
+from broker.messages import Reason
+
+__all__ = [
+    "AggregatorTransport",
+    "Connected",
+    "Delivery",
+    "Disconnected",
+    "Failed",
+    "Incoming",
+    "Outgoing",
+    "Sink",
+    "Source",
+    "Token",
+    "WorkerTransport",
+]
+
+
+class Source(StrEnum):
+    """Which stream of messages a delivery belongs to."""
+
+    UPDATE = "update"
+    CONTROL = "control"
+    EVENT = "event"
+    PARAMETERS = "parameters"
+
+
+@dataclass(frozen=True, slots=True)
+class Token:
+    """The right to acknowledge one delivery, once, on the connection that made it."""
+
+    generation: int
+    tag: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Delivery:
+    """A message that arrived. ``token`` is None where nothing has to be acknowledged."""
+
+    source: Source
+    body: bytes
+    headers: Mapping[str, str | int] = field(default_factory=dict)
+    token: Token | None = None
+    redelivered: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Connected:
+    """A connection stands (again); deliveries carry this generation from now on."""
+
+    generation: int
+
+
+@dataclass(frozen=True, slots=True)
+class Disconnected:
+    """The connection of ``generation`` broke: its tokens are void, unacknowledged messages come again."""
+
+    generation: int
+    error: str
+
+
+@dataclass(frozen=True, slots=True)
+class Failed:
+    """Reconnecting is pointless, for this reason; the transport has stopped."""
+
+    error: FedmqError
+
+
+Incoming = Delivery | Connected | Disconnected | Failed
+Sink = Callable[[Incoming], None]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Outgoing:
+    """An encoded message on its way out.
+
+    ``headers`` repeat small facts for people who look at the broker's admin UI; no program relies on them,
+    except that the newest of several parameter messages is told by ``epoch``, ``version`` and ``attempt``.
+    """
+
+    body: bytes
+    message_id: str = ""
+    headers: Mapping[str, str | int] = field(default_factory=dict)
+
+
+class AggregatorTransport(Protocol):
+    """The aggregator's side: consumes updates and control, broadcasts parameters."""
+
+    def open(self, sink: Sink, *, wait: float | None = None) -> None:
+        """Declare what the run needs and start consuming.
+
+        Waits until the first connection stands: for ever, or ``wait`` seconds, then raises
+        :class:`BrokerUnreachable`.
+        """
+
+    def ack(self, token: Token) -> None:
+        """The update is durable here: the broker may forget it. A token of an old generation is ignored."""
+
+    def reject(self, token: Token, reason: Reason, detail: str, delivery: Delivery) -> None:
+        """Move the update to the run's dead-letter queue, with the reason in its headers.
+
+        The copy is confirmed before the original is acknowledged, so that a crash in between leaves two
+        (with the same id), never none.
+        """
+
+    def broadcast(self, message: Outgoing) -> Future[None]:
+        """Give a version to all workers, present and future. The future is done once the broker has it."""
+
+    def notify(self, worker: str, message: Outgoing) -> None:
+        """Tell one worker something. Lossy."""
+
+    def event(self, kind: str, message: Outgoing) -> None:
+        """Publish an event for whoever watches. Lossy."""
+
+    def close(self) -> None:
+        """Finish what is on its way out and leave; unacknowledged updates go back to the queue."""
+
+
+class WorkerTransport(Protocol):
+    """A worker's side: reads parameters and notices, publishes updates."""
+
+    def open(self, sink: Sink, *, wait: float | None = None) -> None:
+        """Connect and start reading. Of the parameters at least the newest version is delivered.
+
+        A run that no aggregator has declared yet is waited for: nothing is delivered until it exists.
+        """
+
+    def publish(self, message: Outgoing) -> Future[None]:
+        """Publish an update. The future is done once the broker has made it durable.
+
+        It fails with :class:`ConnectionLost` if the outcome is unknown, :class:`PublishRefused` or
+        :class:`Unroutable` if the broker did not take it (publish again, same id), and
+        :class:`MessageTooLarge` if it never will.
+        """
+
+    def control(self, message: Outgoing) -> Future[None]:
+        """Send a hello or goodbye to the run's aggregator, now or later."""
+
+    def event(self, kind: str, message: Outgoing) -> None:
+        """Publish an event for whoever watches. Lossy."""
+
+    def close(self) -> None:
+        """Finish what is on its way out and leave."""

@@ -1,0 +1,112 @@
+"""The envelope: a fixed prefix, a small msgpack header, the data section. Normative page: ``FORMAT.md``.
+
+Nothing here knows what a header means; ``messages.py`` does.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import msgpack
+
+from broker.errors import MessageTooLarge, UnknownFormat, WireError
+
+__all__ = ["ALIGNMENT", "FORMAT_VERSION", "MAGIC", "MAX_HEADER", "MAX_TENSORS", "aligned", "pack", "unpack"]
+
+MAGIC = b"FdMQ"
+FORMAT_VERSION = 1
+
+#: magic, format version, three reserved zero bytes, header length; little-endian, 12 bytes.
+PREFIX = struct.Struct("<4sB3sI")
+
+#: Where the data section starts, and each tensor in it: a cache line, and what vector instructions like.
+ALIGNMENT = 64
+
+#: Most tensors a model may have. msgpack reserves room for an array's announced length before it has seen the
+#: elements, at each level of nesting, so this is also what bounds the memory that hostile bytes can claim.
+MAX_TENSORS = 4096
+
+#: Largest header. A tensor takes 40 to 120 bytes of it (a 70-billion-parameter language model: 47 KB).
+MAX_HEADER = 512 * 1024
+
+_LIMITS: Mapping[str, Any] = {
+    "raw": False,
+    "use_list": False,
+    "strict_map_key": True,
+    "max_map_len": 256,
+    "max_array_len": MAX_TENSORS,
+    "max_str_len": 1024,
+    "max_bin_len": 1024,
+    "max_ext_len": 0,
+}
+
+
+def aligned(offset: int) -> int:
+    """``offset`` rounded up to the next multiple of :data:`ALIGNMENT`."""
+    return -(-offset // ALIGNMENT) * ALIGNMENT
+
+
+def pack(header: Mapping[str, Any], data: Iterable[memoryview] = ()) -> bytes:
+    """One message: prefix, ``header``, and each block of ``data`` at the next aligned offset.
+
+    Raises :class:`MessageTooLarge` if the header is larger than :data:`MAX_HEADER`.
+    """
+    packed = msgpack.packb(header)
+    if len(packed) > MAX_HEADER:
+        raise MessageTooLarge(
+            f"the description of this model takes {len(packed)} bytes; {MAX_HEADER} is the limit "
+            f"(and {MAX_TENSORS} tensors): shorten the parameters' names or merge small ones"
+        )
+    pieces: list[bytes | memoryview] = [PREFIX.pack(MAGIC, FORMAT_VERSION, b"\0\0\0", len(packed)), packed]
+    position = PREFIX.size + len(packed)
+    for block in data:
+        if padding := aligned(position) - position:
+            pieces.append(bytes(padding))
+        pieces.append(block)
+        position = aligned(position) + block.nbytes
+    return b"".join(pieces)
+
+
+def unpack(body: bytes | memoryview) -> tuple[dict[str, Any], memoryview]:
+    """The header of ``body`` and a view of its data section (empty if there is none).
+
+    Raises :class:`UnknownFormat` for another format version, :class:`WireError` for anything else that does
+    not follow the format. Allocates nothing in proportion to what the bytes announce.
+    """
+    view = memoryview(body)
+    if view.nbytes < PREFIX.size:
+        raise WireError(f"{view.nbytes} bytes are too few for a message")
+    magic, version, _reserved, header_length = PREFIX.unpack_from(view)
+    if magic != MAGIC:
+        raise WireError(f"not a fedmq message: it begins with {bytes(magic)!r}, not {MAGIC!r}")
+    if version != FORMAT_VERSION:
+        raise UnknownFormat(f"format version {version}; this release reads version {FORMAT_VERSION}: upgrade one side")
+    end = PREFIX.size + header_length
+    if header_length > MAX_HEADER or end > view.nbytes:
+        raise WireError(f"a header of {header_length} bytes in a message of {view.nbytes}")
+    try:
+        header = msgpack.unpackb(view[PREFIX.size : end], ext_hook=_no_extensions, object_pairs_hook=_map, **_LIMITS)
+    except (ValueError, msgpack.UnpackException, RecursionError) as error:
+        # UnicodeDecodeError and msgpack's own StackError, ExtraData and FormatError are ValueErrors.
+        raise WireError(
+            f"the header is not the msgpack that the format allows: {error or type(error).__name__}"
+        ) from None
+    if not isinstance(header, dict):
+        raise WireError(f"the header is a {type(header).__name__}, not a map")
+    return header, view[aligned(end) :] if view.nbytes > end else view[:0]
+
+
+def _no_extensions(code: int, _data: bytes) -> Any:
+    raise ValueError(f"extension type {code}")
+
+
+def _map(pairs: list[tuple[Any, Any]]) -> dict[str, Any]:
+    """A map from its pairs. Built-in types only: this hook must never construct anything else."""
+    result = dict(pairs)
+    if len(result) != len(pairs):
+        raise ValueError("a map names a key twice")
+    if not all(isinstance(key, str) for key in result):
+        raise ValueError("a map has a key that is not text")
+    return result

@@ -1,0 +1,160 @@
+"""Messages to bytes and back. The header's fields are the fields of the dataclasses in ``broker.messages``."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, fields
+from functools import cache
+from typing import Any
+
+from pydantic import TypeAdapter, ValidationError
+
+from broker.errors import WireError
+from broker.messages import (
+    Event,
+    Goodbye,
+    Hello,
+    Manifest,
+    ModelSpec,
+    Parameters,
+    ParametersHead,
+    TensorSpec,
+    Update,
+    UpdateHead,
+)
+from broker.wire.envelope import MAX_TENSORS, aligned, pack, unpack
+from broker.wire.tensors import blocks, checksum, data_length, read
+
+__all__ = ["Message", "decode", "encode"]
+
+Message = Update | Parameters | Manifest | Hello | Goodbye | Event
+
+#: The word in the header's ``type`` field, and the class that holds the small facts. One line a message.
+_HEADS: dict[str, type] = {
+    "update": UpdateHead,
+    "parameters": ParametersHead,
+    "hello": Hello,
+    "goodbye": Goodbye,
+    "event": Event,
+}
+_TYPES = {head: word for word, head in _HEADS.items()} | {Update: "update", Parameters: "parameters"}
+_WITH_TENSORS: dict[type, type] = {UpdateHead: Update, ParametersHead: Parameters}
+
+
+def encode(message: Message) -> bytes:
+    """``message`` as bytes.
+
+    Raises :class:`ModelMismatch` if tensors do not fit the message's model, :class:`MessageTooLarge` if the
+    model has too many tensors to describe.
+    """
+    if isinstance(message, Manifest):
+        header = _head(message.head) | {"model": _model(message.model)}
+        header["data"] = {"nbytes": message.nbytes, "chunks": [list(chunk) for chunk in message.chunks]}
+        return pack(header)
+    if isinstance(message, Update | Parameters):
+        data = blocks(message.model, message.tensors)
+        header = _head(message) | {"model": _model(message.model)}
+        padded = _padded(data)
+        header["data"] = {"nbytes": data_length(message.model), "checksum": checksum(padded)}
+        return pack(header, data)
+    return pack(_head(message))
+
+
+def decode(body: bytes | memoryview) -> Message:
+    """The message in ``body``. Tensors are read-only views of ``body``.
+
+    Raises :class:`UnknownFormat` for another format version and :class:`WireError` for everything else that
+    does not follow the format; no other exception, whatever the bytes.
+    """
+    header, data = unpack(body)
+    word = header.pop("type", None)
+    head_class = _HEADS.get(word) if isinstance(word, str) else None
+    if head_class is None:
+        raise WireError(f"unknown message type {word!r:.80}")
+    if head_class not in _WITH_TENSORS:
+        if data.nbytes:
+            raise WireError(f"a message of type {word} carries no data; this one has {data.nbytes} bytes")
+        return _validated(head_class, header)  # type: ignore[no-any-return]
+    model = _read_model(header.pop("model", None))
+    section = header.pop("data", None)
+    head = _validated(head_class, header)
+    if not isinstance(section, dict) or not isinstance(section.get("nbytes"), int):
+        raise WireError("the header does not describe a data section")
+    if section["nbytes"] != data_length(model):
+        raise WireError(f"{section['nbytes']!r:.40} bytes announced; the table describes {data_length(model)}")
+    if "chunks" in section:
+        return _read_manifest(head, model, section, data)
+    tensors = read(model, data)
+    if section.keys() != {"nbytes", "checksum"} or checksum(data) != section["checksum"]:
+        raise WireError("the checksum does not match the data: the message was damaged on its way")
+    facts = {f.name: getattr(head, f.name) for f in fields(head)}
+    return _WITH_TENSORS[head_class](**facts, model=model, tensors=tensors)  # type: ignore[no-any-return]
+
+
+def _head(message: Any) -> dict[str, Any]:
+    """The header's fields: those of the head class only, in plain msgpack types."""
+    word = _TYPES[type(message)]
+    names = [f.name for f in fields(_HEADS[word])]
+    return {"type": word} | {name: _plain(getattr(message, name)) for name in names}
+
+
+def _plain(value: Any) -> Any:
+    if hasattr(value, "__dataclass_fields__"):
+        return {name: _plain(inner) for name, inner in asdict(value).items()}
+    return str(value) if isinstance(value, str) else value
+
+
+def _padded(data: list[memoryview]) -> list[memoryview]:
+    """``data`` with the zero bytes that alignment puts between its blocks, as the checksum covers them."""
+    pieces: list[memoryview] = []
+    position = 0
+    for block in data:
+        if padding := aligned(position) - position:
+            pieces.append(memoryview(bytes(padding)))
+        pieces.append(block)
+        position = aligned(position) + block.nbytes
+    return pieces
+
+
+def _model(model: ModelSpec) -> dict[str, Any]:
+    table = [[t.name, list(t.shape), t.dtype, t.role.value] for t in model.tensors]
+    return {"frozen": model.frozen, "tensors": table}
+
+
+@cache
+def _adapter(head_class: type) -> TypeAdapter[Any]:
+    return TypeAdapter(head_class)
+
+
+def _validated(head_class: type, values: Any) -> Any:
+    try:
+        return _adapter(head_class).validate_python(values)
+    except ValidationError as error:
+        first = error.errors(include_url=False, include_input=False)[0]
+        where = ".".join(str(part) for part in first["loc"]) or head_class.__name__
+        raise WireError(f"header field {where:.80}: {first['msg']}") from None
+
+
+def _read_model(value: Any) -> ModelSpec:
+    rows = value.get("tensors") if isinstance(value, dict) else None
+    if not isinstance(value, dict) or value.keys() != {"frozen", "tensors"} or not isinstance(rows, tuple):
+        raise WireError("the header does not describe a model")
+    if not 0 < len(rows) <= MAX_TENSORS or not all(isinstance(row, tuple) and len(row) == 4 for row in rows):
+        raise WireError("the table of tensors is empty or malformed")
+    table = [dict(zip(("name", "shape", "dtype", "role"), row, strict=True)) for row in rows]
+    model: ModelSpec = _validated(ModelSpec, {"frozen": value["frozen"], "tensors": table})
+    if len({tensor.name for tensor in model.tensors}) != len(model.tensors):
+        raise WireError("the table of tensors names one twice")
+    return model
+
+
+def _read_manifest(head: Any, model: ModelSpec, section: dict[str, Any], data: memoryview) -> Manifest:
+    chunks = section["chunks"]
+    well_formed = isinstance(chunks, tuple) and all(
+        isinstance(chunk, tuple) and len(chunk) == 2 and isinstance(chunk[0], int) and isinstance(chunk[1], str)
+        for chunk in chunks
+    )
+    if section.keys() != {"nbytes", "chunks"} or not well_formed or data.nbytes:
+        raise WireError("the list of chunks is malformed")
+    if any(size <= 0 for size, _ in chunks) or sum(size for size, _ in chunks) != section["nbytes"]:
+        raise WireError("the chunks' sizes do not add up to the announced size")
+    return Manifest(head=head, model=model, nbytes=section["nbytes"], chunks=chunks)

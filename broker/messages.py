@@ -60,11 +60,6 @@ Label = Annotated[str, Strict(), Field(pattern=r"^[A-Za-z0-9_./:-]{1,64}$")]
 Scalar = Annotated[float | int | str | bool | None, Field(union_mode="left_to_right")]
 Metrics = Annotated[dict[Label, Number], Field(max_length=64)]
 
-DType = Annotated[str, Strict(), AfterValidator(lambda name: _known_dtype(name))]
-
-# Unknown keys are refused, not ignored: a reader that does not know a field cannot know what it changes.
-strict = with_config(ConfigDict(extra="forbid"))
-
 #: Element types that may travel, by the name that stands on the wire. All little-endian.
 DTYPES: Mapping[str, np.dtype[Any]] = {
     **{
@@ -79,6 +74,12 @@ def _known_dtype(name: str) -> str:
     if name not in DTYPES:
         raise ValueError(f"dtype {name!r} does not travel; known are {', '.join(DTYPES)}")
     return name
+
+
+DType = Annotated[str, Strict(), AfterValidator(_known_dtype)]
+
+# Unknown keys are refused, not ignored: a reader that does not know a field cannot know what it changes.
+strict = with_config(ConfigDict(extra="forbid"))
 
 
 class Mode(StrEnum):
@@ -385,4 +386,4 @@ def parameters_digest(tensors: Tensors) -> str:
 def as_bytes(array: Array) -> memoryview:
     """The bytes of ``array`` in C order, without a copy if it is contiguous."""
     # uint8 first: a memoryview cannot be made of dtypes that the buffer protocol does not know (bfloat16).
-    return memoryview(np.ascontiguousarray(array).reshape(-1).view(np.uint8))
+    return memoryview(np.ascontiguousarray(array).reshape(-1).view(np.uint8))  # type: ignore[arg-type]

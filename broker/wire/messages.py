@@ -17,7 +17,6 @@ from broker.messages import (
     ModelSpec,
     Parameters,
     ParametersHead,
-    TensorSpec,
     Update,
     UpdateHead,
 )

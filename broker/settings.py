@@ -1,0 +1,220 @@
+"""Settings: one ``fedmq.toml``, environment variables, flags; in rising precedence.
+
+The mechanism, and the tables that both sides need (``run`` and ``[broker]``). The aggregator's and the
+worker's tables stand beside their consumers. Every value remembers where it came from.
+"""
+
+from __future__ import annotations
+
+import difflib
+import os
+import tomllib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Any, Literal, TypeVar
+
+from pydantic import BaseModel, ConfigDict, Field, SecretStr, ValidationError
+
+from broker.errors import ConfigError
+from broker.topology import check_name
+
+__all__ = ["DEFAULT_FILE", "TABLES", "BrokerConfig", "Origin", "Settings", "Table", "load"]
+
+DEFAULT_FILE = "fedmq.toml"
+PREFIX = "FEDMQ_"
+
+#: Tables that a file may hold. A program reads those it needs; the others belong to another program.
+TABLES = ("broker", "aggregator", "worker", "demo")
+
+
+class Table(BaseModel):
+    """Base of a table: frozen, no unknown keys, wrong types are errors and not guesses."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True, use_enum_values=False)
+
+
+class BrokerConfig(Table):
+    """``[broker]``: where RabbitMQ is and how to talk to it."""
+
+    url: SecretStr = SecretStr("amqp://guest:guest@127.0.0.1:5672/")
+    """Address with user, password and virtual host; several, separated by commas, are tried in turn."""
+    url_file: Path | None = None
+    """A file that holds the address, instead of ``url``: for Docker's and Kubernetes' secrets."""
+    management_url: str | None = None
+    """The admin UI's address, to show it; ``http://<host>:15672`` of the broker if not set."""
+    heartbeat: Annotated[int, Field(ge=5, le=3600)] = 30
+    """Seconds; a silent peer is given up after about two."""
+    connect_timeout: Annotated[float, Field(gt=0, le=600)] = 10.0
+    """Seconds to wait for one address to answer."""
+    blocked_timeout: Annotated[float, Field(gt=0)] = 300.0
+    """Seconds that the broker may block publishing (memory or disk alarm) before the connection is made anew."""
+    queue_type: Literal["auto", "classic", "quorum"] = "auto"
+    """Type of the run's queues. ``auto``: quorum from RabbitMQ 3.10.11 on, classic before."""
+    max_message_bytes: Annotated[int, Field(ge=65536, le=512 * 2**20)] | None = None
+    """Largest message to send; if not set, the broker's default: 16 MiB from RabbitMQ 4.0 on, 128 MiB before."""
+
+    def urls(self) -> tuple[str, ...]:
+        """The addresses to try, from ``url_file`` if it is set.
+
+        Raises :class:`ConfigError` if the file cannot be read or an address is not AMQP's.
+        """
+        text = self.url.get_secret_value()
+        if self.url_file is not None:
+            try:
+                text = self.url_file.read_text()
+            except OSError as error:
+                raise ConfigError(f"broker.url_file = {str(self.url_file)!r}: {error.strerror}") from None
+        urls = tuple(part.strip() for part in text.split(",") if part.strip())
+        for url in urls:
+            if not url.startswith(("amqp://", "amqps://")):
+                raise ConfigError("broker.url: an address begins with amqp:// or amqps://")
+        if not urls:
+            raise ConfigError("broker.url is empty: it is like amqp://user:password@host:5672/vhost")
+        return urls
+
+
+@dataclass(frozen=True, slots=True)
+class Origin:
+    """Where a value was set: ``default``, a file, an environment variable or a flag."""
+
+    kind: Literal["default", "file", "environment", "flag"]
+    where: str
+
+    def __str__(self) -> str:
+        return self.where
+
+
+T = TypeVar("T", bound=Table)
+
+
+@dataclass(frozen=True, slots=True)
+class Settings:
+    """Validated tables, and the origin of each key that was set somewhere."""
+
+    run: str
+    tables: Mapping[str, Table]
+    origins: Mapping[str, Origin] = field(default_factory=dict)
+
+    def table(self, name: str, kind: type[T]) -> T:
+        """The table ``name`` as ``kind``."""
+        table = self.tables[name]
+        if not isinstance(table, kind):
+            raise TypeError(f"table {name!r} is a {type(table).__name__}, not a {kind.__name__}")
+        return table
+
+    @property
+    def broker(self) -> BrokerConfig:
+        """The table ``[broker]``."""
+        return self.table("broker", BrokerConfig)
+
+    def origin(self, key: str) -> Origin:
+        """Where ``table.key`` was set."""
+        return self.origins.get(key, Origin("default", "default"))
+
+
+def load(
+    kinds: Mapping[str, type[Table]],
+    *,
+    file: Path | None = None,
+    flags: Sequence[tuple[str, Any]] = (),
+    environment: Mapping[str, str] | None = None,
+) -> Settings:
+    """Read, merge and validate.
+
+    Args:
+        kinds: the tables that the caller needs, by name; ``broker`` is always read.
+        file: the TOML file; if None, ``fedmq.toml`` in the working directory if there is one.
+        flags: pairs of ``table.key`` (or ``run``) and value, from the command line.
+        environment: variables, by default the process's; ``FEDMQ_RUN``, ``FEDMQ_BROKER_URL`` and so on.
+
+    Raises:
+        ConfigError: for an unknown table or key, a wrong value, an unreadable file; the message names the
+            key, where it was set and what is allowed.
+    """
+    kinds = {"broker": BrokerConfig, **kinds}
+    values: dict[str, Any] = {}
+    origins: dict[str, Origin] = {}
+    for source in (_from_file(file), _from_environment(os.environ if environment is None else environment), flags):
+        for key, value, *rest in source:
+            origins[key] = rest[0] if rest else Origin("flag", f"--set {key}")
+            values[key] = value
+    for key in values:
+        _check_key(key, origins[key], kinds)
+    run = check_name(f"run (from {origins['run']})" if "run" in origins else "run", str(values.pop("run", "default")))
+    tables = {}
+    for name, kind in kinds.items():
+        own = {key.partition(".")[2]: value for key, value in values.items() if key.startswith(f"{name}.")}
+        tables[name] = _validated(name, kind, own, origins)
+    return Settings(run=run, tables=tables, origins=origins)
+
+
+def _from_file(file: Path | None) -> list[tuple[str, Any, Origin]]:
+    path = Path(DEFAULT_FILE) if file is None else file
+    try:
+        content = tomllib.loads(path.read_text())
+    except FileNotFoundError:
+        if file is None:
+            return []
+        raise ConfigError(f"{path}: no such file") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: cannot be read: {error}") from None
+    except tomllib.TOMLDecodeError as error:
+        raise ConfigError(f"{path}: not TOML: {error}") from None
+    origin = Origin("file", str(path))
+    result: list[tuple[str, Any, Origin]] = []
+    for name, value in content.items():
+        if isinstance(value, dict):
+            result += [(f"{name}.{key}", inner, origin) for key, inner in value.items()] or []
+        else:
+            result.append((name, value, origin))
+    return result
+
+
+def _from_environment(environment: Mapping[str, str]) -> list[tuple[str, Any, Origin]]:
+    result: list[tuple[str, Any, Origin]] = []
+    for variable in sorted(environment):
+        if not variable.startswith(PREFIX):
+            continue
+        table, _, key = variable.removeprefix(PREFIX).lower().partition("_")
+        name = f"{table}.{key}" if key else table
+        result.append((name, environment[variable], Origin("environment", f"environment variable {variable}")))
+    return result
+
+
+def _check_key(key: str, origin: Origin, kinds: Mapping[str, type[Table]]) -> None:
+    if key == "run":
+        return
+    table, _, name = key.partition(".")
+    if table not in TABLES:
+        known = ["run", *TABLES]
+        raise ConfigError(f"{origin}: unknown key {key!r}{_nearest(table, known)}; at the top are {', '.join(known)}")
+    kind = kinds.get(table)
+    if kind is not None and name not in kind.model_fields:
+        known = list(kind.model_fields)
+        raise ConfigError(f"{origin}: unknown key {key!r}{_nearest(name, known)}; [{table}] has {', '.join(known)}")
+
+
+def _nearest(word: str, known: Sequence[str]) -> str:
+    close = difflib.get_close_matches(word, known, n=1)
+    return f" (did you mean {close[0]!r}?)" if close else ""
+
+
+def _validated(name: str, kind: type[Table], values: dict[str, Any], origins: Mapping[str, Origin]) -> Table:
+    try:
+        return kind.model_validate(values)
+    except ValidationError as error:
+        lines = []
+        for problem in error.errors(include_url=False):
+            key = str(problem["loc"][0]) if problem["loc"] else ""
+            full = f"{name}.{key}" if key else name
+            secret = key in kind.model_fields and kind.model_fields[key].annotation is SecretStr
+            shown = "" if secret or not key else f" = {problem['input']!r:.80}"
+            where = origins.get(full, Origin("default", "default"))
+            lines.append(f"{where}: {full}{shown}: {_lower(problem['msg'])}")
+        raise ConfigError("\n".join(lines)) from None
+
+
+def _lower(text: str) -> str:
+    text = text.removeprefix("Value error, ")
+    return text[:1].lower() + text[1:]

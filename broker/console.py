@@ -1,0 +1,81 @@
+"""What every command of fedmq shares: errors as one line, logging, signals, ``--set``."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import signal
+import sys
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from types import FrameType
+from typing import Any
+
+from rich.console import Console
+from rich.logging import RichHandler
+from rich.text import Text
+
+from broker.errors import ConfigError, FedmqError
+
+__all__ = ["errors", "guard", "parse_flags", "set_up_logging", "stop_on_signals"]
+
+#: Everything that is not the command's result goes here.
+errors = Console(stderr=True, soft_wrap=True)
+
+
+@contextlib.contextmanager
+def guard() -> Iterator[None]:
+    """Turn a :class:`FedmqError` into one message on stderr and its exit code; nothing else is caught."""
+    try:
+        yield
+    except FedmqError as error:
+        errors.print(Text.assemble(("error: ", "bold red"), str(error)))
+        logging.getLogger("fedmq").debug("raised here", exc_info=error)
+        raise SystemExit(error.exit_code) from None
+
+
+def parse_flags(pairs: Sequence[str], **named: Any) -> list[tuple[str, Any]]:
+    """``--set table.key=value`` strings and named options as pairs for ``settings.load``.
+
+    ``named`` holds values of dedicated options under the key with ``__`` for the dot; None means not given.
+    """
+    result: list[tuple[str, Any]] = []
+    for pair in pairs:
+        key, equals, value = pair.partition("=")
+        if not equals or not key:
+            raise ConfigError(f"--set {pair!r}: give it as table.key=value, like --set aggregator.buffer_size=8")
+        result.append((key.strip(), value))
+    return result + [(key.replace("__", "."), value) for key, value in named.items() if value is not None]
+
+
+def set_up_logging(verbosity: int = 0) -> None:
+    """Log to stderr: warnings of libraries, and fedmq's own information (``-v``: its details too)."""
+    plain = not sys.stderr.isatty()
+    handler: logging.Handler
+    if plain:
+        handler = logging.StreamHandler(sys.stderr)
+        handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s", "%Y-%m-%dT%H:%M:%S"))
+    else:
+        handler = RichHandler(console=errors, show_path=False, markup=False, log_time_format="%H:%M:%S")
+        handler.setFormatter(logging.Formatter("%(message)s"))
+    logging.basicConfig(level=logging.WARNING, handlers=[handler], force=True)
+    logging.getLogger("fedmq").setLevel(logging.DEBUG if verbosity else logging.INFO)
+
+
+@contextlib.contextmanager
+def stop_on_signals(stop: threading.Event, also: Callable[[], None] = lambda: None) -> Iterator[None]:
+    """Within the block, SIGTERM and SIGINT set ``stop`` and call ``also``; a second one ends the process at once."""
+
+    def handle(number: int, _frame: FrameType | None) -> None:
+        if stop.is_set():
+            os._exit(128 + number)
+        stop.set()
+        also()
+
+    previous = {number: signal.signal(number, handle) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)

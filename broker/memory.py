@@ -1,0 +1,322 @@
+"""An in-process broker with RabbitMQ's delivery rules: acknowledgement, redelivery, prefetch, dead letters.
+
+It carries encoded bytes, never objects, so that whatever works over it has been through the wire format. It
+keeps nothing on disk. Messages are handed to the sinks while the call that caused them runs, in the caller's
+thread; with one thread, everything is therefore deterministic.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections import deque
+from collections.abc import Iterator
+from concurrent.futures import Future
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+
+from broker.errors import BrokerUnreachable, MessageTooLarge, PublishRefused, Unroutable
+from broker.messages import Reason
+from broker.topology import Topology
+from broker.transport import Connected, Delivery, Disconnected, Incoming, Outgoing, Sink, Source, Token
+
+__all__ = ["DeadLetter", "MemoryAggregatorTransport", "MemoryBroker", "MemoryWorkerTransport"]
+
+#: RabbitMQ 3.10's default; the contract tests send one byte more.
+MAX_MESSAGE_BYTES = 128 * 2**20
+
+
+@dataclass(frozen=True, slots=True)
+class DeadLetter:
+    """A rejected update."""
+
+    delivery: Delivery
+    reason: Reason
+    detail: str
+
+
+@dataclass(slots=True)
+class _Run:
+    """Queues of one run. ``waiting`` is the durable update queue; it outlives every consumer."""
+
+    waiting: deque[Delivery] = field(default_factory=deque)
+    control: deque[Delivery] = field(default_factory=deque)
+    dead: list[DeadLetter] = field(default_factory=list)
+    newest: Outgoing | None = None
+    aggregators: list[MemoryAggregatorTransport] = field(default_factory=list)
+    workers: list[MemoryWorkerTransport] = field(default_factory=list)
+    watchers: list[Sink] = field(default_factory=list)
+
+
+class MemoryBroker:
+    """All runs of one process."""
+
+    def __init__(self, *, max_message_bytes: int = MAX_MESSAGE_BYTES, max_waiting: int | None = None) -> None:
+        """Args: ``max_waiting`` is the update queue's limit (reject-publish), None for no limit."""
+        self.max_message_bytes = max_message_bytes
+        self.max_waiting = max_waiting
+        self._runs: dict[str, _Run] = {}
+        self._lock = threading.RLock()
+        self._outbox: deque[tuple[Sink, Incoming]] = deque()
+
+    def aggregator(self, run: str, *, prefetch: int = 64) -> MemoryAggregatorTransport:
+        """An aggregator's endpoint; of several for one run only the first that opened consumes."""
+        return MemoryAggregatorTransport(self, Topology(run), prefetch)
+
+    def worker(self, run: str, name: str) -> MemoryWorkerTransport:
+        """A worker's endpoint."""
+        return MemoryWorkerTransport(self, Topology(run), name)
+
+    def watch(self, run: str, sink: Sink) -> None:
+        """Hand every event of ``run`` to ``sink``, for displays."""
+        with self.turn():
+            self._runs.setdefault(run, _Run()).watchers.append(sink)
+
+    def dead_letters(self, run: str) -> list[DeadLetter]:
+        """What was rejected so far."""
+        with self.turn():
+            return list(self.run(run).dead)
+
+    def depth(self, run: str) -> int:
+        """Updates that wait and are not in an aggregator's hands."""
+        with self.turn():
+            return len(self.run(run).waiting)
+
+    # ---------------------------------------------------------------------------------- for the endpoints
+
+    @contextmanager
+    def turn(self) -> Iterator[None]:
+        """One change of the broker's state; what it causes to be delivered is delivered when it is complete."""
+        with self._lock:
+            yield
+            while self._outbox:
+                sink, item = self._outbox.popleft()
+                sink(item)
+
+    def run(self, name: str) -> _Run:
+        """The run's queues, made on first use."""
+        return self._runs.setdefault(name, _Run())
+
+    def hand(self, sink: Sink | None, item: Incoming) -> None:
+        """Deliver ``item`` at the end of this turn."""
+        if sink is not None:
+            self._outbox.append((sink, item))
+
+    def pump(self, run: _Run) -> None:
+        """Give waiting updates to the single active consumer, up to its prefetch."""
+        if not run.aggregators:
+            return
+        active = run.aggregators[0]
+        while run.waiting and len(active.unacked) < active.prefetch:
+            active.take(run.waiting.popleft())
+        while run.control:
+            self.hand(active.sink, run.control.popleft())
+
+    def send_event(self, topology: Topology, message: Outgoing, *, notice_to: str | None = None) -> None:
+        """Events go to the active aggregator and to watchers, notices to the one worker."""
+        run = self.run(topology.run)
+        delivery = Delivery(source=Source.EVENT, body=message.body, headers=message.headers)
+        if notice_to is None:
+            for aggregator in run.aggregators[:1]:
+                self.hand(aggregator.sink, delivery)
+        else:
+            for worker in run.workers:
+                if worker.name == notice_to:
+                    self.hand(worker.sink, delivery)
+        for watcher in run.watchers:
+            self.hand(watcher, delivery)
+
+
+class _Endpoint:
+    """What both sides' connections have in common."""
+
+    def __init__(self, broker: MemoryBroker, topology: Topology) -> None:
+        self.sink: Sink | None = None
+        self.generation = 0
+        self._broker = broker
+        self._topology = topology
+
+    @property
+    def _run(self) -> _Run:
+        return self._broker.run(self._topology.run)
+
+    def _check_size(self, message: Outgoing) -> None:
+        if len(message.body) > self._broker.max_message_bytes:
+            raise MessageTooLarge(f"{len(message.body)} bytes; the limit is {self._broker.max_message_bytes}")
+
+    def event(self, kind: str, message: Outgoing) -> None:
+        """See the port."""
+        del kind  # the routing key on RabbitMQ; here everybody who listens gets all events
+        with self._broker.turn():
+            if self.sink is not None:
+                self._broker.send_event(self._topology, message)
+
+
+class MemoryAggregatorTransport(_Endpoint):
+    """The port's aggregator side, in this process."""
+
+    def __init__(self, broker: MemoryBroker, topology: Topology, prefetch: int) -> None:
+        """Use :meth:`MemoryBroker.aggregator`."""
+        super().__init__(broker, topology)
+        self.prefetch = prefetch
+        self.unacked: dict[int, Delivery] = {}
+        self._next_tag = 0
+
+    def open(self, sink: Sink, *, wait: float | None = None) -> None:
+        """See the port. Never waits."""
+        del wait
+        with self._broker.turn():
+            self.sink = sink
+            self._connect()
+
+    def drop(self) -> None:
+        """Cut the connection and make it again: for tests and simulations."""
+        with self._broker.turn():
+            self._disconnect()
+            self._broker.hand(self.sink, Disconnected(self.generation, "cut"))
+            self._connect()
+
+    def ack(self, token: Token) -> None:
+        """See the port."""
+        with self._broker.turn():
+            if token.generation == self.generation and self.unacked.pop(token.tag, None) is not None:
+                self._broker.pump(self._run)
+
+    def reject(self, token: Token, reason: Reason, detail: str, delivery: Delivery) -> None:
+        """See the port."""
+        with self._broker.turn():
+            if token.generation != self.generation or token.tag not in self.unacked:
+                return
+            self._run.dead.append(DeadLetter(delivery, reason, detail))
+            del self.unacked[token.tag]
+            self._broker.pump(self._run)
+
+    def broadcast(self, message: Outgoing) -> Future[None]:
+        """See the port."""
+        future: Future[None] = Future()
+        with self._broker.turn():
+            try:
+                self._check_size(message)
+            except MessageTooLarge as error:
+                future.set_exception(error)
+                return future
+            self._run.newest = message
+            for worker in self._run.workers:
+                worker.offer(message)
+        future.set_result(None)
+        return future
+
+    def notify(self, worker: str, message: Outgoing) -> None:
+        """See the port."""
+        with self._broker.turn():
+            if self.sink is not None:
+                self._broker.send_event(self._topology, message, notice_to=worker)
+
+    def close(self) -> None:
+        """See the port."""
+        with self._broker.turn():
+            self._disconnect()
+            self.sink = None
+
+    def take(self, delivery: Delivery) -> None:
+        """One update into this consumer's hands. The broker calls this."""
+        self._next_tag += 1
+        mine = replace(delivery, token=Token(self.generation, self._next_tag))
+        self.unacked[self._next_tag] = mine
+        self._broker.hand(self.sink, mine)
+
+    def _connect(self) -> None:
+        self.generation += 1
+        self._run.aggregators.append(self)
+        self._broker.hand(self.sink, Connected(self.generation))
+        self._broker.pump(self._run)
+
+    def _disconnect(self) -> None:
+        if self in self._run.aggregators:
+            self._run.aggregators.remove(self)
+            back = [replace(d, token=None, redelivered=True) for d in self.unacked.values()]
+            self._run.waiting.extendleft(reversed(back))
+            self.unacked.clear()
+            self._broker.pump(self._run)
+
+
+class MemoryWorkerTransport(_Endpoint):
+    """The port's worker side, in this process."""
+
+    def __init__(self, broker: MemoryBroker, topology: Topology, name: str) -> None:
+        """Use :meth:`MemoryBroker.worker`."""
+        super().__init__(broker, topology)
+        self.name = name
+        self._last: tuple[int, int, int] = (-1, -1, -1)
+
+    def open(self, sink: Sink, *, wait: float | None = None) -> None:
+        """See the port. Never waits."""
+        del wait
+        with self._broker.turn():
+            self.sink = sink
+            self._connect()
+
+    def drop(self) -> None:
+        """Cut the connection and make it again: for tests and simulations."""
+        with self._broker.turn():
+            self._run.workers.remove(self)
+            self._broker.hand(self.sink, Disconnected(self.generation, "cut"))
+            self._connect()
+
+    def publish(self, message: Outgoing) -> Future[None]:
+        """See the port."""
+        return self._send(message, Source.UPDATE)
+
+    def control(self, message: Outgoing) -> Future[None]:
+        """See the port."""
+        return self._send(message, Source.CONTROL)
+
+    def close(self) -> None:
+        """See the port."""
+        with self._broker.turn():
+            if self in self._run.workers:
+                self._run.workers.remove(self)
+            self.sink = None
+
+    def offer(self, message: Outgoing) -> None:
+        """A version, handed on if it is newer than the last. The broker calls this."""
+        order = (_int(message, "epoch"), _int(message, "version"), _int(message, "attempt"))
+        if order > self._last:
+            self._last = order
+            delivery = Delivery(source=Source.PARAMETERS, body=message.body, headers=message.headers)
+            self._broker.hand(self.sink, delivery)
+
+    def _send(self, message: Outgoing, source: Source) -> Future[None]:
+        future: Future[None] = Future()
+        try:
+            with self._broker.turn():
+                self._accept(message, source)
+        except (BrokerUnreachable, MessageTooLarge, PublishRefused, Unroutable) as error:
+            future.set_exception(error)
+        else:
+            future.set_result(None)
+        return future
+
+    def _accept(self, message: Outgoing, source: Source) -> None:
+        if self.sink is None:
+            raise BrokerUnreachable("this transport is not open")
+        self._check_size(message)
+        run = self._run
+        limit = self._broker.max_waiting
+        if source is Source.UPDATE and limit is not None and len(run.waiting) >= limit:
+            raise PublishRefused(f"the queue of updates is full ({limit})")
+        queue = run.waiting if source is Source.UPDATE else run.control
+        headers = {**message.headers, "message_id": message.message_id}
+        queue.append(Delivery(source=source, body=message.body, headers=headers))
+        self._broker.pump(run)
+
+    def _connect(self) -> None:
+        self.generation += 1
+        self._run.workers.append(self)
+        self._broker.hand(self.sink, Connected(self.generation))
+        if self._run.newest is not None:
+            self.offer(self._run.newest)
+
+
+def _int(message: Outgoing, header: str) -> int:
+    value = message.headers.get(header, 0)
+    return value if isinstance(value, int) else 0

@@ -1,0 +1,72 @@
+# The commands of this project. From a clean clone, with python3 >= 3.11 and make: `make demo`, `make test`.
+
+SHELL := bash
+.SHELLFLAGS := -euo pipefail -c
+.DELETE_ON_ERROR:
+.DEFAULT_GOAL := help
+MAKEFLAGS += --no-print-directory
+
+VENV ?= .venv
+# The interpreter that makes the virtual environment: the first one that is new enough.
+PYTHON ?= $(shell for p in python3 python3.14 python3.13 python3.12 python3.11; do \
+	$$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$p && break; done)
+# Where to take torch from, if not from pip's usual index. On Linux without a GPU
+# https://download.pytorch.org/whl/cpu has a build without the gigabytes of CUDA.
+TORCH_INDEX ?=
+# Address of a RabbitMQ for `make demo`; without it the demo starts a private one.
+BROKER ?=
+# More arguments for the command that a target runs.
+ARGS ?=
+
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+
+.PHONY: help demo test test-fast lint format rabbitmq venv secrets clean
+
+help: ## list the targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@echo
+	@echo '  BROKER=amqp://user:password@host  the broker for `make demo`'
+	@echo '  TORCH_INDEX=https://…             where to take torch from'
+	@echo '  ARGS="…"                          more arguments for demo, test and test-fast'
+
+demo: $(READY) rabbitmq ## a whole federation on this machine
+	$(BIN)/fedmq demo $(if $(BROKER),--broker '$(BROKER)') $(ARGS)
+
+test: lint rabbitmq ## everything that CI checks
+	$(BIN)/python -m pytest $(ARGS)
+
+test-fast: $(READY) ## the tests that need no broker and take no time
+	$(BIN)/python -m pytest -m 'not broker and not slow' $(ARGS)
+
+lint: $(READY) ## style, types and the rules about imports
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+format: $(READY) ## lay out the code and repair what can be repaired
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+rabbitmq: ## install RabbitMQ's server if it is missing and can be installed
+	@deploy/install-rabbitmq.sh
+
+venv: $(READY) ## make or refresh the virtual environment
+
+secrets: ## make the password that `docker compose up` needs
+	@deploy/make-secrets.sh
+
+clean: ## remove everything that these targets made, the virtual environment too
+	rm -rf $(VENV) build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache .coverage
+	find . -path ./$(VENV) -prune -o -name __pycache__ -type d -exec rm -rf {} +
+
+# Written last, so an interrupted installation is done again.
+$(READY): pyproject.toml constraints-dev.txt
+	@if [ -z '$(PYTHON)' ]; then echo 'python3 3.11 or newer is needed: install one, or say make PYTHON=/path/to/python3' >&2; exit 1; fi
+	@'$(PYTHON)' -m venv $(VENV) || { echo 'cannot make a virtual environment: Debian and Ubuntu need the package python3-venv' >&2; exit 1; }
+	@# --group came with pip 25.1, which is newer than the pip inside many a python3.
+	@$(BIN)/python -m pip install --help | grep -q -e '--group' || $(BIN)/python -m pip install --quiet --upgrade -c constraints-dev.txt 'pip>=25.1'
+	$(if $(TORCH_INDEX),$(BIN)/python -m pip install --quiet -c constraints-dev.txt --index-url '$(TORCH_INDEX)' torch)
+	$(BIN)/python -m pip install --quiet -c constraints-dev.txt -e '.[demo]' --group dev
+	@touch $@

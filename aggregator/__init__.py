@@ -1,0 +1,1 @@
+"""The aggregator: one consumer that buffers updates, applies their average, makes it durable, broadcasts."""

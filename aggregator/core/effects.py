@@ -1,0 +1,158 @@
+"""What a round machine wants done. Frozen values; the shell does it and reports the outcome as an event."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from aggregator.core.snapshot import Entry, Snapshot, VersionRecord
+from broker.messages import ModelSpec, Plan, Reason, Tensors, UpdateId
+from broker.transport import Token
+
+__all__ = [
+    "Ack",
+    "Broadcast",
+    "Effect",
+    "EvaluationRecord",
+    "Fact",
+    "Finish",
+    "Folded",
+    "Record",
+    "Reject",
+    "Rejected",
+    "Repeated",
+    "Tell",
+    "VersionMade",
+    "WakeAt",
+    "Warn",
+    "WriteCheckpoint",
+]
+
+
+@dataclass(frozen=True, slots=True)
+class WriteCheckpoint:
+    """Make ``snapshot`` durable, then say ``CheckpointWritten(commit)`` or ``CheckpointFailed``."""
+
+    commit: int
+    snapshot: Snapshot
+
+
+@dataclass(frozen=True, slots=True)
+class Ack:
+    """The update behind ``token`` is durable (or was before): the broker may forget it."""
+
+    token: Token
+
+
+@dataclass(frozen=True, slots=True)
+class Reject:
+    """Move the update behind ``token`` to the dead letters."""
+
+    token: Token
+    reason: Reason
+    detail: str
+
+
+@dataclass(frozen=True, slots=True)
+class Tell:
+    """Let the worker know that its update was rejected. May get lost."""
+
+    worker: str
+    reason: Reason
+    detail: str
+    update: UpdateId | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Broadcast:
+    """Give this durable version to all workers."""
+
+    epoch: int
+    version: int
+    plan: Plan
+    digest: str
+    model: ModelSpec
+    parameters: Tensors
+
+
+@dataclass(frozen=True, slots=True)
+class WakeAt:
+    """Say ``Tick`` at this time at the latest."""
+
+    time: float
+
+
+@dataclass(frozen=True, slots=True)
+class Finish:
+    """Nothing is left to do; leave."""
+
+    reason: str
+
+
+# ------------------------------------------------------------------------------------- facts to record and show
+
+
+@dataclass(frozen=True, slots=True)
+class Folded:
+    """An update went into the buffer."""
+
+    entry: Entry
+    fill: int
+    """Updates in the buffer now."""
+    goal: int
+    """Updates at which the round closes, as far as is known now."""
+    seconds: float
+    """How long the worker trained."""
+
+
+@dataclass(frozen=True, slots=True)
+class Rejected:
+    """An update was rejected."""
+
+    worker: str
+    reason: Reason
+    detail: str
+    update: UpdateId | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Repeated:
+    """An update came again that is in the model, or will be; it counted once."""
+
+    id: UpdateId
+
+
+@dataclass(frozen=True, slots=True)
+class VersionMade:
+    """A version is durable."""
+
+    record: VersionRecord
+
+
+@dataclass(frozen=True, slots=True)
+class EvaluationRecord:
+    """An evaluator's figures for a version."""
+
+    worker: str
+    version: int
+    metrics: Mapping[str, float]
+
+
+@dataclass(frozen=True, slots=True)
+class Warn:
+    """Something that an operator should know."""
+
+    text: str
+
+
+Fact = Folded | Rejected | Repeated | VersionMade | EvaluationRecord | Warn
+
+
+@dataclass(frozen=True, slots=True)
+class Record:
+    """Count, show and log ``fact``."""
+
+    fact: Fact
+
+
+Effect = WriteCheckpoint | Ack | Reject | Tell | Broadcast | WakeAt | Finish | Record

@@ -1,0 +1,132 @@
+"""What happens to a round machine. Frozen values; the shell makes them from deliveries and outcomes."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from broker.messages import Goodbye, Hello, Reason, Role, Update
+from broker.transport import Token
+
+__all__ = [
+    "Arrived",
+    "CheckpointFailed",
+    "CheckpointWritten",
+    "Evaluated",
+    "Happening",
+    "Joined",
+    "Left",
+    "LinkLost",
+    "LinkUp",
+    "Seen",
+    "StopRequested",
+    "Tick",
+    "Unreadable",
+]
+
+
+@dataclass(frozen=True, slots=True)
+class Arrived:
+    """An update that could be decoded. ``nbytes`` is the size of its message."""
+
+    token: Token
+    update: Update
+    nbytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class Unreadable:
+    """A message in the update queue that is no usable update."""
+
+    token: Token
+    reason: Reason
+    detail: str
+    worker: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Joined:
+    """A worker said hello."""
+
+    hello: Hello
+
+
+@dataclass(frozen=True, slots=True)
+class Left:
+    """A worker said goodbye."""
+
+    goodbye: Goodbye
+
+
+@dataclass(frozen=True, slots=True)
+class Seen:
+    """A worker's heartbeat."""
+
+    worker: str
+    incarnation: str
+    role: Role
+    confirmed: int
+
+
+@dataclass(frozen=True, slots=True)
+class Evaluated:
+    """An evaluator reports on a version."""
+
+    worker: str
+    version: int
+    metrics: Mapping[str, float]
+
+
+@dataclass(frozen=True, slots=True)
+class CheckpointWritten:
+    """Commit number ``commit`` is durable."""
+
+    commit: int
+
+
+@dataclass(frozen=True, slots=True)
+class CheckpointFailed:
+    """Commit number ``commit`` could not be made durable."""
+
+    commit: int
+    error: str
+
+
+@dataclass(frozen=True, slots=True)
+class LinkUp:
+    """A connection to the broker stands (again)."""
+
+    generation: int
+
+
+@dataclass(frozen=True, slots=True)
+class LinkLost:
+    """The connection of ``generation`` is gone, and its tokens with it."""
+
+    generation: int
+
+
+@dataclass(frozen=True, slots=True)
+class Tick:
+    """Time has passed."""
+
+
+@dataclass(frozen=True, slots=True)
+class StopRequested:
+    """Someone wants this aggregator to stop: commit what is folded, then go."""
+
+
+Happening = (
+    Arrived
+    | Unreadable
+    | Joined
+    | Left
+    | Seen
+    | Evaluated
+    | CheckpointWritten
+    | CheckpointFailed
+    | LinkUp
+    | LinkLost
+    | Tick
+    | StopRequested
+)

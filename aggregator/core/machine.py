@@ -1,0 +1,397 @@
+"""The round machine: events in, effects out. No I/O, no clock, no threads, no randomness.
+
+Everything that decides what is in the model stands in this file, under five rules:
+
+1. An update id counts once.
+2. No acknowledgement before the commit that covers the update is durable. A redelivery of an update that is
+   folded but not yet durable waits for that commit.
+3. Only durable versions are broadcast.
+4. Tokens of a lost connection are forgotten.
+5. Time comes in with events.
+
+At most one checkpoint is on its way to the disk; meanwhile the machine goes on folding. The snapshot borrows
+the machine's arrays: parameters are replaced and never written into, and the accumulator is copied before the
+next fold if a snapshot that borrowed it is still being written.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass, field, replace
+
+import numpy as np
+
+from aggregator.core import effects as do
+from aggregator.core import events as on
+from aggregator.core.ledger import Ledger
+from aggregator.core.roster import Roster
+from aggregator.core.rounds import Round, RoundRule
+from aggregator.core.screen import refusal
+from aggregator.core.snapshot import Entry, Snapshot, VersionRecord
+from aggregator.core.step import next_parameters
+from aggregator.optimizers import Optimizer
+from aggregator.strategies.base import Strategy
+from broker.messages import Mode, Plan, Reason, Role, Update, UpdateId, parameters_digest
+from broker.transport import Token
+
+__all__ = ["CommitPolicy", "RoundMachine", "Rules"]
+
+
+@dataclass(frozen=True, slots=True)
+class CommitPolicy:
+    """When to commit in the middle of a round, so that long rounds pile up nothing unacknowledged."""
+
+    count: int = 32
+    """Unacknowledged updates. Must stay below the consumer's prefetch, or a round could never fill."""
+    nbytes: int = 256 * 2**20
+    """Bytes of unacknowledged updates."""
+    seconds: float = 60.0
+    """Age of the oldest unacknowledged update; far below RabbitMQ's acknowledgement timeout of 30 minutes."""
+
+
+@dataclass(frozen=True, slots=True)
+class Rules:
+    """What a run is like. Values only; the same rules and events give the same effects."""
+
+    mode: Mode
+    rounds: RoundRule
+    strategy: Strategy
+    optimizer: Optimizer
+    seed: int = 0
+    stop_after_rounds: int | None = None
+    commit: CommitPolicy = field(default_factory=CommitPolicy)
+    worker_timeout: float = 15.0
+    """Seconds of silence after which a worker counts as gone."""
+    retry_seconds: float = 5.0
+    """Before workers are asked again for a round that cannot complete, and before a failed commit is repeated."""
+    linger_seconds: float = 30.0
+    """How long a finished run waits for its workers' goodbyes and its evaluators' last figures."""
+
+
+@dataclass(slots=True)
+class _Held:
+    """A folded update that is not yet durable."""
+
+    tokens: list[Token]
+    nbytes: int
+    since: float
+    """When it was first delivered on the connection that still holds it."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Flight:
+    """A checkpoint on its way."""
+
+    commit: int
+    snapshot: Snapshot
+    ids: frozenset[UpdateId]
+
+
+class RoundMachine:
+    """The state of a run, moved by :meth:`handle`."""
+
+    def __init__(self, rules: Rules, snapshot: Snapshot, now: float) -> None:
+        """Start from ``snapshot``, which is durable, under the epoch that it holds."""
+        self.rules = rules
+        self.model = snapshot.model
+        self.version = snapshot.version
+        self.parameters = snapshot.parameters
+        self.done = False
+        self.roster = Roster(rules.worker_timeout)
+        self.roster.restore(snapshot.trainers, snapshot.confirmed, now)
+        self.rejected = Counter(snapshot.rejected)
+        self._run, self._epoch, self._started = snapshot.run, snapshot.epoch, snapshot.started
+        self._digest = snapshot.digest
+        self._optimizer_state = snapshot.optimizer
+        self._accumulator = snapshot.accumulator.copy()
+        self._ledger = Ledger(snapshot.ledger)
+        self._round = Round(self.version, now, self._plan(0), entries=list(snapshot.entries))
+        self._records: list[VersionRecord] = []
+        self._held: dict[UpdateId, _Held] = {}
+        self._durable = snapshot
+        self._flight: _Flight | None = None
+        self._commit = 0
+        self._retry_at = now
+        self._ask_again_at: float | None = None
+        self._stopping = self._finished = False
+        self._done_at = now
+        self._set_done(now)
+
+    @property
+    def applied(self) -> int:
+        """Updates in the model or in the buffer."""
+        return len(self._ledger)
+
+    @property
+    def fill(self) -> int:
+        """Updates in the buffer."""
+        return len(self._round.entries)
+
+    def handle(self, event: on.Happening, now: float) -> list[do.Effect]:
+        """Take ``event`` in at time ``now`` (seconds, never falling) and say what is to be done, in order."""
+        effects: list[do.Effect] = []
+        match event:
+            case on.Arrived():
+                effects += self._arrived(event, now)
+            case on.Unreadable(token, reason, detail, worker):
+                effects += self._reject(token, worker, reason, detail, None)
+            case on.Joined(hello):
+                self.roster.see(hello.worker, now, hello.role)
+            case on.Left(goodbye):
+                self.roster.see(goodbye.worker, now, goodbye.role)
+                self.roster.confirm(goodbye.worker, goodbye.incarnation, goodbye.confirmed)
+                self.roster.leave(goodbye.worker, now)
+            case on.Seen(worker, incarnation, role, confirmed):
+                self.roster.see(worker, now, role)
+                self.roster.confirm(worker, incarnation, confirmed)
+            case on.Evaluated(worker, version, metrics):
+                self.roster.evaluated(worker, version, now)
+                effects.append(do.Record(do.EvaluationRecord(worker, version, metrics)))
+            case on.CheckpointWritten(commit):
+                effects += self._written(commit, now)
+            case on.CheckpointFailed(commit, error):
+                effects += self._failed(commit, error, now)
+            case on.LinkUp():
+                effects.append(self._broadcast())
+            case on.LinkLost(generation):
+                self._forget(generation)
+            case on.StopRequested():
+                self._stopping = True
+            case on.Tick():
+                pass
+        effects += self._advance(now)
+        return effects
+
+    # -------------------------------------------------------------------------------------------- updates
+
+    def _arrived(self, event: on.Arrived, now: float) -> list[do.Effect]:
+        update, token = event.update, event.token
+        self.roster.see(update.id.worker, now)
+        if update.id in self._held:
+            held = self._held[update.id]
+            held.tokens.append(token)
+            return [do.Record(do.Repeated(update.id))]
+        if update.id in self._ledger:
+            return [do.Ack(token), do.Record(do.Repeated(update.id))]
+        if self._stopping:
+            return []  # unacknowledged, so it goes back to the queue when this aggregator leaves
+        refused = refusal(update, self._run, self.model, self.rules.mode, self._epoch, self.version)
+        if refused is None and self.done:
+            refused = Reason.RUN_DONE, f"the run ended with version {self.version}"
+        refused = refused or self.rules.rounds.refusal(self._round, update)
+        if refused is not None:
+            self._round.refused.add(update.id.worker)
+            return self._reject(token, update.id.worker, *refused, update.id)
+        return [self._fold(update, token, event.nbytes, now)]
+
+    def _fold(self, update: Update, token: Token, nbytes: int, now: float) -> do.Effect:
+        if self._flight is not None and self._flight.snapshot.accumulator is self._accumulator:
+            self._accumulator = self._accumulator.copy()
+        staleness = self.version - update.base_version
+        weight = self.rules.strategy.fold(self._accumulator, update, staleness)
+        self._ledger.add(update.id)
+        self._held[update.id] = _Held([token], nbytes, now)
+        entry = Entry(update.id, update.base_version, staleness, weight, update.examples, update.metrics.get("loss"))
+        self._round.entries.append(entry)
+        self._round.refused.discard(update.id.worker)
+        goal = self.rules.rounds.goal(self._round, self._trainers(now))
+        return do.Record(do.Folded(entry, self.fill, goal, update.seconds))
+
+    def _reject(
+        self, token: Token, worker: str, reason: Reason, detail: str, update: UpdateId | None
+    ) -> list[do.Effect]:
+        self.rejected[reason.value] += 1
+        effects: list[do.Effect] = [do.Reject(token, reason, detail)]
+        if worker:
+            effects.append(do.Tell(worker, reason, detail, update))
+        return [*effects, do.Record(do.Rejected(worker, reason, detail, update))]
+
+    def _forget(self, generation: int) -> None:
+        for held in self._held.values():
+            held.tokens = [token for token in held.tokens if token.generation != generation]
+
+    # --------------------------------------------------------------------------------------------- rounds
+
+    def _advance(self, now: float) -> list[do.Effect]:
+        """Whatever follows from the state that an event left behind."""
+        effects: list[do.Effect] = []
+        if not self.done and not self._stopping:
+            effects += self._advance_round(now)
+        if self._flight is None and self._commit_is_due(now):
+            effects.append(self._start_commit(now))
+        if (finish := self._finish(now)) is not None:
+            effects.append(finish)
+        elif (wake := self._next_wake(now)) is not None:
+            effects.append(do.WakeAt(wake))
+        return effects
+
+    def _advance_round(self, now: float) -> list[do.Effect]:
+        rule, present = self.rules.rounds, self._trainers(now)
+        overdue = rule.deadline is not None and now >= self._round.opened + rule.deadline
+        if self.fill and (rule.is_complete(self._round, present) or (overdue and self.fill >= rule.minimum)):
+            self._close(now)
+            return []
+        if not overdue and not rule.is_stuck(self._round, present):
+            self._ask_again_at = None
+        elif self._ask_again_at is None:
+            self._ask_again_at = now if overdue else now + self.rules.retry_seconds
+        if self._ask_again_at is None or now < self._ask_again_at or self._durable.version != self.version:
+            return []
+        return self._ask_again(now, rule.goal(self._round, present))
+
+    def _ask_again(self, now: float, goal: int) -> list[do.Effect]:
+        text = f"round of version {self.version}: {self.fill} of {goal} updates; asking the workers again"
+        self._ask_again_at = None
+        self._round.opened = now
+        self._round.refused.clear()
+        self._round.plan = replace(self._round.plan, attempt=self._round.plan.attempt + 1)
+        return [do.Record(do.Warn(text)), self._broadcast()]
+
+    def _close(self, now: float) -> None:
+        """The averaged update becomes the next version; it is not durable yet."""
+        if self._flight is not None and self._flight.snapshot.accumulator is self._accumulator:
+            self._accumulator = self._accumulator.copy()
+        rules, entries = self.rules, tuple(self._round.entries)
+        aggregate = rules.strategy.finish(self._accumulator)
+        parameters, self._optimizer_state = next_parameters(
+            self.model, self.parameters, aggregate, rules.mode, rules.optimizer, self._optimizer_state
+        )
+        before, self._digest = self._digest, parameters_digest(parameters)
+        self.parameters = parameters
+        self.version += 1
+        self._records.append(
+            VersionRecord(
+                version=self.version,
+                epoch=self._epoch,
+                time=now,
+                seconds=now - self._round.opened,
+                updates=entries,
+                loss=_mean_loss(entries),
+                before=before,
+                after=self._digest,
+            )
+        )
+        self._accumulator = rules.strategy.init(self.model)
+        self._set_done(now)
+        self._round = Round(self.version, now, self._plan(0))
+
+    def _set_done(self, now: float) -> None:
+        limit = self.rules.stop_after_rounds
+        self.done = limit is not None and self.version >= limit
+        self._done_at = now
+
+    def _plan(self, attempt: int) -> Plan:
+        base = Plan(mode=self.rules.mode, seed=self.rules.seed, attempt=attempt)
+        return self.rules.rounds.plan(base)
+
+    def _trainers(self, now: float) -> list[str]:
+        return self.roster.present(Role.TRAINER, now)
+
+    # -------------------------------------------------------------------------------------------- commits
+
+    def _commit_is_due(self, now: float) -> bool:
+        if now < self._retry_at:
+            return False
+        if self._records or (self._stopping and self._held):
+            return True
+        policy, held = self.rules.commit, self._held.values()
+        return bool(held) and (
+            sum(len(h.tokens) for h in held) >= policy.count
+            or sum(h.nbytes for h in held) >= policy.nbytes
+            or now - min(h.since for h in held) >= policy.seconds
+        )
+
+    def _start_commit(self, now: float) -> do.Effect:
+        self._commit += 1
+        snapshot = self.snapshot(now)
+        self._flight = _Flight(self._commit, snapshot, frozenset(self._held))
+        return do.WriteCheckpoint(self._commit, snapshot)
+
+    def snapshot(self, now: float) -> Snapshot:
+        """The state as it is; arrays are borrowed (see :class:`Snapshot`)."""
+        return Snapshot(
+            run=self._run,
+            model=self.model,
+            epoch=self._epoch,
+            version=self.version,
+            parameters=self.parameters,
+            digest=self._digest,
+            optimizer=self._optimizer_state,
+            accumulator=self._accumulator,
+            entries=tuple(self._round.entries),
+            ledger=self._ledger.to_plain(),
+            records=tuple(self._records),
+            confirmed=self.roster.confirmed(),
+            trainers=tuple(self._trainers(now)),
+            rejected=dict(self.rejected),
+            started=self._started,
+            done=self.done,
+        )
+
+    def _written(self, commit: int, now: float) -> list[do.Effect]:
+        if self._flight is None or self._flight.commit != commit:
+            return []
+        flight, self._flight = self._flight, None
+        is_newer = flight.snapshot.version > self._durable.version
+        # The accumulator is not needed to broadcast, and holding it would keep a model's worth of memory.
+        self._durable = replace(flight.snapshot, accumulator=type(flight.snapshot.accumulator)())
+        effects: list[do.Effect] = []
+        for update_id in sorted(flight.ids):
+            effects += [do.Ack(token) for token in self._held.pop(update_id).tokens]
+        written = len(flight.snapshot.records)
+        effects += [do.Record(do.VersionMade(record)) for record in self._records[:written]]
+        del self._records[:written]
+        if is_newer:
+            if self._durable.version == self.version:
+                self._round.opened = now  # a round's time runs from when workers can know of it
+            effects.append(self._broadcast())
+        return effects
+
+    def _failed(self, commit: int, error: str, now: float) -> list[do.Effect]:
+        if self._flight is None or self._flight.commit != commit:
+            return []
+        self._flight = None
+        self._retry_at = now + self.rules.retry_seconds
+        return [do.Record(do.Warn(f"checkpoint not written ({error}); nothing was acknowledged; trying again"))]
+
+    def _broadcast(self) -> do.Effect:
+        durable = self._durable
+        is_open = durable.version == self.version
+        plan = replace(self._round.plan if is_open else self._plan(0), done=durable.done)
+        return do.Broadcast(durable.epoch, durable.version, plan, durable.digest, self.model, durable.parameters)
+
+    # ------------------------------------------------------------------------------------------- the end
+
+    def _finish(self, now: float) -> do.Finish | None:
+        if self._finished or self._flight is not None or self._held or self._records:
+            return None
+        reason = None
+        if self.done:
+            waited = now - self._done_at >= self.rules.linger_seconds
+            alone = not self._trainers(now) and not self.roster.missing_evaluation(self.version, now)
+            reason = "done" if self._stopping or waited or alone else None
+        elif self._stopping:
+            reason = "stopped"
+        self._finished = reason is not None
+        return do.Finish(reason) if reason is not None else None
+
+    def _next_wake(self, now: float) -> float | None:
+        """When time alone will change something."""
+        times = [self._retry_at]
+        if self._held:
+            times.append(min(h.since for h in self._held.values()) + self.rules.commit.seconds)
+        if self._ask_again_at is not None:
+            times.append(self._ask_again_at)
+        if self.rules.rounds.deadline is not None and not self.done:
+            times.append(self._round.opened + self.rules.rounds.deadline)
+        if self.done:
+            times.append(self._done_at + self.rules.linger_seconds)
+        if (expiry := self.roster.next_expiry(now)) is not None:
+            times.append(expiry)
+        return min((time for time in times if time > now), default=None)
+
+
+def _mean_loss(entries: tuple[Entry, ...]) -> float | None:
+    known = [(entry.loss, entry.examples) for entry in entries if entry.loss is not None]
+    total = sum(examples for _, examples in known)
+    return float(np.dot([loss for loss, _ in known], [n for _, n in known]) / total) if total else None

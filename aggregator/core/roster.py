@@ -1,0 +1,88 @@
+"""Who is here. Workers come and go as they like; nothing waits for a named one."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from broker.messages import Role
+
+__all__ = ["Member", "Roster"]
+
+
+@dataclass(slots=True)
+class Member:
+    """A worker that was heard of."""
+
+    role: Role
+    last_seen: float
+    present: bool = True
+    evaluated: int = -1
+    """Newest version that this evaluator has reported on."""
+    confirmed: dict[str, int] = field(default_factory=dict)
+    """Updates that it knows to be confirmed, by incarnation."""
+
+
+class Roster:
+    """Members by name; one that was silent for ``timeout`` seconds counts as gone until it is heard again."""
+
+    def __init__(self, timeout: float) -> None:
+        """See the class."""
+        self.timeout = timeout
+        self._members: dict[str, Member] = {}
+
+    def restore(self, trainers: tuple[str, ...], confirmed: Mapping[str, Mapping[str, int]], now: float) -> None:
+        """Take over what a checkpoint says; everybody gets a full timeout to be heard again."""
+        for name, by_incarnation in confirmed.items():
+            self._members[name] = Member(Role.TRAINER, now, present=False, confirmed=dict(by_incarnation))
+        for name in trainers:
+            member = self._members.setdefault(name, Member(Role.TRAINER, now))
+            member.present = True
+
+    def see(self, name: str, now: float, role: Role | None = None) -> Member:
+        """``name`` was heard of."""
+        member = self._members.get(name)
+        if member is None:
+            member = self._members[name] = Member(role or Role.TRAINER, now)
+        if role is not None:
+            member.role = role
+        member.last_seen, member.present = now, True
+        return member
+
+    def leave(self, name: str, now: float) -> None:
+        """``name`` said goodbye."""
+        if name in self._members:
+            self._members[name].last_seen = now
+            self._members[name].present = False
+
+    def confirm(self, name: str, incarnation: str, count: int) -> None:
+        """``name`` says how many updates of ``incarnation`` were confirmed; counts never fall."""
+        if name in self._members and count > 0:
+            known = self._members[name].confirmed
+            known[incarnation] = max(count, known.get(incarnation, 0))
+
+    def present(self, role: Role, now: float) -> list[str]:
+        """Names of those with ``role`` who are here, sorted."""
+        return sorted(
+            name
+            for name, member in self._members.items()
+            if member.role is role and member.present and now - member.last_seen < self.timeout
+        )
+
+    def missing_evaluation(self, version: int, now: float) -> list[str]:
+        """Evaluators who are here and have not reported on ``version``."""
+        return [n for n in self.present(Role.EVALUATOR, now) if self._members[n].evaluated < version]
+
+    def evaluated(self, name: str, version: int, now: float) -> None:
+        """``name`` reported on ``version``."""
+        member = self.see(name, now, Role.EVALUATOR)
+        member.evaluated = max(member.evaluated, version)
+
+    def confirmed(self) -> dict[str, dict[str, int]]:
+        """Confirmed updates by worker and incarnation."""
+        return {name: dict(m.confirmed) for name, m in sorted(self._members.items()) if m.confirmed}
+
+    def next_expiry(self, now: float) -> float | None:
+        """When the next member that is here will count as gone, if it stays silent."""
+        times = [m.last_seen + self.timeout for m in self._members.values() if m.present]
+        return min((time for time in times if time > now), default=None)

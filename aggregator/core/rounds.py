@@ -1,0 +1,140 @@
+"""When a round takes an update, and when it closes. Small frozen values; one class a kind of round."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from collections.abc import Set as AbstractSet
+from dataclasses import dataclass, field, replace
+from typing import Protocol
+
+from aggregator.core.snapshot import Entry
+from broker.messages import Plan, Reason, Rounds, UpdateHead
+
+__all__ = ["Buffered", "Round", "RoundRule", "Synchronous"]
+
+
+@dataclass(slots=True)
+class Round:
+    """What is known of the round that is open."""
+
+    version: int
+    """The version that it will replace."""
+    opened: float
+    plan: Plan
+    entries: list[Entry] = field(default_factory=list)
+    refused: set[str] = field(default_factory=set)
+    """Workers whose answer to this attempt was rejected."""
+
+    @property
+    def folded(self) -> set[str]:
+        """Workers with an update in the buffer."""
+        return {entry.id.worker for entry in self.entries}
+
+
+class RoundRule(Protocol):
+    """A kind of round."""
+
+    def plan(self, base: Plan) -> Plan:
+        """What workers are asked for."""
+
+    def refusal(self, round_: Round, head: UpdateHead) -> tuple[Reason, str] | None:
+        """Why this round does not take an update, or None."""
+
+    def is_complete(self, round_: Round, present: Sequence[str]) -> bool:
+        """Whether the round closes now, deadlines apart."""
+
+    def goal(self, round_: Round, present: Sequence[str]) -> int:
+        """Updates at which it closes, as far as is known."""
+
+    def is_stuck(self, round_: Round, present: Sequence[str]) -> bool:
+        """Whether the round cannot complete unless workers are asked again."""
+
+    @property
+    def minimum(self) -> int:
+        """Updates that a deadline needs to close the round."""
+
+    @property
+    def deadline(self) -> float | None:
+        """Seconds after which the round closes with fewer, None for never."""
+
+
+@dataclass(frozen=True, slots=True)
+class Buffered:
+    """Closes at ``size`` updates, whoever sent them (FedBuff)."""
+
+    size: int
+    max_staleness: int
+    minimum: int = 1
+    deadline: float | None = None
+    updates_per_version: int | None = None
+
+    def plan(self, base: Plan) -> Plan:
+        """Everybody trains all the time. Even a single worker must be able to fill the buffer by itself."""
+        return replace(base, rounds=Rounds.BUFFERED, updates_per_version=self.updates_per_version or self.size)
+
+    def refusal(self, round_: Round, head: UpdateHead) -> tuple[Reason, str] | None:
+        """Too stale."""
+        staleness = round_.version - head.base_version
+        if staleness > self.max_staleness:
+            return Reason.TOO_STALE, f"staleness {staleness}; aggregator.max_staleness is {self.max_staleness}"
+        return None
+
+    def is_complete(self, round_: Round, present: Sequence[str]) -> bool:
+        """The buffer is full."""
+        del present
+        return len(round_.entries) >= self.size
+
+    def goal(self, round_: Round, present: Sequence[str]) -> int:
+        """The buffer's size."""
+        del round_, present
+        return self.size
+
+    def is_stuck(self, round_: Round, present: Sequence[str]) -> bool:
+        """Never: workers go on by themselves."""
+        del round_, present
+        return False
+
+
+@dataclass(frozen=True, slots=True)
+class Synchronous:
+    """Closes when every sampled worker that is here has answered, or at the deadline with ``minimum``."""
+
+    fraction: float = 1.0
+    minimum: int = 1
+    deadline: float | None = None
+
+    def plan(self, base: Plan) -> Plan:
+        """One update from each sampled worker."""
+        return replace(base, rounds=Rounds.SYNCHRONOUS, fraction=self.fraction, updates_per_version=1)
+
+    def refusal(self, round_: Round, head: UpdateHead) -> tuple[Reason, str] | None:
+        """Of another round, or not the worker's first."""
+        if head.base_version != round_.version:
+            return Reason.ROUND_CLOSED, f"the round of version {head.base_version} has closed; {round_.version} is open"
+        if head.id.worker in round_.folded:
+            return Reason.SECOND_IN_ROUND, f"{head.id.worker} has an update in the round of version {round_.version}"
+        return None
+
+    def expected(self, round_: Round, present: Sequence[str]) -> AbstractSet[str]:
+        """Workers here that were sampled."""
+        return {worker for worker in present if round_.plan.is_sampled(worker, round_.version)}
+
+    def is_complete(self, round_: Round, present: Sequence[str]) -> bool:
+        """All have answered, and enough of the answers were good."""
+        answered = round_.folded | round_.refused
+        return len(round_.entries) >= self.minimum and self.expected(round_, present) <= answered
+
+    def goal(self, round_: Round, present: Sequence[str]) -> int:
+        """Those sampled, and no fewer than the minimum."""
+        return max(self.minimum, len(self.expected(round_, present) | round_.folded))
+
+    def is_stuck(self, round_: Round, present: Sequence[str]) -> bool:
+        """Too few have answered, nobody who was sampled is left, and asking again can help.
+
+        It can if answers were rejected or if the draw left someone out. If everybody here has answered well,
+        only more workers can help, and they are waited for.
+        """
+        answered = round_.folded | round_.refused
+        if len(round_.entries) >= self.minimum or not self.expected(round_, present) <= answered:
+            return False
+        return bool(round_.refused & set(present)) or any(worker not in round_.folded for worker in present)

@@ -1,0 +1,30 @@
+"""How much an update counts that started from an old version. One function a line in the table."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+
+__all__ = ["STALENESS", "constant", "polynomial"]
+
+Weight = Callable[[int], float]
+
+
+def constant() -> Weight:
+    """Weight 1 whatever the staleness."""
+    return lambda _staleness: 1.0
+
+
+def polynomial(exponent: float) -> Weight:
+    """``(1 + staleness) ** -exponent``: FedBuff (arXiv 2106.06639, section 5) with exponent 0.5.
+
+    Staleness counts versions of the server between the one that the worker started from and the one that the
+    update meets, so a fresh update has staleness 0 and weight 1.
+    """
+    return lambda staleness: float((1 + staleness) ** -exponent)
+
+
+#: Name in the configuration, and the function from the exponent to the weight.
+STALENESS: Mapping[str, Callable[[float], Weight]] = {
+    "constant": lambda _exponent: constant(),
+    "polynomial": polynomial,
+}

@@ -1,0 +1,57 @@
+"""What a strategy is: a small frozen value that folds updates into an accumulator and finishes a round.
+
+It is pure: no I/O, clock or randomness. It owns the accumulator and may write into it; it never writes into an
+update. The accumulator is part of every checkpoint, so all that a strategy knows must stand in it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import numpy as np
+
+from broker.messages import Array, ModelSpec, TensorRole, Update
+
+__all__ = ["Accumulator", "Strategy", "accumulator_dtype"]
+
+
+@dataclass(slots=True)
+class Accumulator:
+    """A round in the making."""
+
+    tensors: dict[str, Array] = field(default_factory=dict)
+    """Running sums, in the dtypes of :func:`accumulator_dtype`; shapes are the model's."""
+    weight: float = 0.0
+    """What the sums are divided by in the end."""
+    count: int = 0
+    """Updates folded."""
+
+    def copy(self) -> Accumulator:
+        """An accumulator that shares no array with this one."""
+        return Accumulator({name: array.copy() for name, array in self.tensors.items()}, self.weight, self.count)
+
+
+class Strategy(Protocol):
+    """How the updates of one round become one aggregate."""
+
+    def init(self, model: ModelSpec) -> Accumulator:
+        """The accumulator of an empty round."""
+
+    def fold(self, accumulator: Accumulator, update: Update, staleness: int) -> float:
+        """Add ``update`` to ``accumulator`` in place; returns the weight with which it went in."""
+
+    def finish(self, accumulator: Accumulator) -> dict[str, Array]:
+        """The aggregate of a round with at least one update, by tensor, in the accumulator's dtypes.
+
+        The accumulator is used up: the result may share its arrays.
+        """
+
+
+def accumulator_dtype(dtype: str, role: TensorRole) -> np.dtype[Any]:
+    """The dtype that sums of ``dtype`` are kept in: float32, and float64 for float64 and for integers.
+
+    Half-precision sums would lose small updates; integers in float64 are exact up to 2**53.
+    """
+    wide = dtype == "float64" or (role is TensorRole.BUFFER and "int" in dtype)
+    return np.dtype(np.float64 if wide else np.float32)

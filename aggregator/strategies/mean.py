@@ -1,0 +1,65 @@
+"""The weighted mean: FedSGD and FedAvg (McMahan et al. 2017), FedBuff (Nguyen et al. 2022), by its settings.
+
+With examples n_i (or 1 for uniform weights), staleness tau_i and staleness weight s, a round of updates u_i
+gives
+
+    sum_i s(tau_i) n_i u_i / sum_i n_i
+
+The divisor leaves s out. For uniform weights it is K, as in FedBuff's algorithm 1, so that a round of stale
+updates takes a shorter step; without staleness it is FedAvg's weighted mean, bit for bit.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+
+from aggregator.strategies.base import Accumulator, accumulator_dtype
+from broker.messages import Array, ModelSpec, Update
+
+__all__ = ["Mean"]
+
+# Elements that are multiplied and added while they are in the processor's cache; measured between 16 Ki and
+# 1 Mi elements, flat around this.
+_BLOCK = 1 << 16
+
+
+@dataclass(frozen=True, slots=True)
+class Mean:
+    """Weighted mean with a staleness weight; memory of one model, whatever the number of updates."""
+
+    weighting: Literal["examples", "uniform"]
+    staleness_weight: Callable[[int], float]
+
+    def init(self, model: ModelSpec) -> Accumulator:
+        """Zeros."""
+        return Accumulator({t.name: np.zeros(t.shape, accumulator_dtype(t.dtype, t.role)) for t in model.tensors})
+
+    def fold(self, accumulator: Accumulator, update: Update, staleness: int) -> float:
+        """Add the weighted update."""
+        share = float(update.examples) if self.weighting == "examples" else 1.0
+        weight = share * self.staleness_weight(staleness)
+        for name, total in accumulator.tensors.items():
+            _add_scaled(total, update.tensors[name], weight)
+        accumulator.weight += share
+        accumulator.count += 1
+        return weight
+
+    def finish(self, accumulator: Accumulator) -> dict[str, Array]:
+        """Divide the sums by the sum of shares."""
+        for total in accumulator.tensors.values():
+            np.divide(total, accumulator.weight, out=total)
+        return accumulator.tensors
+
+
+def _add_scaled(total: Array, values: Array, weight: float) -> None:
+    """``total += weight * values`` without a temporary of the tensor's size."""
+    flat, source = total.reshape(-1), values.reshape(-1)
+    scratch = np.empty(min(_BLOCK, flat.size), total.dtype)
+    for start in range(0, flat.size, _BLOCK):
+        block = source[start : start + _BLOCK]
+        scaled = np.multiply(block, weight, out=scratch[: block.size], casting="unsafe", dtype=total.dtype)
+        flat[start : start + _BLOCK] += scaled

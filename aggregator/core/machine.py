@@ -16,6 +16,7 @@ next fold if a snapshot that borrowed it is still being written.
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from dataclasses import dataclass, field, replace
 
@@ -31,6 +32,7 @@ from aggregator.core.snapshot import Entry, Snapshot, VersionRecord
 from aggregator.core.step import next_parameters
 from aggregator.optimizers import Optimizer
 from aggregator.strategies.base import Strategy
+from broker.errors import ConfigError
 from broker.messages import Mode, Plan, Reason, Role, Update, UpdateId, parameters_digest
 from broker.transport import Token
 
@@ -91,7 +93,16 @@ class RoundMachine:
     """The state of a run, moved by :meth:`handle`."""
 
     def __init__(self, rules: Rules, snapshot: Snapshot, now: float) -> None:
-        """Start from ``snapshot``, which is durable, under the epoch that it holds."""
+        """Start from ``snapshot``, which is durable, under the epoch that it holds.
+
+        Raises:
+            ConfigError: the run has been going on with another mode than ``rules`` say.
+        """
+        if snapshot.mode not in ("", rules.mode.value):
+            raise ConfigError(
+                f"aggregator.mode = {rules.mode.value!r}, but run {snapshot.run!r} has been going on with "
+                f"{snapshot.mode!r}; the mode of a run cannot change"
+            )
         self.rules = rules
         self.model = snapshot.model
         self.version = snapshot.version
@@ -102,8 +113,11 @@ class RoundMachine:
         self.rejected = Counter(snapshot.rejected)
         self._run, self._epoch, self._started = snapshot.run, snapshot.epoch, snapshot.started
         self._digest = snapshot.digest
-        self._optimizer_state = snapshot.optimizer
-        self._accumulator = snapshot.accumulator.copy()
+        fresh = rules.optimizer.init()
+        # Another optimiser than before the restart starts without memory: the old slots mean nothing to it.
+        self._optimizer_state = snapshot.optimizer if snapshot.optimizer.slots.keys() == fresh.slots.keys() else fresh
+        partial = snapshot.accumulator.count > 0
+        self._accumulator = snapshot.accumulator.copy() if partial else rules.strategy.init(snapshot.model)
         self._ledger = Ledger(snapshot.ledger)
         self._round = Round(self.version, now, self._plan(0), entries=list(snapshot.entries))
         self._records: list[VersionRecord] = []
@@ -166,7 +180,7 @@ class RoundMachine:
 
     def _arrived(self, event: on.Arrived, now: float) -> list[do.Effect]:
         update, token = event.update, event.token
-        self.roster.see(update.id.worker, now)
+        self.roster.note(update.id.worker, now)
         if update.id in self._held:
             held = self._held[update.id]
             held.tokens.append(token)
@@ -175,12 +189,15 @@ class RoundMachine:
             return [do.Ack(token), do.Record(do.Repeated(update.id))]
         if self._stopping:
             return []  # unacknowledged, so it goes back to the queue when this aggregator leaves
-        refused = refusal(update, self._run, self.model, self.rules.mode, self._epoch, self.version)
+        refused = refusal(
+            update, run=self._run, model=self.model, mode=self.rules.mode, epoch=self._epoch, version=self.version
+        )
         if refused is None and self.done:
             refused = Reason.RUN_DONE, f"the run ended with version {self.version}"
         refused = refused or self.rules.rounds.refusal(self._round, update)
         if refused is not None:
-            self._round.refused.add(update.id.worker)
+            if update.base_version == self.version:
+                self._round.refused.add(update.id.worker)
             return self._reject(token, update.id.worker, *refused, update.id)
         return [self._fold(update, token, event.nbytes, now)]
 
@@ -191,7 +208,15 @@ class RoundMachine:
         weight = self.rules.strategy.fold(self._accumulator, update, staleness)
         self._ledger.add(update.id)
         self._held[update.id] = _Held([token], nbytes, now)
-        entry = Entry(update.id, update.base_version, staleness, weight, update.examples, update.metrics.get("loss"))
+        loss = update.metrics.get("loss", math.nan)
+        entry = Entry(
+            id=update.id,
+            base_version=update.base_version,
+            staleness=staleness,
+            weight=weight,
+            examples=update.examples,
+            loss=loss if math.isfinite(loss) else None,
+        )
         self._round.entries.append(entry)
         self._round.refused.discard(update.id.worker)
         goal = self.rules.rounds.goal(self._round, self._trainers(now))
@@ -254,7 +279,12 @@ class RoundMachine:
         rules, entries = self.rules, tuple(self._round.entries)
         aggregate = rules.strategy.finish(self._accumulator)
         parameters, self._optimizer_state = next_parameters(
-            self.model, self.parameters, aggregate, rules.mode, rules.optimizer, self._optimizer_state
+            self.model,
+            self.parameters,
+            aggregate,
+            mode=rules.mode,
+            optimizer=rules.optimizer,
+            state=self._optimizer_state,
         )
         before, self._digest = self._digest, parameters_digest(parameters)
         self.parameters = parameters
@@ -324,6 +354,7 @@ class RoundMachine:
             confirmed=self.roster.confirmed(),
             trainers=tuple(self._trainers(now)),
             rejected=dict(self.rejected),
+            mode=self.rules.mode.value,
             started=self._started,
             done=self.done,
         )

@@ -49,6 +49,11 @@ class Roster:
         member.last_seen, member.present = now, True
         return member
 
+    def note(self, name: str, now: float) -> None:
+        """An update of ``name`` came. It may have been on its way when the worker left, so it revives nobody."""
+        if name not in self._members or self._members[name].present:
+            self.see(name, now)
+
     def leave(self, name: str, now: float) -> None:
         """``name`` said goodbye."""
         if name in self._members:

@@ -10,27 +10,27 @@ __all__ = ["is_finite", "refusal"]
 
 
 def refusal(
-    update: Update, run: str, model: ModelSpec, mode: Mode, epoch: int, version: int
+    update: Update, *, run: str, model: ModelSpec, mode: Mode, epoch: int, version: int
 ) -> tuple[Reason, str] | None:
     """Why ``update`` cannot be used at all by ``run`` at ``version``, or None."""
+    refused = None
     if update.run != run:
-        return Reason.WRONG_RUN, f"it belongs to run {update.run!r}; this is {run!r}"
-    if update.mode is not mode:
-        return Reason.WRONG_MODE, f"it carries a {update.mode}; this run takes a {mode}"
-    if update.model != model:
-        lines = model.differences(update.model, theirs="the update")
-        return Reason.MODEL_MISMATCH, "; ".join(lines[:3])
-    if update.examples < 1:
-        return Reason.NO_EXAMPLES, "no examples stand behind it"
-    if update.base_version > version or update.base_epoch > epoch:
-        return Reason.FUTURE_VERSION, (
-            f"it starts from version {update.base_version} of epoch {update.base_epoch}; "
-            f"the newest is {version} of epoch {epoch}"
-        )
-    for name, array in update.tensors.items():
-        if not is_finite(array):
-            return Reason.NOT_FINITE, f"{name} holds NaN or infinity"
-    return None
+        refused = Reason.WRONG_RUN, f"it belongs to run {update.run!r}; this is {run!r}"
+    elif update.mode is not mode:
+        refused = Reason.WRONG_MODE, f"it carries a {update.mode}; this run takes a {mode}"
+    elif update.model != model:
+        refused = Reason.MODEL_MISMATCH, "; ".join(model.differences(update.model, theirs="the update")[:3])
+    elif update.examples < 1:
+        refused = Reason.NO_EXAMPLES, "no examples stand behind it"
+    elif update.base_version > version or update.base_epoch > epoch:
+        started = f"it starts from version {update.base_version} of epoch {update.base_epoch}"
+        refused = Reason.FUTURE_VERSION, f"{started}; the newest is {version} of epoch {epoch}"
+    else:
+        for name, array in update.tensors.items():
+            if not is_finite(array):
+                refused = Reason.NOT_FINITE, f"{name} holds NaN or infinity"
+                break
+    return refused
 
 
 def is_finite(array: Array) -> bool:

@@ -70,6 +70,8 @@ class Snapshot:
     """Workers that were present."""
     rejected: Mapping[str, int] = field(default_factory=dict)
     """Rejections so far, by reason."""
+    mode: str = ""
+    """What the run's updates are; empty before the first aggregator has decided it."""
     started: float = 0.0
     """When the run began, seconds since 1970."""
     done: bool = False

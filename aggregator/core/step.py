@@ -18,6 +18,7 @@ def next_parameters(
     model: ModelSpec,
     parameters: Tensors,
     aggregate: Mapping[str, Array],
+    *,
     mode: Mode,
     optimizer: Optimizer,
     state: OptimizerState,

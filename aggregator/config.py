@@ -1,0 +1,122 @@
+"""``[aggregator]``: how a run goes. Everything that shapes the training is said here and travels to the workers."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import Field, model_validator
+
+from aggregator.core.machine import CommitPolicy, Rules
+from aggregator.core.rounds import Buffered, RoundRule, Synchronous
+from aggregator.optimizers import OPTIMIZERS
+from aggregator.staleness import STALENESS
+from aggregator.strategies import STRATEGIES
+from broker.messages import Mode, Rounds
+from broker.settings import Table
+
+__all__ = ["AggregatorConfig"]
+
+Positive = Annotated[int, Field(ge=1)]
+Seconds = Annotated[float, Field(gt=0)]
+
+
+class AggregatorConfig(Table):
+    """The table ``[aggregator]``."""
+
+    folder: Path | None = None
+    """Where checkpoints and the history are kept; ``runs/<run>`` if not set."""
+
+    mode: Mode = Mode.DELTA
+    """What workers send: ``delta`` after local training, or ``gradient`` at the version."""
+    rounds: Rounds = Rounds.BUFFERED
+    """When a round closes: ``buffered`` at ``buffer_size`` updates, ``synchronous`` when all have answered."""
+    stop_after_rounds: Positive | None = None
+    """The run is done at this version; without it, it goes on until it is stopped."""
+
+    buffer_size: Positive = 10
+    """Buffered rounds: updates in a round (K)."""
+    max_staleness: Annotated[int, Field(ge=0)] = 20
+    """Buffered rounds: updates that started more versions ago are rejected."""
+    updates_per_version: Positive | None = None
+    """Buffered rounds: updates that one worker may send from one version; ``buffer_size`` if not set. Below it,
+    a run with few workers waits for more."""
+
+    fraction: Annotated[float, Field(gt=0, le=1)] = 1.0
+    """Synchronous rounds: the share of workers that take part; each decides for itself."""
+    minimum_updates: Positive = 1
+    """Updates without which a round does not close, except at a full buffer."""
+    deadline: Seconds | None = None
+    """Seconds after which a round closes with ``minimum_updates``."""
+
+    strategy: Literal["mean"] = "mean"
+    """How updates become one."""
+    weighting: Literal["examples", "uniform"] | None = None
+    """By number of examples or all the same; if not set, uniform for buffered rounds (FedBuff) and by examples
+    for synchronous ones (FedAvg)."""
+    staleness: Literal["polynomial", "constant"] = "polynomial"
+    """Weight of a stale update: ``(1 + staleness) ** -staleness_exponent``, or always 1."""
+    staleness_exponent: Annotated[float, Field(ge=0, le=10)] = 0.5
+
+    optimizer: Literal["sgd", "adam"] = "sgd"
+    """Server optimiser."""
+    learning_rate: Annotated[float, Field(gt=0)] | None = None
+    """Of the server; if not set, 1 for deltas and 0.1 for gradients (with adam 0.01 and 0.001)."""
+    momentum: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """Of the server; for adam its beta1, 0.9 if not set."""
+
+    seed: Annotated[int, Field(ge=0, le=2**53)] = 0
+    """From which workers are sampled."""
+    commit_count: Annotated[int, Field(ge=1, le=1000)] = 32
+    """Unacknowledged updates at which a checkpoint is written in mid-round."""
+    commit_bytes: Annotated[int, Field(ge=2**20)] = 256 * 2**20
+    """Bytes of unacknowledged updates at which a checkpoint is written in mid-round."""
+    commit_seconds: Annotated[float, Field(gt=0, le=900)] = 60.0
+    """Age of the oldest unacknowledged update at which a checkpoint is written in mid-round."""
+    worker_timeout: Annotated[float, Field(ge=1)] = 15.0
+    """Seconds of silence after which a worker counts as gone (until it is heard again)."""
+    linger: Annotated[float, Field(ge=0)] = 30.0
+    """Seconds that a finished run waits for goodbyes and last evaluations."""
+
+    @model_validator(mode="after")
+    def _consistent(self) -> AggregatorConfig:
+        if self.rounds is Rounds.BUFFERED and self.minimum_updates > self.buffer_size:
+            raise ValueError("minimum_updates is larger than buffer_size, so that a deadline could never close a round")
+        return self
+
+    @property
+    def effective_learning_rate(self) -> float:
+        """The server's learning rate, after defaults."""
+        if self.learning_rate is not None:
+            return self.learning_rate
+        defaults = {("sgd", Mode.DELTA): 1.0, ("sgd", Mode.GRADIENT): 0.1, ("adam", Mode.DELTA): 0.01}
+        return defaults.get((self.optimizer, self.mode), 0.001)
+
+    def round_rule(self) -> RoundRule:
+        """The kind of round."""
+        if self.rounds is Rounds.SYNCHRONOUS:
+            return Synchronous(self.fraction, self.minimum_updates, self.deadline)
+        return Buffered(
+            size=self.buffer_size,
+            max_staleness=self.max_staleness,
+            minimum=self.minimum_updates,
+            deadline=self.deadline,
+            updates_per_version=self.updates_per_version,
+        )
+
+    def rules(self) -> Rules:
+        """What the round machine goes by."""
+        buffered = self.rounds is Rounds.BUFFERED
+        weighting = self.weighting or ("uniform" if buffered else "examples")
+        weight = STALENESS[self.staleness](self.staleness_exponent)
+        return Rules(
+            mode=self.mode,
+            rounds=self.round_rule(),
+            strategy=STRATEGIES[self.strategy](weighting, weight),
+            optimizer=OPTIMIZERS[self.optimizer](self.effective_learning_rate, self.momentum),
+            seed=self.seed,
+            stop_after_rounds=self.stop_after_rounds,
+            commit=CommitPolicy(self.commit_count, self.commit_bytes, self.commit_seconds),
+            worker_timeout=self.worker_timeout,
+            linger_seconds=self.linger,
+        )

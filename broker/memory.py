@@ -45,6 +45,8 @@ class _Run:
     aggregators: list[MemoryAggregatorTransport] = field(default_factory=list)
     workers: list[MemoryWorkerTransport] = field(default_factory=list)
     watchers: list[Sink] = field(default_factory=list)
+    declared: bool = False
+    """As on RabbitMQ, a run exists from the first time that an aggregator opened it."""
 
 
 class MemoryBroker:
@@ -226,6 +228,7 @@ class MemoryAggregatorTransport(_Endpoint):
 
     def _connect(self) -> None:
         self.generation += 1
+        self._run.declared = True
         self._run.aggregators.append(self)
         self._broker.hand(self.sink, Connected(self.generation))
         self._broker.pump(self._run)
@@ -301,6 +304,8 @@ class MemoryWorkerTransport(_Endpoint):
             raise BrokerUnreachable("this transport is not open")
         self._check_size(message)
         run = self._run
+        if not run.declared:
+            raise Unroutable(f"no aggregator has declared run {self._topology.run!r} yet")
         limit = self._broker.max_waiting
         if source is Source.UPDATE and limit is not None and len(run.waiting) >= limit:
             raise PublishRefused(f"the queue of updates is full ({limit})")

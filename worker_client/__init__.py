@@ -1,0 +1,1 @@
+"""The worker's side: trains on data that never leaves it and publishes updates."""

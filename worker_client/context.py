@@ -1,0 +1,71 @@
+"""What a training is told, and what it gives."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from broker.errors import FedmqError
+from broker.messages import Array, Mode
+from worker_client.batches import Examples, batch_of, index_batches, to_device
+from worker_client.config import WorkerConfig
+
+__all__ = ["Abandoned", "TrainingContext", "TrainingResult"]
+
+
+class Abandoned(FedmqError):
+    """Not an error: how training unwinds, at a batch, once the worker was told to stop."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TrainingResult:
+    """What one training gave.
+
+    ``tensors`` is the gradient (mode gradient) or the delta (mode delta) by parameter name, each in the
+    parameter's shape. If None, it is taken from the model: the parameters' ``.grad``, or what training changed.
+    """
+
+    examples: int
+    metrics: Mapping[str, float] = field(default_factory=dict)
+    tensors: Mapping[str, Tensor | Array] | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TrainingContext:
+    """What a training is told beside the model and the data."""
+
+    mode: Mode
+    """Whether the run wants a gradient at the base version or a delta after local """
+    settings: WorkerConfig
+    worker: str
+    base_version: int
+    ordinal: int
+    """Counts the trainings of this worker from this version, from 0."""
+    device: torch.device
+    generator: torch.Generator
+    """On the CPU; seeded by task, worker, base version and ordinal, as is torch's global one."""
+    collate: Callable[[list[Any]], Any]
+    should_stop: Callable[[], bool] = lambda: False
+
+    def batches(self, dataset: Examples, *, shuffle: bool = True) -> Iterator[tuple[Any, int]]:
+        """One pass over ``dataset``: pairs of a batch, on the device, and its number of examples.
+
+        Raises :class:`Abandoned` between two batches once the worker was told to stop.
+        """
+        order = index_batches(len(dataset), self.settings.batch_size, self.generator if shuffle else None)
+        return self.load(dataset, order)
+
+    def load(self, dataset: Examples, order: Iterable[list[int]]) -> Iterator[tuple[Any, int]]:
+        """As :meth:`batches`, for given lists of indices."""
+        for indices in order:
+            self.check()
+            yield to_device(batch_of(dataset, indices, self.collate), self.device), len(indices)
+
+    def check(self) -> None:
+        """Raise :class:`Abandoned` if the worker was told to stop."""
+        if self.should_stop():
+            raise Abandoned("training was abandoned, because the worker leaves")

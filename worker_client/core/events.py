@@ -1,0 +1,177 @@
+"""What a worker's machines are told (events) and what they ask for (effects)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from broker.messages import ParametersHead, Reason, UpdateId
+
+__all__ = [
+    "Abandon",
+    "Abandoned",
+    "BackOff",
+    "BackOffOver",
+    "Connected",
+    "Effect",
+    "Evaluate",
+    "EvaluationDone",
+    "Event",
+    "Exit",
+    "Failed",
+    "GraceOver",
+    "NoticeArrived",
+    "ParametersArrived",
+    "Publish",
+    "PublishAgain",
+    "PublishConfirmed",
+    "PublishFailed",
+    "SayGoodbye",
+    "SayHello",
+    "StopRequested",
+    "Train",
+    "TrainingDone",
+]
+
+
+@dataclass(frozen=True, slots=True)
+class Connected:
+    """A connection to the broker stands (again)."""
+
+
+@dataclass(frozen=True, slots=True)
+class ParametersArrived:
+    """A version was received, and its model is this worker's."""
+
+    head: ParametersHead
+
+
+@dataclass(frozen=True, slots=True)
+class TrainingDone:
+    """The training that ``Train`` asked for has an update."""
+
+
+@dataclass(frozen=True, slots=True)
+class EvaluationDone:
+    """The evaluation that ``Evaluate`` asked for is done and told."""
+
+
+@dataclass(frozen=True, slots=True)
+class Abandoned:
+    """Training or evaluation gave up in the middle because ``Abandon`` asked it to."""
+
+
+@dataclass(frozen=True, slots=True)
+class PublishConfirmed:
+    """The broker has made the update durable."""
+
+
+@dataclass(frozen=True, slots=True)
+class PublishFailed:
+    """The broker did not take the update, or its answer is unknown; publishing again may help."""
+
+
+@dataclass(frozen=True, slots=True)
+class BackOffOver:
+    """The time that ``BackOff`` asked to wait is over."""
+
+
+@dataclass(frozen=True, slots=True)
+class NoticeArrived:
+    """The aggregator rejected ``update``."""
+
+    reason: Reason
+    update: UpdateId
+
+
+@dataclass(frozen=True, slots=True)
+class StopRequested:
+    """Someone (SIGTERM, Ctrl-C, a caller) wants the worker to leave."""
+
+
+@dataclass(frozen=True, slots=True)
+class GraceOver:
+    """The time for leaving in good order is over."""
+
+
+@dataclass(frozen=True, slots=True)
+class Failed:
+    """Something happened that no waiting will cure: the task raised, the model differs, access is refused."""
+
+    detail: str
+
+
+Event = (
+    Connected
+    | ParametersArrived
+    | TrainingDone
+    | EvaluationDone
+    | Abandoned
+    | PublishConfirmed
+    | PublishFailed
+    | BackOffOver
+    | NoticeArrived
+    | StopRequested
+    | GraceOver
+    | Failed
+)
+
+
+@dataclass(frozen=True, slots=True)
+class SayHello:
+    """Tell the aggregator that the worker is here; ``version`` is the newest it has, -1 if none."""
+
+    version: int
+
+
+@dataclass(frozen=True, slots=True)
+class Train:
+    """Train from the version ``head``; ``ordinal`` counts the trainings from this version, from 0."""
+
+    head: ParametersHead
+    ordinal: int
+
+
+@dataclass(frozen=True, slots=True)
+class Evaluate:
+    """Evaluate the version ``head`` on held-out data."""
+
+    head: ParametersHead
+
+
+@dataclass(frozen=True, slots=True)
+class Abandon:
+    """Give up the training or evaluation in progress at its next batch, and report ``Abandoned``."""
+
+
+@dataclass(frozen=True, slots=True)
+class Publish:
+    """Publish the update that was just trained, under a new id."""
+
+
+@dataclass(frozen=True, slots=True)
+class PublishAgain:
+    """Publish the same update once more, under the same id."""
+
+
+@dataclass(frozen=True, slots=True)
+class BackOff:
+    """Report ``BackOffOver`` after ``seconds``."""
+
+    seconds: float
+
+
+@dataclass(frozen=True, slots=True)
+class SayGoodbye:
+    """Tell the aggregator that the worker leaves, and why."""
+
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class Exit:
+    """Close everything and return. ``reason`` is ``done``, ``limit``, ``stopped`` or ``failed``."""
+
+    reason: str
+
+
+Effect = SayHello | Train | Evaluate | Abandon | Publish | PublishAgain | BackOff | SayGoodbye | Exit

@@ -1,0 +1,196 @@
+"""The machine of a worker that trains: pull, train, publish, publish again.
+
+    WAITING ──Train──▶ TRAINING ──Publish──▶ PUBLISHING ──confirmed──▶ WAITING (and on at once, if allowed)
+                           │                  │      ▲
+                           │                failed   │ PublishAgain: time is over, or a new connection
+                           │                  ▼      │
+                           └──abandoned    BACKING_OFF          any state ──Exit──▶ GONE
+
+One update is in hand at any time. A newer version that arrives in mid-training does not stop the training:
+that is what staleness is for. Time and chance come from outside; nothing here does I/O.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from enum import StrEnum
+
+from broker.messages import ParametersHead, Reason, Rounds
+from worker_client.core import events as ev
+
+__all__ = ["State", "WorkerMachine", "is_newer"]
+
+#: Rejections that would meet every further update of this process too; going on would only burn energy.
+HOPELESS = frozenset({Reason.UNKNOWN_FORMAT, Reason.NOT_SUPPORTED, Reason.WRONG_RUN, Reason.WRONG_WORKER}) | {
+    Reason.MODEL_MISMATCH
+}
+FIRST_BACK_OFF = 0.5
+LONGEST_BACK_OFF = 30.0
+
+
+class State(StrEnum):
+    """What the worker is doing; the words stand in its heartbeats."""
+
+    WAITING = "waiting"
+    TRAINING = "training"
+    EVALUATING = "evaluating"
+    PUBLISHING = "publishing"
+    BACKING_OFF = "backing-off"
+    GONE = "gone"
+
+
+def is_newer(head: ParametersHead, than: ParametersHead | None) -> bool:
+    """Whether ``head`` replaces ``than``: a higher epoch, then version, then attempt; or another plan for it.
+
+    A lower epoch never does: its aggregator was replaced, and what it still says is void.
+    """
+    if than is None:
+        return True
+    mine, other = ((h.epoch, h.version, h.plan.attempt) for h in (head, than))
+    return mine > other or (mine == other and head != than)
+
+
+class WorkerMachine:
+    """Decides what a training worker does next.
+
+    Args:
+        worker: the worker's name, by which synchronous rounds sample it.
+        incarnation: this life of the worker, to tell its own rejected updates from a predecessor's.
+        max_updates: leave after so many confirmed updates.
+    """
+
+    def __init__(self, worker: str, incarnation: str, *, max_updates: int | None = None) -> None:
+        self.state = State.WAITING
+        self.newest: ParametersHead | None = None
+        self.confirmed = 0
+        self._worker = worker
+        self._incarnation = incarnation
+        self._max_updates = max_updates
+        self._round: tuple[int, int, str] | None = None
+        self._trained_in_round = 0
+        self._failures = 0
+        self._leaving: str | None = None
+
+    def handle(self, event: ev.Event) -> list[ev.Effect]:  # noqa: PLR0911, PLR0912 - one branch a kind of event
+        """Take in one event and say what to do. Raises RuntimeError for an event that cannot come now."""
+        if self.state is State.GONE:
+            return []
+        match event:
+            case ev.Connected():
+                hello = ev.SayHello(self.newest.version if self.newest else -1)
+                return [hello, *self._publish_again()]
+            case ev.ParametersArrived(head):
+                return self._arrived(head)
+            case ev.TrainingDone():
+                self._expect(State.TRAINING, event)
+                return self._trained()
+            case ev.Abandoned():
+                self._expect(State.TRAINING, event)
+                return self._exit(self._leaving or "stopped")
+            case ev.PublishConfirmed():
+                self._expect(State.PUBLISHING, event)
+                return self._published()
+            case ev.PublishFailed():
+                self._expect(State.PUBLISHING, event)
+                return self._refused()
+            case ev.BackOffOver():
+                return self._publish_again()
+            case ev.NoticeArrived(reason, update):
+                ours = (update.worker, update.incarnation) == (self._worker, self._incarnation)
+                return self._fail(f"update {update} rejected: {reason}") if ours and reason in HOPELESS else []
+            case ev.StopRequested():
+                return self._leave("stopped")
+            case ev.GraceOver():
+                return self._exit(self._leaving) if self._leaving else []
+            case ev.Failed(detail):
+                return self._fail(detail)
+            case _:
+                raise RuntimeError(f"a training worker knows no {event}")
+
+    def _expect(self, state: State, event: ev.Event) -> None:
+        if self.state is not state:
+            raise RuntimeError(f"{event} in state {self.state}")
+
+    def _arrived(self, head: ParametersHead) -> list[ev.Effect]:
+        if not is_newer(head, self.newest):
+            return []
+        self.newest = head
+        if head.plan.done:
+            return self._leave("done")
+        return self._next() if self.state is State.WAITING else []
+
+    def _next(self) -> list[ev.Effect]:
+        """Train from the newest version if the plan allows this worker one more update for it."""
+        self.state = State.WAITING
+        head = self.newest
+        if head is None:
+            return []
+        plan = head.plan
+        if plan.rounds is Rounds.SYNCHRONOUS:
+            # Without the epoch: after a restart of the aggregator the answer to this attempt still counts,
+            # and if it was lost, the deadline leads to another attempt.
+            this_round, allowance = (head.version, plan.attempt, "synchronous"), 1
+            if not plan.is_sampled(self._worker, head.version):
+                return []
+        else:
+            # With the epoch: an aggregator that came back from an older copy of its state may have lost what
+            # was folded, and buffered rounds have no deadline that would ask again.
+            this_round, allowance = (head.epoch, head.version, "buffered"), plan.updates_per_version
+        if this_round != self._round:
+            self._round, self._trained_in_round = this_round, 0
+        if self._trained_in_round >= allowance:
+            return []
+        ordinal = self._trained_in_round
+        self._trained_in_round += 1
+        self.state = State.TRAINING
+        return [ev.Train(head, ordinal)]
+
+    def _trained(self) -> list[ev.Effect]:
+        if self._leaving == "done":
+            return self._exit("done")
+        self.state = State.PUBLISHING
+        self._failures = 0
+        return [ev.Publish()]
+
+    def _published(self) -> list[ev.Effect]:
+        self.confirmed += 1
+        if self._leaving:
+            return self._exit(self._leaving)
+        if self._max_updates is not None and self.confirmed >= self._max_updates:
+            return self._exit("limit")
+        return self._next()
+
+    def _refused(self) -> list[ev.Effect]:
+        if self._leaving == "done":
+            return self._exit("done")
+        self.state = State.BACKING_OFF
+        self._failures += 1
+        longest = min(LONGEST_BACK_OFF, FIRST_BACK_OFF * 2 ** min(self._failures - 1, 10))
+        # Spread out, lest all workers come back to a full queue at once; by hash, for want of randomness here.
+        draw = hashlib.sha256(f"{self._worker}:{self._incarnation}:{self._failures}".encode()).digest()[0] / 256
+        return [ev.BackOff(longest * (0.5 + draw / 2))]
+
+    def _publish_again(self) -> list[ev.Effect]:
+        if self.state is not State.BACKING_OFF:
+            return []
+        self.state = State.PUBLISHING
+        return [ev.PublishAgain()]
+
+    def _leave(self, reason: str) -> list[ev.Effect]:
+        if self._leaving == reason:
+            return []
+        # "done" outranks "stopped": what is trained or half published for a finished run is of no use.
+        self._leaving = "done" if "done" in {self._leaving, reason} else reason
+        if self.state is State.TRAINING:
+            return [ev.Abandon()]
+        if self.state is State.PUBLISHING or (self.state is State.BACKING_OFF and self._leaving != "done"):
+            return []
+        return self._exit(self._leaving)
+
+    def _fail(self, detail: str) -> list[ev.Effect]:
+        self.state = State.GONE
+        return [ev.SayGoodbye(detail), ev.Exit("failed")]
+
+    def _exit(self, reason: str) -> list[ev.Effect]:
+        self.state = State.GONE
+        return [ev.SayGoodbye(reason), ev.Exit(reason)]

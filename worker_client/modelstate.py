@@ -1,0 +1,168 @@
+"""A torch model as the tensors that travel: described, read, and loaded in place."""
+
+from __future__ import annotations
+
+import hashlib
+from collections import defaultdict
+from collections.abc import Iterable
+
+import ml_dtypes
+import numpy as np
+import torch
+from torch import nn
+
+from broker.errors import TaskError
+from broker.messages import DTYPES, Array, ModelSpec, TensorRole, Tensors, TensorSpec
+
+__all__ = ["ModelState", "as_array"]
+
+#: Buffers of these types are masks and packed constants: a mean of changes has no meaning for them.
+LOCAL_BUFFERS = frozenset({torch.bool, torch.uint8})
+
+
+class ModelState:
+    """The travelling tensors of ``model``: trained parameters, then float and signed integer buffers.
+
+    What stays with the worker: frozen parameters (they enter ``spec.frozen`` as a digest), non-persistent
+    buffers, and buffers of type bool or uint8. A tensor that several modules share appears once, under its
+    first name, and stays shared.
+
+    Raises :class:`TaskError` if the model has nothing to train or a tensor that cannot travel.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self._model = model
+        parameters = dict(model.named_parameters())
+        trained = {name: p for name, p in parameters.items() if p.requires_grad}
+        if not trained:
+            raise TaskError("the model has no parameter that trains (requires_grad is False everywhere)")
+        # state_dict knows which buffers are persistent; the modules' own list of the others is private.
+        persistent = model.state_dict(keep_vars=True).keys()
+        buffers = {name: b for name, b in model.named_buffers() if name in persistent and b.dtype not in LOCAL_BUFFERS}
+        _refuse_overlaps(trained)
+        self._parameters = tuple(trained)
+        self._buffers = tuple(buffers)
+        self.spec = ModelSpec(
+            tensors=(
+                *(_spec(name, p, TensorRole.PARAMETER) for name, p in trained.items()),
+                *(_spec(name, b, TensorRole.BUFFER) for name, b in buffers.items()),
+            ),
+            frozen=_digest((name, p) for name, p in parameters.items() if not p.requires_grad),
+        )
+
+    @property
+    def parameters(self) -> tuple[str, ...]:
+        """Names of the tensors that train."""
+        return self._parameters
+
+    def read(self) -> dict[str, Array]:
+        """Copies of the values, by name, in ``spec``'s order, shapes and dtypes."""
+        return {name: as_array(tensor).copy() for name, tensor in self._tensors().items()}
+
+    def load(self, tensors: Tensors) -> None:
+        """Copy values into the model, in place. ``tensors`` fit ``spec``; they may be read-only."""
+        with torch.no_grad():
+            for name, target in self._tensors().items():
+                _copy_into(target, tensors[name])
+
+    def change_since(self, old: Tensors, names: Iterable[str] | None = None) -> dict[str, Array]:
+        """New minus old value of each tensor in ``names`` (all, if None), in the tensor's own dtype."""
+        now = self._tensors()
+        result = {}
+        # A model that diverged holds infinities; the aggregator judges that, a warning would say nothing.
+        with np.errstate(all="ignore"):
+            for name in now if names is None else names:
+                new = as_array(now[name])
+                result[name] = np.subtract(new, old[name], out=np.empty_like(new))
+        return result
+
+    def gradients(self) -> dict[str, Array]:
+        """The ``.grad`` of each parameter that trains; zeros where it is None.
+
+        Not copied: whoever trains on must set the gradients to None, as ``zero_grad`` does, not to zero.
+        """
+        now = self._tensors()
+        result = {}
+        for name in self._parameters:
+            gradient = now[name].grad
+            if gradient is None:
+                spec = next(t for t in self.spec.tensors if t.name == name)
+                result[name] = np.zeros(spec.shape, DTYPES[spec.dtype])
+            else:
+                result[name] = as_array(gradient.to_dense() if gradient.is_sparse else gradient)
+        return result
+
+    def buffer_changes(self, old: Tensors) -> dict[str, Array]:
+        """New minus old value of each buffer."""
+        return self.change_since(old, self._buffers)
+
+    def _tensors(self) -> dict[str, torch.Tensor]:
+        # Looked up each time: a module may assign a new tensor to a buffer's name while it runs.
+        return {
+            **{name: self._model.get_parameter(name) for name in self._parameters},
+            **{name: self._model.get_buffer(name) for name in self._buffers},
+        }
+
+
+def as_array(tensor: torch.Tensor) -> Array:
+    """``tensor``'s values as numpy, sharing its memory if it is contiguous and on the CPU."""
+    plain = tensor.detach().cpu().contiguous()
+    if plain.dtype is torch.bfloat16:
+        # numpy has no bfloat16 of its own; ml_dtypes reads the same bits.
+        return plain.view(torch.int16).numpy().view(ml_dtypes.bfloat16)
+    array: Array = plain.numpy()
+    return array
+
+
+def _copy_into(target: torch.Tensor, values: Array) -> None:
+    if target.device.type == "cpu":
+        # Through numpy, because torch.from_numpy warns of read-only arrays, even if it only reads them.
+        plain = target.detach()
+        if plain.dtype is torch.bfloat16:
+            np.copyto(plain.view(torch.int16).numpy(), values.view(np.int16))
+        else:
+            np.copyto(plain.numpy(), values)
+    elif target.dtype is torch.bfloat16:
+        target.copy_(torch.from_numpy(values.view(np.int16).copy()).view(torch.bfloat16))
+    else:
+        target.copy_(torch.from_numpy(values.copy()))
+
+
+def _spec(name: str, tensor: torch.Tensor, role: TensorRole) -> TensorSpec:
+    if nn.parameter.is_lazy(tensor) or tensor.is_meta:
+        raise TaskError(f"{role} {name!r} has no values yet: run the lazy module once on a batch before returning it")
+    dtype = str(tensor.dtype).removeprefix("torch.")
+    if dtype not in DTYPES:
+        advice = "split complex numbers with torch.view_as_real" if tensor.is_complex() else "convert it"
+        if role is TensorRole.BUFFER:
+            advice += ", or keep it with the worker by register_buffer(…, persistent=False)"
+        raise TaskError(f"{role} {name!r} is of type {dtype}, which does not travel ({', '.join(DTYPES)} do): {advice}")
+    return TensorSpec(name=name, shape=tuple(tensor.shape), dtype=dtype, role=role)
+
+
+def _refuse_overlaps(parameters: dict[str, nn.Parameter]) -> None:
+    """Two Parameter objects over the same memory would be moved twice by every version."""
+    by_address: dict[int, list[str]] = defaultdict(list)
+    for name, parameter in parameters.items():
+        if not nn.parameter.is_lazy(parameter) and parameter.numel():
+            by_address[parameter.data_ptr()].append(name)
+    for address, names in by_address.items():
+        if address and len(names) > 1:
+            raise TaskError(
+                f"parameters {' and '.join(names)} are different Parameter objects over the same memory: "
+                "to tie weights, assign the same Parameter to both"
+            )
+
+
+def _digest(frozen: Iterable[tuple[str, torch.Tensor]]) -> str:
+    """SHA-256 over names, types, shapes and bytes; the empty string if there are none.
+
+    Over bytes and not numpy arrays, because frozen weights may be of types that do not travel.
+    """
+    digest = None
+    for name, tensor in frozen:
+        digest = digest or hashlib.sha256()
+        digest.update(f"{name}\0{tensor.dtype}\0{list(tensor.shape)}\0".encode())
+        plain = tensor.detach().cpu().contiguous().reshape(-1)
+        digest.update(plain.view(torch.uint8).numpy().data)
+    return digest.hexdigest() if digest else ""

@@ -1,0 +1,26 @@
+"""What a rejection means to the people who run the worker. One line a reason."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from broker.messages import Reason
+
+__all__ = ["MEANINGS"]
+
+MEANINGS: Mapping[Reason, str] = {
+    Reason.MALFORMED: "it could not be read; is everything between here and there the same release of fedmq?",
+    Reason.UNKNOWN_FORMAT: "the aggregator is of another release; use the same one on both sides",
+    Reason.NOT_SUPPORTED: "the aggregator cannot read this kind of update; use the same release on both sides",
+    Reason.WRONG_RUN: "it belongs to another run; check --run",
+    Reason.WRONG_WORKER: "it came under another name than the broker's user may use; check --name",
+    Reason.WRONG_MODE: "the run wants the other of gradient and delta; the next version's plan says which",
+    Reason.MODEL_MISMATCH: "the model differs from the run's; use the same task, with the same sizes",
+    Reason.NO_EXAMPLES: "no examples stand behind it; check the shard",
+    Reason.NOT_FINITE: "it holds NaN or infinity: training diverged; lower learning_rate or set clip_norm",
+    Reason.FUTURE_VERSION: "the aggregator went back to an older version; the newest is taken next",
+    Reason.TOO_STALE: "training took too long, the version is past; the newest is taken next",
+    Reason.ROUND_CLOSED: "the round closed before it came; the newest version is taken next",
+    Reason.SECOND_IN_ROUND: "this worker has answered the round already; the next version is waited for",
+    Reason.RUN_DONE: "the run is over",
+}

@@ -5,12 +5,16 @@
 # installed the in-process broker is used instead, which is fine at home; under CI (CI is set) it is an error.
 set -euo pipefail
 
-# sbin is not on an ordinary user's PATH, yet Debian puts the server there.
-SBIN="${RABBITMQ_SBIN-/usr/local/sbin:/usr/sbin:/sbin:/opt/homebrew/sbin}"
+# Where fedmq looks for it too. Not /usr/sbin: Debian's wrapper there serves root and the user rabbitmq only.
+PLACES="${RABBITMQ_PLACES-/usr/lib/rabbitmq/bin:/usr/lib/rabbitmq/lib/*/sbin:/opt/rabbitmq*/sbin:/opt/homebrew/opt/rabbitmq/sbin:/usr/local/opt/rabbitmq/sbin}"
 POLICY=/usr/sbin/policy-rc.d
 
 installed() {
-    PATH="$PATH:$SBIN" command -v rabbitmq-server >/dev/null
+    local IFS=: place
+    for place in $PLACES; do
+        if [ -x "$place/rabbitmq-server" ]; then return 0; fi
+    done
+    return 1
 }
 
 give_up() {

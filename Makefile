@@ -66,7 +66,7 @@ $(READY): pyproject.toml constraints-dev.txt
 	@if [ -z '$(PYTHON)' ]; then echo 'python3 3.11 or newer is needed: install one, or say make PYTHON=/path/to/python3' >&2; exit 1; fi
 	@'$(PYTHON)' -m venv $(VENV) || { echo 'cannot make a virtual environment: Debian and Ubuntu need the package python3-venv' >&2; exit 1; }
 	@# --group came with pip 25.1, which is newer than the pip inside many a python3.
-	@$(BIN)/python -m pip install --help | grep -q -e '--group' || $(BIN)/python -m pip install --quiet --upgrade -c constraints-dev.txt 'pip>=25.1'
+	@$(BIN)/python -m pip install --help | grep -e '--group' >/dev/null || $(BIN)/python -m pip install --quiet --upgrade -c constraints-dev.txt 'pip>=25.1'
 	$(if $(TORCH_INDEX),$(BIN)/python -m pip install --quiet -c constraints-dev.txt --index-url '$(TORCH_INDEX)' torch)
 	$(BIN)/python -m pip install --quiet -c constraints-dev.txt -e '.[demo]' --group dev
 	@touch $@

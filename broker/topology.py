@@ -109,6 +109,10 @@ class Topology:
         """Routing key of a notice to ``worker``."""
         return f"{self.run}.notice.{worker}"
 
+    def own_queue(self, what: str, nonce: str) -> str:
+        """Name of a queue that belongs to one connection and goes with it."""
+        return f"fedmq.{self.run}.{what}.{nonce}"
+
     def exchanges(self) -> tuple[Exchange, ...]:
         """All exchanges, in the order in which to declare them."""
         return (

@@ -1,0 +1,114 @@
+"""A client of RabbitMQ's management HTTP API: what commands and tests ask of it, no more."""
+
+from __future__ import annotations
+
+import base64
+import json
+import urllib.error
+import urllib.request
+from typing import Any
+from urllib.parse import quote, unquote, urlsplit
+
+from broker.errors import AccessRefused, BrokerError, BrokerUnreachable
+from broker.settings import BrokerConfig
+
+__all__ = ["Admin"]
+
+Facts = dict[str, Any]
+
+
+class Admin:
+    """The API of one node, as one user.
+
+    Every method raises :class:`BrokerUnreachable` if nothing answers, :class:`AccessRefused` if the user may
+    not ask, and :class:`BrokerError` for any other refusal.
+    """
+
+    def __init__(self, url: str, user: str, password: str, *, timeout: float = 10.0) -> None:
+        """Args: ``url`` is the admin UI's address, such as ``http://127.0.0.1:15672``."""
+        if urlsplit(url).scheme not in {"http", "https"}:
+            raise BrokerError(f"the admin UI's address begins with http:// or https://, not {url!r}")
+        self.url = url.rstrip("/")
+        self._user = user
+        self._authorization = "Basic " + base64.b64encode(f"{user}:{password}".encode()).decode()
+        self._timeout = timeout
+
+    @classmethod
+    def of(cls, config: BrokerConfig, *, timeout: float = 10.0) -> Admin:
+        """The API that belongs to ``config``, with the user of its first address."""
+        parts = urlsplit(config.urls()[0])
+        url = config.management_url or f"http://{parts.hostname or '127.0.0.1'}:15672"
+        return cls(url, unquote(parts.username or "guest"), unquote(parts.password or "guest"), timeout=timeout)
+
+    def overview(self) -> Facts:
+        """Versions, totals, listeners."""
+        return self._object("/overview")
+
+    def queues(self, vhost: str = "/") -> list[Facts]:
+        """The queues and streams of a virtual host."""
+        return self._list(f"/queues/{_quoted(vhost)}")
+
+    def consumers(self, vhost: str = "/") -> list[Facts]:
+        """The consumers of a virtual host, with tag, queue and whether they are the active one."""
+        return self._list(f"/consumers/{_quoted(vhost)}")
+
+    def connections(self) -> list[Facts]:
+        """All connections, with ``name``, ``user`` and ``client_properties``."""
+        return self._list("/connections")
+
+    def close_connection(self, name: str, reason: str = "closed by fedmq") -> None:
+        """Close a connection by its ``name`` (address and ports, not the name that its client gave it)."""
+        self._request("DELETE", f"/connections/{_quoted(name)}", headers={"X-Reason": reason})
+
+    def delete_queue(self, name: str, vhost: str = "/") -> None:
+        """Delete a queue and what is in it."""
+        self._request("DELETE", f"/queues/{_quoted(vhost)}/{_quoted(name)}")
+
+    def put(self, path: str, body: Facts) -> None:
+        """``PUT`` anything else, such as ``/users/…`` or ``/permissions/…``."""
+        self._request("PUT", path, body=body)
+
+    def _object(self, path: str) -> Facts:
+        answer = self._request("GET", path)
+        if not isinstance(answer, dict):
+            raise BrokerError(f"{self.url}{path} answered with something else than an object")
+        return answer
+
+    def _list(self, path: str) -> list[Facts]:
+        answer = self._request("GET", path)
+        if not isinstance(answer, list):
+            raise BrokerError(f"{self.url}{path} answered with something else than a list")
+        return answer
+
+    def _request(
+        self, method: str, path: str, *, body: Facts | None = None, headers: dict[str, str] | None = None
+    ) -> object:
+        request = urllib.request.Request(  # noqa: S310 - the scheme was checked
+            f"{self.url}/api{path}",
+            method=method,
+            data=None if body is None else json.dumps(body).encode(),
+            headers={"Authorization": self._authorization, "Content-Type": "application/json", **(headers or {})},
+        )
+        try:
+            with urllib.request.urlopen(request, timeout=self._timeout) as answer:  # noqa: S310
+                text = answer.read()
+            return json.loads(text) if text else None
+        except urllib.error.HTTPError as error:
+            with error:
+                raise self._refusal(error, method, path) from None
+        except (OSError, ValueError) as error:
+            reason = getattr(error, "reason", error)
+            raise BrokerUnreachable(f"the admin UI at {self.url} does not answer: {reason}") from None
+
+    def _refusal(self, error: urllib.error.HTTPError, method: str, path: str) -> BrokerError:
+        detail = error.read(500).decode(errors="replace")
+        if error.code in {401, 403}:
+            return AccessRefused(
+                f"user {self._user!r} may not use the admin UI at {self.url}: give it the tag 'monitoring' "
+                f"(rabbitmqctl set_user_tags {self._user} monitoring)"
+            )
+        return BrokerError(f"{self.url}: {method} {path}: {error.code} {detail}")
+
+
+def _quoted(part: str) -> str:
+    return quote(part, safe="")

@@ -1,0 +1,58 @@
+"""Declares a run's exchanges and queues; asking again for what is there already changes nothing."""
+
+from __future__ import annotations
+
+import logging
+from typing import Literal
+
+from broker.amqp.refusals import Inequivalent
+from broker.amqp.session import Channel
+from broker.settings import BrokerConfig
+from broker.topology import Queue, Topology
+
+__all__ = ["declare"]
+
+log = logging.getLogger(__name__)
+
+#: Before this version a quorum queue reads up to 4096 messages into memory when it is recovered.
+QUORUM_SAFE = (3, 10, 11)
+
+# They follow from the model's size, so a run that is begun anew with another model meets other values. They
+# say only when old versions are dropped; what is there serves as well.
+RETENTION = ("x-max-length-bytes", "x-stream-max-segment-size-bytes")
+
+
+async def declare(channel: Channel, topology: Topology, config: BrokerConfig, model_bytes: int) -> None:
+    """Declare all that the aggregator owns.
+
+    Raises :class:`TopologyMismatch` or :class:`AccessRefused`, which end the channel as well.
+    """
+    for exchange in topology.exchanges():
+        await channel.declare_exchange(exchange.name, exchange.type)
+    for queue in topology.queues(queue_type(channel, config), model_bytes):
+        await _declare(channel, queue)
+        await channel.bind(queue.name, queue.exchange, queue.binding)
+
+
+def queue_type(channel: Channel, config: BrokerConfig) -> Literal["classic", "quorum"]:
+    """The type of the run's queues: as configured, or what this broker does best."""
+    if config.queue_type != "auto":
+        return config.queue_type
+    return "quorum" if channel.session.version >= QUORUM_SAFE else "classic"
+
+
+async def _declare(channel: Channel, queue: Queue) -> None:
+    arguments = {"x-queue-type": queue.type, **queue.arguments}
+    if queue.type != "stream":
+        await channel.declare_queue(queue.name, arguments)
+        return
+    # RabbitMQ answers a difference by closing the channel: this one is to be kept.
+    probe = await channel.session.channel()
+    try:
+        await probe.declare_queue(queue.name, arguments)
+    except Inequivalent as error:
+        if error.argument not in RETENTION:
+            raise
+        log.info("stream %s keeps the retention that it was created with", queue.name)
+    finally:
+        await probe.close()

@@ -1,0 +1,161 @@
+"""The one place where pika's exceptions and RabbitMQ's reply codes become errors of ours."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+
+import pika
+import pika.exceptions
+
+from broker.errors import (
+    AccessRefused,
+    BrokerError,
+    BrokerUnreachable,
+    ConnectionLost,
+    MessageTooLarge,
+    TopologyMismatch,
+    Unroutable,
+    UnsupportedBroker,
+)
+
+__all__ = ["FATAL", "Inequivalent", "Operation", "Place", "channel_error", "connection_error", "verdict"]
+
+#: What no waiting will cure.
+FATAL = (AccessRefused, TopologyMismatch, UnsupportedBroker)
+
+RESOURCE_LIMITS = ("connection limit", "channel limit", "is down")
+INEQUIVALENT = re.compile(r"inequivalent arg '([^']+)' for (\w+) '([^']+)'.*?: (received .*)")
+TOO_LARGE = re.compile(r"message size \d+ is larger than (?:configured )?max size (\d+)")
+NO_EXCHANGE = re.compile(r"no exchange '([^']+)'")
+NAMED_RIGHT = re.compile(r"- (configure|write|read) access")
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """Where a connection goes to, in words that may be shown: never the password."""
+
+    address: str
+    vhost: str
+    user: str
+
+    @classmethod
+    def of(cls, parameters: pika.ConnectionParameters) -> Place:
+        """The place that ``parameters`` lead to."""
+        return cls(
+            address=f"{parameters.host}:{parameters.port}",
+            vhost=parameters.virtual_host,
+            user=getattr(parameters.credentials, "username", "(by certificate)"),
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Operation:
+    """What a channel was doing, and which of the user's permissions it needs on what."""
+
+    name: str
+    right: str = "write"
+
+
+class Inequivalent(TopologyMismatch):
+    """An existing queue or exchange has another value of ``argument``."""
+
+    def __init__(self, message: str, argument: str) -> None:
+        super().__init__(message)
+        self.argument = argument
+
+
+def connection_error(error: BaseException, place: Place, *, opened: bool) -> BrokerError:
+    """Why a connection could not be made, or broke."""
+    text = _text(error)
+    if not opened:
+        return _login_refused(error, text, place) or BrokerUnreachable(f"{place.address}: {_innermost(text)}")
+    return ConnectionLost(f"the connection to {place.address} broke: {text}")
+
+
+def _login_refused(error: BaseException, text: str, place: Place) -> BrokerError | None:
+    # pika guesses "probable authentication error" from the moment at which a connection ended, which a broker
+    # that is being stopped brings about as well; only the broker's own reply code counts here.
+    if isinstance(error, pika.exceptions.AuthenticationError):
+        return UnsupportedBroker(f"{place.address} offers no way to log in that fedmq knows: {text}")
+    if isinstance(error, pika.exceptions.ProbableAuthenticationError) and "(403)" in text:
+        return AccessRefused(
+            f"{place.address} refused the login of user {place.user!r}: check user and password in broker.url "
+            "(RabbitMQ accepts the user 'guest' from its own machine only)"
+        )
+    limited = any(limit in text for limit in RESOURCE_LIMITS)
+    if limited or not isinstance(error, pika.exceptions.ProbableAccessDeniedError) or "(530)" not in text:
+        return None
+    if "not found" in text:
+        return AccessRefused(
+            f"there is no virtual host {place.vhost!r} on {place.address}: create it "
+            f"(rabbitmqctl add_vhost {place.vhost}) or correct the end of broker.url"
+        )
+    return AccessRefused(
+        f"user {place.user!r} may not use virtual host {place.vhost!r} on {place.address}: give permissions "
+        f"(rabbitmqctl set_permissions -p {place.vhost} {place.user} …)"
+    )
+
+
+def channel_error(error: BaseException, place: Place, operation: Operation) -> BrokerError:
+    """Why a channel was closed."""
+    if not isinstance(error, pika.exceptions.ChannelClosedByBroker):
+        return connection_error(error, place, opened=True)
+    text = error.reply_text
+    if error.reply_code == 403:
+        named = NAMED_RIGHT.search(text)
+        right = named.group(1) if named else operation.right
+        return AccessRefused(
+            f"user {place.user!r} lacks the {right} permission to {operation.name} in virtual host {place.vhost!r} "
+            f"on {place.address} (rabbitmqctl set_permissions, or set_topic_permissions for a topic): {text}"
+        )
+    if error.reply_code == 404:
+        return Unroutable(f"{place.address}: {text}")
+    if match := INEQUIVALENT.search(text):
+        argument, kind, name, values = match.groups()
+        hint = 'set broker.queue_type = "classic" or "quorum" to the type that is there, ' if "type" in argument else ""
+        return Inequivalent(
+            f"{kind} {name!r} exists in virtual host {place.vhost!r} with another {argument!r}: {values}. "
+            f"Either {hint}choose another run name, or delete it if nothing in it is needed "
+            f"(rabbitmqctl -p {place.vhost} delete_{kind} {name})",
+            argument,
+        )
+    if match := TOO_LARGE.search(text):
+        return MessageTooLarge(
+            f"{place.address} takes messages of up to {match.group(1)} bytes: raise max_message_size in its "
+            "rabbitmq.conf, or let fedmq send smaller ones (broker.max_message_bytes)"
+        )
+    return ConnectionLost(f"{place.address} closed the channel: {error.reply_code} {text}")
+
+
+def verdict(reason: BrokerError, exchange: str, size: int) -> BrokerError:
+    """What the end of a channel, for ``reason``, means for one message that was on its way over it."""
+    if isinstance(reason, Unroutable):
+        missing = NO_EXCHANGE.search(str(reason))
+        if missing and missing.group(1) == exchange:
+            return reason
+    if isinstance(reason, MessageTooLarge) and size > limit_of(reason):
+        return reason
+    if isinstance(reason, FATAL):
+        return reason
+    return ConnectionLost(f"whether the message arrived is unknown: {reason}")
+
+
+def limit_of(reason: MessageTooLarge) -> int:
+    """The limit that the broker stated, in bytes; 0 if it stated none."""
+    match = re.search(r"of up to (\d+) bytes", str(reason))
+    return int(match.group(1)) if match else 0
+
+
+def _text(error: BaseException) -> str:
+    if isinstance(error, pika.exceptions.ConnectionClosed):
+        return f"{error.reply_code} {error.reply_text}"
+    if isinstance(error, pika.exceptions.AMQPConnectionError):
+        return " ".join(str(part) for part in error.args) or repr(error)
+    return str(error) or repr(error)
+
+
+def _innermost(text: str) -> str:
+    # pika wraps the operating system's error twice, each time with the whole text of the inner ones.
+    match = re.search(r"last exception - (?:\w+: )?(.*?); first exception", text)
+    return match.group(1) if match else text

@@ -1,0 +1,356 @@
+"""pika's callbacks as coroutines: one open connection, and its channels.
+
+pika's asyncio adapter is the same machine as its SelectConnection with another loop under it; with it, a
+set-up of a dozen replies to wait for reads from top to bottom.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import platform
+import re
+from collections.abc import Callable, Mapping
+from importlib import metadata
+from typing import Any
+
+import pika
+import pika.exceptions
+from pika.adapters.asyncio_connection import AsyncioConnection
+from pika.channel import Channel as RawChannel
+
+from broker.amqp.refusals import Operation, Place, channel_error, connection_error
+from broker.errors import BrokerError, ConfigError, ConnectionLost, Unroutable, UnsupportedBroker
+from broker.settings import BrokerConfig
+
+__all__ = ["Channel", "OnMessage", "Session", "parameters", "quiet_pika"]
+
+log = logging.getLogger(__name__)
+
+OnMessage = Callable[[pika.spec.Basic.Deliver, pika.BasicProperties, bytes], None]
+
+# pika reads its socket in pieces of 4 KiB and adds each to an immutable buffer until a frame (128 KiB) is
+# whole: 300 MiB cost 76,000 reads and sixteen copies of everything. With 256 KiB the same machine receives
+# twice as fast at a quarter of the processor time. pika gives no setting for it.
+RECEIVE_BYTES = 256 * 1024
+
+# What may wait in pika's output buffer before the next message is cut into frames. Enough for the socket to
+# stay busy until the pump looks again, little against a model.
+BUFFERED_BYTES = 16 * 2**20
+
+OLDEST = (3, 9, 0)  # streams
+NEWEST_TESTED_MAJOR = 4
+
+
+def quiet_pika() -> None:
+    """Silence pika's loggers, unless somebody has set a level.
+
+    It logs each step of each failed attempt as an error, and returned messages with their bodies. What
+    matters is logged by us.
+    """
+    logger = logging.getLogger("pika")
+    if logger.level == logging.NOTSET:
+        logger.setLevel(logging.CRITICAL + 1)
+
+
+class _Connection(AsyncioConnection):  # type: ignore[misc]
+    """pika's connection with the three things that it keeps to itself."""
+
+    _transport: Any
+
+    def widen(self) -> None:
+        self._transport._MAX_RECV_BYTES = RECEIVE_BYTES  # noqa: SLF001 - see RECEIVE_BYTES
+        self._transport._MAX_CONSUME_BYTES = 4 * RECEIVE_BYTES  # noqa: SLF001
+
+    @property
+    def buffered(self) -> int:
+        return 0 if self._transport is None else int(self._transport.get_write_buffer_size())
+
+    def abort(self) -> None:
+        if self._transport is not None:
+            self._transport.abort()
+
+
+def parameters(config: BrokerConfig, name: str) -> list[pika.URLParameters]:
+    """The connection parameters for each address of ``config``; ``name`` is what the admin UI shows.
+
+    Raises :class:`ConfigError` for an address that cannot be read.
+    """
+    result = []
+    for url in config.urls():
+        try:
+            one = pika.URLParameters(url)
+        except (ValueError, TypeError, IndexError):
+            # Not the exception's text: it may hold the password.
+            raise ConfigError("broker.url: it is like amqp://user:password@host:5672/vhost") from None
+        one.heartbeat = config.heartbeat
+        one.blocked_connection_timeout = config.blocked_timeout
+        one.socket_timeout = config.connect_timeout
+        one.stack_timeout = config.connect_timeout
+        one.connection_attempts = 1
+        one.client_properties = {
+            "connection_name": name,
+            "product": "fedmq",
+            "version": _own_version(),
+            "platform": f"Python {platform.python_version()}",
+            "information": f"pika {pika.__version__}",
+        }
+        result.append(one)
+    return result
+
+
+class Session:
+    """One open connection. Use :meth:`connect`."""
+
+    def __init__(self, connection: _Connection, place: Place, closed: asyncio.Future[BrokerError]) -> None:
+        self.place = place
+        self.closed = closed
+        self._connection = connection
+        self.version = version_of(str((connection.server_properties or {}).get("version", "")))
+
+    @classmethod
+    async def connect(cls, params: pika.URLParameters) -> Session:
+        """Open a connection.
+
+        Raises :class:`BrokerUnreachable`, :class:`AccessRefused` or :class:`UnsupportedBroker`.
+        """
+        loop = asyncio.get_running_loop()
+        place = Place.of(params)
+        opened: asyncio.Future[BrokerError | None] = loop.create_future()
+        closed: asyncio.Future[BrokerError] = loop.create_future()
+
+        def on_close(_connection: object, error: BaseException) -> None:
+            _settle(closed, connection_error(error, place, opened=True))
+
+        connection = _Connection(
+            params,
+            on_open_callback=lambda _connection: _settle(opened, None),
+            on_open_error_callback=lambda _connection, error: _settle(
+                opened, connection_error(error, place, opened=False)
+            ),
+            on_close_callback=on_close,
+            custom_ioloop=loop,
+        )
+        try:
+            error = await asyncio.shield(opened)
+        except asyncio.CancelledError:
+            with contextlib.suppress(pika.exceptions.ConnectionWrongStateError):
+                connection.close()
+            await _first(opened, closed, timeout=2)
+            raise
+        if error is not None:
+            raise error
+        connection.widen()
+        session = cls(connection, place, closed)
+        try:
+            session._check_version()
+        except UnsupportedBroker:
+            await session.close()
+            raise
+        connection.add_on_connection_blocked_callback(session._on_blocked)
+        connection.add_on_connection_unblocked_callback(session._on_unblocked)
+        return session
+
+    @property
+    def max_message_bytes(self) -> int:
+        """What this broker takes if its operator has not changed it."""
+        return 16 * 2**20 if self.version >= (4, 0, 0) else 128 * 2**20
+
+    @property
+    def has_room(self) -> bool:
+        """Whether the next message may be given to pika, or should wait until it has sent some."""
+        return self._connection.buffered < BUFFERED_BYTES
+
+    async def channel(self) -> Channel:
+        """A new channel. Raises :class:`ConnectionLost`."""
+        opened: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        try:
+            raw = self._connection.channel(on_open_callback=lambda _channel: _settle(opened, None))
+        except pika.exceptions.AMQPError as error:
+            raise connection_error(error, self.place, opened=True) from None
+        channel = Channel(raw, self)
+        await channel.reply_of(opened)
+        return channel
+
+    async def exists(self, *, queues: tuple[str, ...] = (), exchanges: tuple[str, ...] = ()) -> bool:
+        """Whether all of these are there, asked on a channel of its own because RabbitMQ closes it if not."""
+        probe = await self.channel()
+        try:
+            for name in exchanges:
+                await probe.call(
+                    "exchange_declare", Operation(f"look at exchange {name!r}", "read"), exchange=name, passive=True
+                )
+            for name in queues:
+                await probe.call(
+                    "queue_declare", Operation(f"look at queue {name!r}", "read"), queue=name, passive=True
+                )
+        except Unroutable:
+            return False
+        finally:
+            await probe.close()
+        return True
+
+    async def close(self) -> None:
+        """Close in order; after two seconds without an answer, cut."""
+        with contextlib.suppress(pika.exceptions.ConnectionWrongStateError):
+            self._connection.close()
+        done, _ = await asyncio.wait({self.closed}, timeout=2)
+        if not done:
+            self._connection.abort()
+            await asyncio.wait({self.closed}, timeout=1)
+
+    def _check_version(self) -> None:
+        shown = ".".join(map(str, self.version))
+        if (0, 0, 0) < self.version < OLDEST:
+            raise UnsupportedBroker(f"{self.place.address} is RabbitMQ {shown}; fedmq needs 3.9 or newer (for streams)")
+        if not 3 <= self.version[0] <= NEWEST_TESTED_MAJOR:
+            log.warning("%s says its version is %s: fedmq is not tested with it", self.place.address, shown)
+
+    def _on_blocked(self, _connection: object, frame: Any) -> None:
+        log.warning(
+            "RabbitMQ at %s takes no messages for now: %s. It needs memory or disk space; publishing waits",
+            self.place.address,
+            frame.method.reason,
+        )
+
+    def _on_unblocked(self, _connection: object, _frame: Any) -> None:
+        log.warning("RabbitMQ at %s takes messages again", self.place.address)
+
+
+class Channel:
+    """One channel. ``closed`` holds the reason once it has ended, by whichever side."""
+
+    def __init__(self, raw: RawChannel, session: Session) -> None:
+        self.raw = raw
+        self.session = session
+        self.closed: asyncio.Future[BrokerError] = asyncio.get_running_loop().create_future()
+        self._operation = Operation("publish")
+        raw.add_on_close_callback(self._on_close)
+        raw.add_on_cancel_callback(self._on_cancel)
+
+    async def call(self, method: str, operation: Operation, **arguments: Any) -> Any:
+        """Call ``method`` of pika's channel and wait for the reply.
+
+        Raises the :class:`BrokerError` for which the broker closed the channel instead.
+        """
+        reply: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
+        self._operation = operation
+        try:
+            getattr(self.raw, method)(callback=lambda frame: _settle(reply, frame), **arguments)
+        except pika.exceptions.AMQPError as error:
+            if self.closed.done():
+                raise self.closed.result() from None
+            raise channel_error(error, self.session.place, operation) from None
+        result = await self.reply_of(reply)
+        self._operation = Operation("publish")
+        return result
+
+    async def declare_exchange(self, name: str, kind: str) -> None:
+        """A durable exchange."""
+        operation = Operation(f"declare exchange {name!r}", "configure")
+        await self.call("exchange_declare", operation, exchange=name, exchange_type=kind, durable=True)
+
+    async def declare_queue(self, name: str, arguments: Mapping[str, str | int | bool]) -> None:
+        """A durable queue."""
+        operation = Operation(
+            f"declare queue {name!r} (and to read it and write to its dead-letter exchange)", "configure"
+        )
+        await self.call("queue_declare", operation, queue=name, durable=True, arguments=dict(arguments))
+
+    async def declare_own_queue(self, name: str, max_length: int) -> None:
+        """A queue that goes with this connection and drops its oldest messages rather than grow."""
+        operation = Operation(f"declare queue {name!r}", "configure")
+        arguments = {"x-max-length": max_length}
+        await self.call(
+            "queue_declare", operation, queue=name, exclusive=True, auto_delete=True, durable=False, arguments=arguments
+        )
+
+    async def bind(self, queue: str, exchange: str, key: str) -> None:
+        """Bind a queue."""
+        operation = Operation(f"bind queue {queue!r} (write) to exchange {exchange!r} (read)", "write or read")
+        await self.call("queue_bind", operation, queue=queue, exchange=exchange, routing_key=key)
+
+    async def consume(
+        self,
+        queue: str,
+        on_message: OnMessage,
+        *,
+        tag: str = "",
+        prefetch: int = 0,
+        arguments: Mapping[str, str | int] | None = None,
+    ) -> None:
+        """Consume; without ``prefetch`` nothing is to be acknowledged."""
+        operation = Operation(f"consume from queue {queue!r}", "read")
+        if prefetch:
+            # RabbitMQ applies it to each consumer that is started afterwards.
+            await self.call("basic_qos", operation, prefetch_count=prefetch)
+        await self.call(
+            "basic_consume",
+            operation,
+            queue=queue,
+            on_message_callback=lambda _channel, method, properties, body: on_message(method, properties, body),
+            auto_ack=not prefetch,
+            consumer_tag=tag or None,
+            arguments=dict(arguments or {}),
+        )
+
+    async def confirm(self, on_confirm: Callable[[Any], None]) -> None:
+        """Have each published message confirmed."""
+        await self.call("confirm_delivery", Operation("publish"), ack_nack_callback=on_confirm)
+
+    async def reply_of(self, reply: asyncio.Future[Any]) -> Any:
+        """The result of ``reply``, or the channel's end as an exception."""
+        await _first(reply, self.closed)
+        if reply.done():
+            return reply.result()
+        raise self.closed.result()
+
+    async def ended(self) -> BrokerError:
+        """Wait until the channel has ended; the reason."""
+        return await asyncio.shield(self.closed)
+
+    def end(self, reason: BrokerError) -> None:
+        """Treat the channel as ended, as if the broker had closed it."""
+        _settle(self.closed, reason)
+
+    async def close(self) -> None:
+        """Close it, if the broker has not."""
+        if not self.raw.is_open:
+            return
+        gone: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self.raw.add_on_close_callback(lambda _channel, _reason: _settle(gone, None))
+        self.raw.close()
+        await _first(gone, self.session.closed, timeout=2)
+
+    def _on_close(self, _channel: object, error: BaseException) -> None:
+        if isinstance(error, pika.exceptions.ChannelClosedByClient):
+            _settle(self.closed, ConnectionLost("closed"))
+        else:
+            _settle(self.closed, channel_error(error, self.session.place, self._operation))
+
+    def _on_cancel(self, frame: Any) -> None:
+        tag = frame.method.consumer_tag
+        self.end(Unroutable(f"the broker ended consumer {tag!r}: its queue was deleted or moved"))
+
+
+def version_of(text: str) -> tuple[int, int, int]:
+    """Major, minor and patch number; zeros if ``text`` holds no version."""
+    match = re.match(r"(\d+)\.(\d+)(?:\.(\d+))?", text)
+    return (int(match[1]), int(match[2]), int(match[3] or 0)) if match else (0, 0, 0)
+
+
+def _own_version() -> str:
+    try:
+        return metadata.version("fedmq")
+    except metadata.PackageNotFoundError:
+        return "0+source"
+
+
+async def _first(*futures: asyncio.Future[Any], timeout: float | None = None) -> None:
+    await asyncio.wait(futures, return_when=asyncio.FIRST_COMPLETED, timeout=timeout)
+
+
+def _settle(future: asyncio.Future[Any], value: Any) -> None:
+    if not future.done():
+        future.set_result(value)

@@ -1,0 +1,348 @@
+"""The port of ``broker.transport`` over RabbitMQ.
+
+Each side has two connections, one to publish and one to consume, because RabbitMQ stops reading from a
+connection that publishes while it is short of memory or disk, and acknowledgements must still get through.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import secrets
+import threading
+import time
+from collections.abc import Mapping
+from concurrent.futures import Future
+from dataclasses import replace
+from typing import Any
+
+import pika
+
+from broker.amqp.connection import Link
+from broker.amqp.declare import declare
+from broker.amqp.publisher import Publisher, plain
+from broker.amqp.session import Channel
+from broker.errors import BrokerError, BrokerUnreachable, MessageTooLarge, Unroutable
+from broker.messages import Reason
+from broker.settings import BrokerConfig
+from broker.topology import CONTROL, DEAD, EVENTS, UPDATES, Topology
+from broker.transport import Connected, Delivery, Disconnected, Failed, Incoming, Outgoing, Sink, Source, Token
+
+__all__ = ["AmqpAggregatorTransport", "AmqpWorkerTransport"]
+
+log = logging.getLogger(__name__)
+
+#: How long ``close`` waits for confirmations of what is on its way.
+FLUSH_SECONDS = 5.0
+#: How often a worker looks whether its run exists, and how soon a failed broadcast or burial is tried again.
+RETRY_SECONDS = 1.0
+CONTROL_PREFETCH = 100
+# Acknowledgements of a stream are credit: two versions on their way keep the connection busy.
+STREAM_PREFETCH = 2
+OWN_QUEUE_LENGTH = 10_000
+
+
+class _Transport:
+    """What both sides have in common: two connections, a sink, generations."""
+
+    def __init__(self, config: BrokerConfig, topology: Topology, who: str) -> None:
+        self._topology = topology
+        name = f"fedmq {who} · run {topology.run}"
+        self._publisher = Publisher(config, f"{name} · publish", prepare=self._prepare, failed=self._fail)
+        self._consumer = Link(config, f"{name} · consume", use=self._consume, down=self._down, failed=self._fail)
+        self._sink: Sink | None = None
+        self._generation = 0
+        self._connected = False
+        self._opened = False
+        self._lock = threading.Lock()
+
+    def open(self, sink: Sink, *, wait: float | None = None) -> None:
+        """See the port. Raises at once what no waiting will cure."""
+        self._sink = sink
+        deadline = None if wait is None else time.monotonic() + wait
+        self._publisher.start()
+        self._consumer.start()
+        try:
+            for link in (self._consumer, self._publisher.link):
+                try:
+                    link.up.result(None if deadline is None else max(0.0, deadline - time.monotonic()))
+                except TimeoutError:
+                    problem = link.problem or self._publisher.link.problem or "no answer"
+                    raise BrokerUnreachable(f"no connection to RabbitMQ within {wait} s: {problem}") from None
+            self._opened = True
+        except BaseException:
+            self.close()
+            raise
+
+    def close(self) -> None:
+        """See the port."""
+        self._publisher.flush(FLUSH_SECONDS)
+        with self._lock:
+            self._sink = None
+        self._consumer.stop()
+        self._publisher.stop()
+
+    async def _prepare(self, channel: Channel) -> None:
+        raise NotImplementedError
+
+    async def _consume(self, channel: Channel) -> None:
+        raise NotImplementedError
+
+    def _hand(self, item: Incoming) -> None:
+        with self._lock:
+            if self._sink is not None:
+                self._sink(item)
+
+    def _stand(self) -> int:
+        """A new generation; call it before the first delivery can come."""
+        self._generation += 1
+        self._connected = True
+        self._hand(Connected(self._generation))
+        return self._generation
+
+    def _down(self, reason: BrokerError) -> None:
+        if self._connected:
+            self._connected = False
+            self._hand(Disconnected(self._generation, str(reason)))
+
+    def _fail(self, error: BrokerError) -> None:
+        # Either link may fail, on its own thread; the other has no use without it.
+        if self._opened:
+            self._hand(Failed(error))
+        with self._lock:
+            self._sink = None
+        self._consumer.stop(0)
+        self._publisher.give_up(error)
+
+
+class AmqpAggregatorTransport(_Transport):
+    """The aggregator's side.
+
+    Args:
+        config: the table ``[broker]``.
+        topology: the run's names.
+        model_bytes: size of one version, by which the stream of versions is dimensioned.
+        prefetch: how many updates may be unacknowledged. More than a commit covers, else nothing goes on.
+        consumer_tag: what the admin UI shows for the consumer of updates.
+    """
+
+    def __init__(
+        self,
+        config: BrokerConfig,
+        topology: Topology,
+        *,
+        model_bytes: int,
+        prefetch: int,
+        consumer_tag: str = "aggregator",
+    ) -> None:
+        super().__init__(config, topology, "aggregator")
+        self._config = config
+        self._model_bytes = model_bytes
+        self._prefetch = prefetch
+        self._consumer_tag = consumer_tag
+        self._channel: Channel | None = None
+        # Of this generation, by delivery tag: the routing key and properties, for a copy in the dead letters.
+        self._unacked: dict[int, tuple[str, pika.BasicProperties]] = {}
+        self._newest: Outgoing | None = None
+
+    def ack(self, token: Token) -> None:
+        """See the port."""
+        self._consumer.call(self._ack, token)
+
+    def reject(self, token: Token, reason: Reason, detail: str, delivery: Delivery) -> None:
+        """See the port. Tried again until it succeeds or the connection that the token is of has gone."""
+        facts = {"reason": reason.value, "detail": detail[:500], "time": int(time.time())}
+        self._consumer.call(self._bury, token, facts, delivery.body)
+
+    def broadcast(self, message: Outgoing) -> Future[None]:
+        """See the port. Tried again until it succeeds or a newer one has taken its place."""
+        future: Future[None] = Future()
+        future.set_running_or_notify_cancel()
+        self._newest = message
+        self._broadcast(message, future)
+        return future
+
+    def notify(self, worker: str, message: Outgoing) -> None:
+        """See the port."""
+        self._publisher.send(EVENTS, self._topology.notice_key(worker), message, kind="notice")
+
+    def event(self, kind: str, message: Outgoing) -> None:
+        """See the port."""
+        self._publisher.send(EVENTS, self._topology.event_key(kind, "aggregator"), message, kind=kind)
+
+    # ------------------------------------------------------------------------------- on the links' threads
+
+    async def _prepare(self, channel: Channel) -> None:
+        await declare(channel, self._topology, self._config, self._model_bytes)
+
+    async def _consume(self, channel: Channel) -> None:
+        await declare(channel, self._topology, self._config, self._model_bytes)
+        events = self._topology.own_queue("events", secrets.token_hex(4))
+        await channel.declare_own_queue(events, OWN_QUEUE_LENGTH)
+        for kind in ("heartbeat", "progress", "evaluation"):
+            await channel.bind(events, EVENTS, self._topology.event_key(kind, "*"))
+        generation = self._stand()
+        self._channel = channel
+        tag = self._consumer_tag
+
+        def on_update(method: pika.spec.Basic.Deliver, properties: pika.BasicProperties, body: bytes) -> None:
+            self._unacked[method.delivery_tag] = (method.routing_key, properties)
+            token = Token(generation, method.delivery_tag)
+            self._hand(_delivery(Source.UPDATE, body, properties, token=token, redelivered=method.redelivered))
+
+        def on_control(method: pika.spec.Basic.Deliver, properties: pika.BasicProperties, body: bytes) -> None:
+            self._hand(_delivery(Source.CONTROL, body, properties, redelivered=method.redelivered))
+            channel.raw.basic_ack(method.delivery_tag)
+
+        def on_event(_method: object, properties: pika.BasicProperties, body: bytes) -> None:
+            self._hand(_delivery(Source.EVENT, body, properties))
+
+        await channel.consume(events, on_event, tag=f"{tag}-events")
+        await channel.consume(self._topology.control, on_control, tag=f"{tag}-control", prefetch=CONTROL_PREFETCH)
+        await channel.consume(self._topology.updates, on_update, tag=tag, prefetch=self._prefetch)
+
+    def _down(self, reason: BrokerError) -> None:
+        self._channel = None
+        self._unacked.clear()
+        super()._down(reason)
+
+    def _is_current(self, token: Token) -> bool:
+        return self._channel is not None and token.generation == self._generation and token.tag in self._unacked
+
+    def _ack(self, token: Token) -> None:
+        # An unknown tag would cost the channel, and with it every unacknowledged update.
+        if self._is_current(token) and self._channel is not None and self._channel.raw.is_open:
+            del self._unacked[token.tag]
+            self._channel.raw.basic_ack(token.tag)
+
+    def _bury(self, token: Token, facts: Mapping[str, str | int], body: bytes) -> None:
+        if not self._is_current(token):
+            return
+        key, properties = self._unacked[token.tag]
+        copy = Outgoing(
+            body=body, message_id=properties.message_id or "", headers={**plain(properties.headers), **facts}
+        )
+        future = self._publisher.publish(DEAD, key, copy, kind=properties.type or "update")
+        future.add_done_callback(lambda done: self._buried(done.exception(), token, facts, body))
+
+    def _buried(self, error: BaseException | None, token: Token, facts: Mapping[str, str | int], body: bytes) -> None:
+        if error is None:
+            self.ack(token)
+            return
+        log.warning("a rejected update is not yet in the dead letters: %s", error)
+        if isinstance(error, MessageTooLarge):
+            # The limit was lowered since the update came in: its reason and its identity still get through.
+            facts, body = {**facts, "body": f"{len(body)} bytes, left out"}, b""
+        self._redeclare_for(error)
+        self._consumer.call(self._bury, token, facts, body, after=RETRY_SECONDS)
+
+    def _broadcast(self, message: Outgoing, future: Future[None]) -> None:
+        attempt = self._publisher.publish(self._topology.parameters, "", message, kind="parameters")
+        attempt.add_done_callback(lambda done: self._broadcast_done(done.exception(), message, future))
+
+    def _broadcast_done(self, error: BaseException | None, message: Outgoing, future: Future[None]) -> None:
+        if error is None:
+            future.set_result(None)
+            return
+        again = isinstance(error, BrokerError) and error.retryable and message is self._newest
+        if again:
+            self._redeclare_for(error)
+            again = self._publisher.link.call(self._broadcast, message, future, after=RETRY_SECONDS)
+        if not again:
+            future.set_exception(error)
+
+    def _redeclare_for(self, error: BaseException) -> None:
+        if isinstance(error, Unroutable):
+            self._publisher.link.call(self._publisher.link.renew, error)
+
+
+class AmqpWorkerTransport(_Transport):
+    """A worker's side.
+
+    Args:
+        config: the table ``[broker]``.
+        topology: the run's names.
+        worker: the worker's name.
+    """
+
+    def __init__(self, config: BrokerConfig, topology: Topology, *, worker: str) -> None:
+        super().__init__(config, topology, f"worker {worker}")
+        self._worker = worker
+        self._last = (-1, -1, -1)
+        self._said = False
+
+    def publish(self, message: Outgoing) -> Future[None]:
+        """See the port."""
+        return self._publisher.publish(UPDATES, self._topology.key(self._worker), message, kind="update")
+
+    def control(self, message: Outgoing) -> Future[None]:
+        """See the port. Fails like :meth:`publish`; send it again then."""
+        return self._publisher.publish(CONTROL, self._topology.key(self._worker), message, kind="control")
+
+    def event(self, kind: str, message: Outgoing) -> None:
+        """See the port."""
+        self._publisher.send(EVENTS, self._topology.event_key(kind, self._worker), message, kind=kind)
+
+    # ------------------------------------------------------------------------------- on the links' threads
+
+    async def _prepare(self, channel: Channel) -> None:
+        self._publisher.link.mark_up()
+        while not await channel.session.exists(exchanges=(UPDATES, CONTROL, EVENTS)):
+            # Publishing to a missing exchange would cost the channel each time.
+            self._publisher.refuse(Unroutable(self._say_absent()))
+            await asyncio.sleep(RETRY_SECONDS)
+
+    async def _consume(self, channel: Channel) -> None:
+        self._consumer.mark_up()
+        self._stand()
+        stream = self._topology.parameters
+        while not await channel.session.exists(exchanges=(EVENTS,), queues=(stream,)):
+            self._say_absent()
+            await asyncio.sleep(RETRY_SECONDS)
+        notices = self._topology.own_queue("notice", f"{self._worker}.{secrets.token_hex(4)}")
+        await channel.declare_own_queue(notices, OWN_QUEUE_LENGTH)
+        await channel.bind(notices, EVENTS, self._topology.notice_key(self._worker))
+
+        def on_notice(_method: object, properties: pika.BasicProperties, body: bytes) -> None:
+            self._hand(_delivery(Source.EVENT, body, properties))
+
+        def on_parameters(method: pika.spec.Basic.Deliver, properties: pika.BasicProperties, body: bytes) -> None:
+            channel.raw.basic_ack(method.delivery_tag)
+            self._take(properties, body)
+
+        await channel.consume(notices, on_notice, tag=f"{self._worker}-notices")
+        await channel.consume(
+            stream,
+            on_parameters,
+            tag=f"{self._worker}-parameters",
+            prefetch=STREAM_PREFETCH,
+            arguments={"x-stream-offset": "last"},
+        )
+
+    def _take(self, properties: pika.BasicProperties, body: bytes) -> None:
+        # A stream begins to read at its last block, which may hold several versions, and after a reconnect
+        # it begins there again.
+        headers = plain(properties.headers)
+        order = (_int(headers, "epoch"), _int(headers, "version"), _int(headers, "attempt"))
+        if order > self._last:
+            self._last = order
+            self._hand(_delivery(Source.PARAMETERS, body, properties))
+
+    def _say_absent(self) -> str:
+        text = f"no aggregator has declared run {self._topology.run!r} yet"
+        if not self._said:
+            self._said = True
+            log.info("%s; waiting for it", text)
+        return text
+
+
+def _delivery(source: Source, body: bytes, properties: pika.BasicProperties, **more: Any) -> Delivery:
+    delivery = Delivery(source=source, body=body, headers=plain(properties.headers), **more)
+    if properties.message_id:
+        delivery = replace(delivery, headers={**delivery.headers, "message_id": properties.message_id})
+    return delivery
+
+
+def _int(headers: Mapping[str, str | int], name: str) -> int:
+    value = headers.get(name, 0)
+    return value if isinstance(value, int) else 0

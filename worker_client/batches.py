@@ -31,7 +31,8 @@ def index_batches(length: int, size: int, generator: torch.Generator | None) -> 
     order = list(range(length)) if generator is None else torch.randperm(length, generator=generator).tolist()
     batches = [order[start : start + size] for start in range(0, length, size)]
     if len(batches) > 1 and len(batches[-1]) == 1 and size > 1:
-        batches[-2] += batches.pop()
+        last = batches.pop()
+        batches[-1] += last
     return batches
 
 

@@ -72,6 +72,11 @@ class Trainer:
         self._test_data: Examples | None = None
 
     @property
+    def task_name(self) -> str:
+        """The task's class, for messages."""
+        return type(self._task).__name__
+
+    @property
     def spec(self) -> ModelSpec:
         """The tensors that travel."""
         return self._state.spec
@@ -272,6 +277,6 @@ def _checked_metrics(metrics: Mapping[str, float]) -> dict[str, float]:
             raise TaskError(f"metric {name!r}: a name has 1 to 64 letters, digits and _ . / : -")
         if not isinstance(value, int | float):
             raise TaskError(f"metric {name!r} is a {type(value).__name__}; it must be a number (tensor.item())")
-    if len(metrics) > 64:
-        raise TaskError(f"{len(metrics)} metrics are too many; 64 travel")
+    if len(metrics) > 50:
+        raise TaskError(f"{len(metrics)} metrics are too many; 50 travel")
     return {name: float(value) for name, value in metrics.items()}

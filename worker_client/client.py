@@ -1,0 +1,87 @@
+"""A worker from beginning to end: ``run_worker`` trains, ``run_evaluator`` evaluates."""
+
+from __future__ import annotations
+
+import logging
+
+from broker.messages import Role
+from broker.transport import WorkerTransport
+from worker_client.config import WorkerConfig
+from worker_client.core import EvaluatorMachine, WorkerMachine
+from worker_client.outbox import Outbox
+from worker_client.session import GRACE, Session, StopSignal, Summary
+from worker_client.task import Task
+from worker_client.training import Trainer
+
+__all__ = ["GRACE", "StopSignal", "Summary", "run_evaluator", "run_worker"]
+
+log = logging.getLogger("fedmq.worker")
+
+
+def run_worker(
+    config: WorkerConfig,
+    run: str,
+    transport: WorkerTransport,
+    task: Task,
+    *,
+    stop: StopSignal | None = None,
+    grace: float = GRACE,
+) -> Summary:
+    """Train for ``run`` until it is over, ``max_updates`` is reached or ``stop`` is set.
+
+    With ``config.folder`` the worker keeps its identity there; without, it is a new one each time. The
+    transport is opened and closed here.
+
+    Raises:
+        TaskError: the task raised, or its shard is empty.
+        ModelMismatch: the run's model is not the task's.
+        CheckpointError: the folder cannot be used.
+        BrokerError: the broker refuses this worker for good, or an update is too large for it.
+    """
+    trainer = Trainer(task, config)
+    examples = trainer.load_data()
+    log.info("worker %s: %d examples in %s", config.name, examples, trainer.shard)
+    outbox = Outbox.open(config.folder, run, config.name)
+    try:
+        return Session(
+            config,
+            run,
+            transport=transport,
+            trainer=trainer,
+            outbox=outbox,
+            machine=WorkerMachine(config.name, outbox.incarnation, max_updates=config.max_updates),
+            role=Role.TRAINER,
+            stop=stop,
+            grace=grace,
+        ).run()
+    finally:
+        outbox.close()
+
+
+def run_evaluator(
+    config: WorkerConfig,
+    run: str,
+    transport: WorkerTransport,
+    task: Task,
+    *,
+    stop: StopSignal | None = None,
+    grace: float = GRACE,
+) -> Summary:
+    """Evaluate ``run``'s newest version on the task's held-out data, each time there is a newer one.
+
+    Publishes an event of kind ``evaluation`` for each; returns after the run's last version. Raises as
+    :func:`run_worker`.
+    """
+    trainer = Trainer(task, config)
+    log.info("evaluator %s: %d held-out examples", config.name, trainer.load_test_data())
+    return Session(
+        config,
+        run,
+        transport=transport,
+        trainer=trainer,
+        outbox=Outbox.open(None, run, config.name),
+        machine=EvaluatorMachine(),
+        role=Role.EVALUATOR,
+        stop=stop,
+        grace=grace,
+    ).run()

@@ -1,0 +1,75 @@
+"""What a worker says, as encoded messages on their way out."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from typing import Any
+
+from broker.messages import Event, EventKind, Goodbye, Hello, ModelSpec, ParametersHead, Role, Update, UpdateId
+from broker.transport import Outgoing
+from broker.wire import Message, encode
+from worker_client.training import Trained
+
+__all__ = ["Sender"]
+
+
+class Sender:
+    """One worker's stationery: its run, its name, its incarnation and its role stand on every sheet."""
+
+    def __init__(self, run: str, worker: str, incarnation: str, role: Role) -> None:
+        self._run = run
+        self._worker = worker
+        self._incarnation = incarnation
+        self._role = role
+
+    def hello(self, version: int) -> Outgoing:
+        """The worker is here, and ``version`` is the newest it has (-1: none)."""
+        return self._sheet(
+            Hello(run=self._run, worker=self._worker, incarnation=self._incarnation, role=self._role, version=version)
+        )
+
+    def goodbye(self, confirmed: int, reason: str) -> Outgoing:
+        """The worker leaves after ``confirmed`` updates of this incarnation."""
+        return self._sheet(
+            Goodbye(
+                run=self._run,
+                worker=self._worker,
+                incarnation=self._incarnation,
+                role=self._role,
+                confirmed=confirmed,
+                reason=reason[:1000],
+            )
+        )
+
+    def event(self, kind: EventKind, data: Mapping[str, Any]) -> Outgoing:
+        """Something worth showing; role and incarnation are added to ``data``."""
+        facts = {**data, "role": str(self._role), "incarnation": self._incarnation}
+        return self._sheet(Event(run=self._run, kind=kind, source=self._worker, time=time.time(), data=facts))
+
+    def update(self, update: UpdateId, base: ParametersHead, trained: Trained, model: ModelSpec) -> Outgoing:
+        """What was trained from ``base``. Raises :class:`ModelMismatch` if its tensors do not fit ``model``."""
+        message = Update(
+            run=self._run,
+            id=update,
+            base_version=base.version,
+            base_epoch=base.epoch,
+            mode=base.plan.mode,
+            examples=trained.examples,
+            metrics=dict(trained.metrics),
+            seconds=trained.seconds,
+            model=model,
+            tensors=trained.tensors,
+        )
+        headers: dict[str, str | int] = {
+            "run": self._run,
+            "worker": update.worker,
+            "incarnation": update.incarnation,
+            "seq": update.seq,
+            "base_version": base.version,
+            "examples": trained.examples,
+        }
+        return Outgoing(body=encode(message), message_id=str(update), headers=headers)
+
+    def _sheet(self, message: Message) -> Outgoing:
+        return Outgoing(body=encode(message), headers={"run": self._run, "worker": self._worker})

@@ -1,0 +1,367 @@
+"""The shell around the worker's machines: performs their effects, and reports what became of them.
+
+One loop owns all state. Training runs on a thread of its own, the transport on its threads; both put what
+they have to say into the mailbox.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import threading
+import time
+from collections.abc import Mapping
+from concurrent.futures import Future
+from dataclasses import dataclass, fields
+from typing import Any, Protocol, assert_never
+
+from broker.errors import BrokerError, ConnectionLost, FedmqError, WireError
+from broker.messages import Event, EventKind, Parameters, ParametersHead, Reason, Role, UpdateId
+from broker.transport import Connected, Delivery, Disconnected, Failed, Outgoing, Source, WorkerTransport
+from broker.wire import decode
+from worker_client.config import WorkerConfig
+from worker_client.context import Abandoned
+from worker_client.core import EvaluatorMachine, WorkerMachine
+from worker_client.core import events as ev
+from worker_client.mailbox import Bench, Finished, Item, Mailbox, Published
+from worker_client.notices import MEANINGS
+from worker_client.outbox import Outbox
+from worker_client.sending import Sender
+from worker_client.training import Evaluation, Trained, Trainer
+
+__all__ = ["GRACE", "Session", "StopSignal", "Summary"]
+
+log = logging.getLogger("fedmq.worker")
+
+#: Seconds for leaving in good order once asked to; below the 10 that Docker waits before it kills.
+GRACE = 8.0
+#: Seconds to wait for the goodbye to be out.
+GOODBYE = 2.0
+#: Longest sleep of the loop: a signal handler cannot wake it, so it looks at the stop signal this often.
+LOOK = 0.2
+
+
+class StopSignal(Protocol):
+    """What of ``threading.Event`` is needed."""
+
+    def is_set(self) -> bool:
+        """Whether to stop."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Summary:
+    """How a worker ended."""
+
+    reason: str
+    """``done`` (the run is over), ``limit`` (max_updates), or ``stopped``."""
+    confirmed: int
+    """Updates that the broker confirmed to this process; of an evaluator, 0."""
+    version: int
+    """The newest version seen; -1 if none."""
+    metrics: Mapping[str, float]
+    """Of the last training or evaluation."""
+
+
+class Session:
+    """One life of a worker, from the first connection to the goodbye."""
+
+    def __init__(
+        self,
+        config: WorkerConfig,
+        run: str,
+        *,
+        transport: WorkerTransport,
+        trainer: Trainer,
+        outbox: Outbox,
+        machine: WorkerMachine | EvaluatorMachine,
+        role: Role,
+        stop: StopSignal | None,
+        grace: float,
+    ) -> None:
+        self._config = config
+        self._run = run
+        self._transport = transport
+        self._trainer = trainer
+        self._outbox = outbox
+        self._machine = machine
+        self._role = role
+        self._sender = Sender(run, config.name, outbox.incarnation, role)
+        self._stop = stop or threading.Event()
+        self._grace = grace
+        self._mailbox = Mailbox()
+        self._bench = Bench(self._mailbox.put)
+        self._parameters: Parameters | None = None
+        self._base: Parameters | None = None
+        self._trained: Trained | None = None
+        self._publishing: tuple[UpdateId, Outgoing] | None = None
+        self._alarms: dict[type[ev.BackOffOver | ev.GraceOver], float] = {}
+        self._connected = False
+        self._stopping = False
+        self._reason: str | None = None
+        self._error: BaseException | None = None
+        self._metrics: Mapping[str, float] = {}
+        self._seconds = 0.0
+
+    def run(self) -> Summary:
+        """Live it. Raises what ended it, if that was an error."""
+        # On its own thread, because it may wait for a broker that is not there yet, and SIGTERM must not.
+        threading.Thread(target=self._open, name="fedmq-open", daemon=True).start()
+        heartbeat = 0.0
+        try:
+            while self._reason is None:
+                if time.monotonic() >= heartbeat and self._connected:
+                    heartbeat = time.monotonic() + self._config.heartbeat_seconds
+                    self._beat()
+                self._turn(min(LOOK, self._config.heartbeat_seconds))
+        finally:
+            self._bench.close()
+            self._transport.close()
+        if self._error is not None:
+            raise self._error
+        log.info("%s %s leaves: %s", self._role, self._config.name, self._reason)
+        return Summary(
+            reason=self._reason,
+            confirmed=self._machine.confirmed,
+            version=self._version,
+            metrics=dict(self._metrics),
+        )
+
+    # --------------------------------------------------------------------------------------------- events in
+
+    def _turn(self, patience: float) -> None:
+        """Look at the stop signal and the alarms, and take in one item from the mailbox."""
+        if self._stop.is_set() and not self._stopping:
+            self._stopping = True
+            self._alarms[ev.GraceOver] = time.monotonic() + self._grace
+            self._tell(ev.StopRequested())
+        for event, due in list(self._alarms.items()):
+            if time.monotonic() >= due:
+                del self._alarms[event]
+                self._tell(event())
+        if self._reason is not None:
+            return
+        now = time.monotonic()
+        item = self._mailbox.take(max(0.0, min([patience, *(due - now for due in self._alarms.values())])))
+        if item is not None:
+            self._receive(item)
+
+    def _receive(self, item: Item) -> None:
+        match item:
+            case Delivery():
+                self._read(item)
+            case Connected():
+                self._connected = True
+                self._tell(ev.Connected())
+            case Disconnected(_, error):
+                self._connected = False
+                log.warning("the connection broke (%s); it is being made again", error)
+            case Failed(error):
+                self._connected = False
+                self._fail(error)
+            case Finished(result, error):
+                self._finished(result, error)
+            case Published(error):
+                self._published(error)
+            case _:
+                assert_never(item)
+
+    def _read(self, delivery: Delivery) -> None:
+        try:
+            message = decode(delivery.body)
+        except WireError as error:
+            log.warning("a message from %s is ignored: %s", delivery.source, error)
+            return
+        if isinstance(message, Parameters) and delivery.source is Source.PARAMETERS and message.run == self._run:
+            self._arrived(message)
+        elif isinstance(message, Event) and message.kind is EventKind.NOTICE and message.run == self._run:
+            self._noticed(message.data)
+        else:
+            log.warning("a %s from %s is not for this worker and ignored", type(message).__name__, delivery.source)
+
+    def _arrived(self, parameters: Parameters) -> None:
+        try:
+            parameters.model.require_same(self._trainer.spec, theirs=f"this worker's task {self._trainer.task_name}")
+        except FedmqError as error:
+            self._fail(error)
+            return
+        head = _head_of(parameters)
+        effects = self._machine.handle(ev.ParametersArrived(head))
+        if self._machine.newest is head:
+            self._parameters = parameters
+        self._perform(effects)
+
+    def _noticed(self, data: Mapping[str, Any]) -> None:
+        reason, update, detail = data.get("reason"), data.get("update"), data.get("detail")
+        try:
+            known = Reason(str(reason))
+        except ValueError:
+            log.warning("update %s was rejected: %s (%s)", update, reason, detail)
+            return
+        log.warning("update %s was rejected: %s (%s): %s", update, known, detail, MEANINGS[known])
+        parts = str(update).split("/")
+        if len(parts) == 3 and parts[2].isdecimal():
+            self._tell(ev.NoticeArrived(known, UpdateId(parts[0], parts[1], int(parts[2]))))
+
+    def _finished(self, result: Trained | Evaluation | None, error: BaseException | None) -> None:
+        if isinstance(error, Abandoned):
+            self._tell(ev.Abandoned())
+        elif error is not None:
+            self._fail(error)
+        elif result is not None:
+            self._metrics, self._seconds = result.metrics, result.seconds
+            if isinstance(result, Trained):
+                self._trained = result
+                self._tell(ev.TrainingDone())
+            else:
+                self._tell_evaluation(result)
+                self._tell(ev.EvaluationDone())
+
+    def _published(self, error: BaseException | None) -> None:
+        if self._publishing is None:
+            return
+        update, _ = self._publishing
+        if error is None:
+            self._outbox.confirm(update)
+            self._publishing = None
+            log.info("update %s confirmed", update)
+            self._tell(ev.PublishConfirmed())
+        elif isinstance(error, BrokerError) and error.retryable:
+            log.warning("update %s is published again: %s: %s", update, type(error).__name__, error)
+            self._tell(ev.PublishFailed())
+        else:
+            self._fail(error)
+
+    # ------------------------------------------------------------------------------------------- effects out
+
+    def _tell(self, event: ev.Event) -> None:
+        self._perform(self._machine.handle(event))
+
+    def _fail(self, error: BaseException) -> None:
+        self._error = self._error or error
+        self._tell(ev.Failed(f"{type(error).__name__}: {error}"))
+
+    def _perform(self, effects: list[ev.Effect]) -> None:
+        for effect in effects:
+            try:
+                self._do(effect)
+            except FedmqError as error:
+                # The effects after it still count: if the machine gave up already, the last of them is Exit.
+                self._fail(error)
+
+    def _do(self, effect: ev.Effect) -> None:
+        match effect:
+            case ev.SayHello(version):
+                self._transport.control(self._sender.hello(version))
+            case ev.Train(_, ordinal):
+                self._train(ordinal)
+            case ev.Evaluate():
+                self._base = base = self._newest_parameters()
+                self._bench.start(lambda abandon: self._trainer.evaluate(base, abandon.is_set))
+            case ev.Abandon():
+                self._bench.abandon()
+            case ev.Publish():
+                self._publish()
+            case ev.PublishAgain():
+                self._send()
+            case ev.BackOff(seconds):
+                self._alarms[ev.BackOffOver] = time.monotonic() + seconds
+            case ev.SayGoodbye(reason):
+                self._say_goodbye(reason)
+            case ev.Exit(reason):
+                self._reason = reason
+                if reason == "failed" and self._error is None:
+                    self._error = BrokerError("the aggregator rejects what this worker publishes; see the warnings")
+            case _:
+                assert_never(effect)
+
+    def _train(self, ordinal: int) -> None:
+        self._base = base = self._newest_parameters()
+        log.info("training from version %d", base.version)
+
+        def work(abandon: threading.Event) -> Trained:
+            trained = self._trainer.train(base, ordinal, abandon.is_set)
+            if abandon.wait(self._config.delay):
+                raise Abandoned("the delay was cut short, because the worker leaves")
+            return trained
+
+        self._bench.start(work)
+
+    def _publish(self) -> None:
+        base, trained = self._base, self._trained
+        if base is None or trained is None:
+            raise RuntimeError("there is no update to publish")
+        if not all(map(math.isfinite, trained.metrics.values())):
+            log.warning("training diverged (%s); the aggregator will reject the update", dict(trained.metrics))
+        update = self._outbox.next_id()
+        message = self._sender.update(update, base, trained, self._trainer.spec)
+        self._base = self._trained = None
+        self._publishing = update, message
+        self._send()
+
+    def _send(self) -> None:
+        if self._publishing is None:
+            raise RuntimeError("there is no update to publish")
+        try:
+            future = self._transport.publish(self._publishing[1])
+        except FedmqError as error:
+            self._mailbox.put(Published(error))
+        else:
+            future.add_done_callback(lambda done: self._mailbox.put(Published(_error_of(done))))
+
+    def _say_goodbye(self, reason: str) -> None:
+        if not self._connected:
+            return
+        try:
+            self._transport.control(self._sender.goodbye(self._outbox.confirmed, reason)).result(timeout=GOODBYE)
+        except (FedmqError, TimeoutError) as error:
+            log.debug("the goodbye did not get out: %s", error)
+
+    def _tell_evaluation(self, evaluation: Evaluation) -> None:
+        base, self._base = self._base, None
+        if base is None:
+            raise RuntimeError("no evaluation was asked for")
+        log.info("version %d: %s", base.version, {k: round(v, 4) for k, v in evaluation.metrics.items()})
+        facts = {"version": base.version, "epoch": base.epoch, "examples": evaluation.examples}
+        self._event(EventKind.EVALUATION, {**evaluation.metrics, **facts, "seconds": evaluation.seconds})
+
+    def _beat(self) -> None:
+        loss = self._metrics.get("loss")
+        self._event(
+            EventKind.HEARTBEAT,
+            {
+                "state": str(self._machine.state),
+                "version": self._version,
+                "updates": self._outbox.confirmed,
+                "seconds": self._seconds,
+                "loss": loss if loss is not None and math.isfinite(loss) else None,
+            },
+        )
+
+    # ---------------------------------------------------------------------------------------------- helpers
+
+    def _open(self) -> None:
+        try:
+            self._transport.open(self._mailbox.put)
+        except FedmqError as error:
+            self._mailbox.put(Failed(error))
+
+    @property
+    def _version(self) -> int:
+        return self._machine.newest.version if self._machine.newest else -1
+
+    def _newest_parameters(self) -> Parameters:
+        if self._parameters is None:
+            raise RuntimeError("no version has arrived")
+        return self._parameters
+
+    def _event(self, kind: EventKind, data: Mapping[str, Any]) -> None:
+        self._transport.event(kind.value, self._sender.event(kind, data))
+
+
+def _head_of(parameters: Parameters) -> ParametersHead:
+    """Only the small facts: the machine must not keep a version's tensors in memory, nor compare them."""
+    return ParametersHead(**{f.name: getattr(parameters, f.name) for f in fields(ParametersHead)})
+
+
+def _error_of(done: Future[None]) -> BaseException | None:
+    return ConnectionLost("the transport gave up waiting for the confirm") if done.cancelled() else done.exception()

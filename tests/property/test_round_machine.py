@@ -1,0 +1,261 @@
+"""Any order of updates, duplicates, crashes before any effect, lost connections, slow and failing checkpoints:
+every update id is applied exactly once in the durable state, and a confirmed update is never lost.
+
+The model counts: update ``n`` of worker ``i`` adds 1 to element ``i``, all weights are 1, and the server divides
+by one. So the parameters are the number of applied updates by worker, exactly.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections import deque
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+
+from aggregator.core import effects as do
+from aggregator.core import events as on
+from aggregator.core.ledger import Ledger
+from aggregator.core.machine import CommitPolicy, RoundMachine
+from aggregator.core.rounds import Buffered
+from aggregator.core.snapshot import Snapshot, VersionRecord
+from aggregator.optimizers import Sgd
+from aggregator.strategies import Accumulator
+from broker.messages import Array, ModelSpec, Update, UpdateId
+from broker.transport import Token
+from tests.support.builders import rules_of, snapshot_of, update_of
+
+WORKERS = 3
+
+
+class Count:
+    """A strategy whose aggregate is the plain sum, so that the model counts."""
+
+    def init(self, model: ModelSpec) -> Accumulator:
+        return Accumulator({t.name: np.zeros(t.shape, np.float64) for t in model.tensors})
+
+    def fold(self, accumulator: Accumulator, update: Update, staleness: int) -> float:
+        for name, total in accumulator.tensors.items():
+            np.add(total, update.tensors[name], out=total)
+        accumulator.count += 1
+        return 1.0
+
+    def finish(self, accumulator: Accumulator) -> dict[str, Array]:
+        return accumulator.tensors
+
+
+@dataclass
+class Broker:
+    """A queue with acknowledgement, redelivery and prefetch."""
+
+    prefetch: int
+    waiting: deque[Update]
+    unacked: dict[Token, Update]
+    generation: int = 1
+    tag: int = 0
+
+    def deliver(self) -> tuple[Token, Update] | None:
+        if not self.waiting or len(self.unacked) >= self.prefetch:
+            return None
+        self.tag += 1
+        token = Token(self.generation, self.tag)
+        self.unacked[token] = self.waiting.popleft()
+        return token, self.unacked[token]
+
+    def cut(self) -> int:
+        lost = self.generation
+        self.waiting.extendleft(reversed(self.unacked.values()))
+        self.unacked.clear()
+        self.generation += 1
+        return lost
+
+
+class Exactly(RuleBasedStateMachine):
+    """The machine, a shell that can die before any effect, and a broker."""
+
+    @initialize(
+        size=st.integers(1, 4),
+        count=st.integers(1, 4),
+        seconds=st.sampled_from([5.0, 1e9]),
+        max_staleness=st.sampled_from([1, 1000]),
+    )
+    def begin(self, size: int, count: int, seconds: float, max_staleness: int) -> None:
+        self.run_rules = rules_of(
+            rounds=Buffered(size=size, max_staleness=max_staleness),
+            strategy=Count(),
+            optimizer=Sgd(1.0),
+            commit=CommitPolicy(count=count, seconds=seconds),
+            retry_seconds=2.0,
+        )
+        self.broker = Broker(prefetch=2 * count, waiting=deque(), unacked={})
+        self.disk: Snapshot = snapshot_of({"n": np.zeros(WORKERS, np.float64)}, epoch=0)
+        self.clock = 0.0
+        self.next_seq = [0] * WORKERS
+        self.published: set[UpdateId] = set()
+        self.dead: set[UpdateId] = set()
+        self.acked: set[UpdateId] = set()
+        self.broadcast: tuple[int, int] = (0, -1)
+        self.history: dict[int, VersionRecord] = {}
+        self.start()
+
+    # ----------------------------------------------------------------------------------------- the shell
+
+    def start(self) -> None:
+        self.disk = replace(self.disk, epoch=self.disk.epoch + 1)
+        self.remember(self.disk.records)
+        self.machine = RoundMachine(self.run_rules, self.disk, self.clock)
+        self.flight: tuple[int, Snapshot, Snapshot] | None = None
+        self.send(on.LinkUp(self.broker.generation))
+
+    def send(self, event: on.Happening, die_before: int | None = None) -> None:
+        effects = self.machine.handle(event, self.clock)
+        for index, effect in enumerate(effects):
+            if index == die_before:
+                self.crash()
+                return
+            self.perform(effect)
+
+    def perform(self, effect: do.Effect) -> None:
+        match effect:
+            case do.Ack(token):
+                update = self.broker.unacked.pop(token)
+                self.acked.add(update.id)
+                assert update.id in Ledger(self.disk.ledger), "acknowledged before it was durable"
+            case do.Reject(token, _reason, _detail):
+                update = self.broker.unacked.pop(token)
+                self.dead.add(update.id)
+            case do.WriteCheckpoint(commit, snapshot):
+                assert self.flight is None, "two checkpoints at a time"
+                self.flight = (commit, snapshot, copy.deepcopy(snapshot))
+            case do.Broadcast(epoch, version, _plan, _digest, _model, parameters):
+                assert (epoch, version) >= self.broadcast, "went back"
+                assert version == self.disk.version, "broadcast what is not durable"
+                np.testing.assert_array_equal(parameters["n"], self.disk.parameters["n"])
+                self.broadcast = (epoch, version)
+            case do.Record(do.VersionMade(record)):
+                assert record.version <= self.disk.version
+                self.remember((record,))
+
+    def remember(self, records: tuple[VersionRecord, ...]) -> None:
+        """As the history file does: a version that it has already is passed over."""
+        for record in records:
+            self.history.setdefault(record.version, record)
+
+    def crash(self) -> None:
+        self.broker.cut()
+        self.start()
+
+    # ------------------------------------------------------------------------------------------ the rules
+
+    @rule(worker=st.integers(0, WORKERS - 1), lag=st.integers(0, 3))
+    def publish(self, worker: int, lag: int) -> None:
+        one = np.zeros(WORKERS, np.float64)
+        one[worker] = 1
+        base = max(0, self.disk.version - lag)
+        update = update_of({"n": one}, worker=f"w{worker}", seq=self.next_seq[worker], base_version=base)
+        self.next_seq[worker] += 1
+        self.published.add(update.id)
+        self.broker.waiting.append(update)
+
+    @precondition(lambda self: self.published)
+    @rule(data=st.data())
+    def publish_again(self, data: st.DataObject) -> None:
+        """The confirm was lost: the worker sends the same id again."""
+        update_id = data.draw(st.sampled_from(sorted(self.published)))
+        one = np.zeros(WORKERS, np.float64)
+        one[int(update_id.worker[1:])] = 1
+        self.broker.waiting.append(update_of({"n": one}, worker=update_id.worker, seq=update_id.seq))
+
+    @rule(die_before=st.one_of(st.none(), st.integers(0, 4)))
+    def deliver(self, die_before: int | None) -> None:
+        if (delivery := self.broker.deliver()) is not None:
+            self.send(on.Arrived(delivery[0], delivery[1], 8), die_before)
+
+    @precondition(lambda self: self.flight is not None)
+    @rule(die_before=st.one_of(st.none(), st.integers(0, 6)))
+    def checkpoint_is_written(self, die_before: int | None) -> None:
+        assert self.flight is not None
+        commit, snapshot, copied = self.flight
+        for name in snapshot.accumulator.tensors:
+            np.testing.assert_array_equal(
+                snapshot.accumulator.tensors[name], copied.accumulator.tensors[name], "a lent array was written into"
+            )
+        self.flight, self.disk = None, copied
+        self.send(on.CheckpointWritten(commit), die_before)
+
+    @precondition(lambda self: self.flight is not None)
+    @rule()
+    def checkpoint_fails(self) -> None:
+        assert self.flight is not None
+        commit, self.flight = self.flight[0], None
+        self.send(on.CheckpointFailed(commit, "disk full"))
+
+    @rule()
+    def connection_is_lost(self) -> None:
+        self.send(on.LinkLost(self.broker.cut()))
+        self.send(on.LinkUp(self.broker.generation))
+
+    @rule()
+    def aggregator_dies(self) -> None:
+        self.crash()
+
+    @rule(seconds=st.sampled_from([0.5, 10.0]))
+    def time_passes(self, seconds: float) -> None:
+        self.clock += seconds
+        self.send(on.Tick())
+
+    # ------------------------------------------------------------------------------------- what must hold
+
+    @invariant()
+    def durable_state_counts_each_id_once(self) -> None:
+        if not hasattr(self, "disk"):
+            return
+        ids = list(Ledger(self.disk.ledger))
+        total = self.disk.parameters["n"] + self.disk.accumulator.tensors.get("n", 0)
+        for worker in range(WORKERS):
+            assert total[worker] == sum(update_id.worker == f"w{worker}" for update_id in ids)
+        assert len(ids) == len(set(ids))
+        assert self.acked <= set(ids)
+        assert len(self.disk.entries) == self.disk.accumulator.count
+
+    def every_version_is_told(self) -> None:
+        """The lineage names each applied id exactly once."""
+        self.remember(self.disk.records)
+        assert sorted(self.history) == list(range(1, self.disk.version + 1))
+        told = [entry.id for record in self.history.values() for entry in record.updates]
+        told += [entry.id for entry in self.disk.entries]
+        assert sorted(told) == sorted(Ledger(self.disk.ledger))
+
+    def teardown(self) -> None:
+        """Heal everything and drain: nothing is lost, nothing waits for ever."""
+        if not hasattr(self, "disk"):
+            return
+        for _ in range(10_000):
+            if self.flight is not None:
+                self._write()
+            elif (delivery := self.broker.deliver()) is not None:
+                self.send(on.Arrived(delivery[0], delivery[1], 8))
+            elif self.broker.unacked:
+                self.clock += 1e9
+                self.send(on.Tick())
+            else:
+                break
+        assert not self.broker.unacked
+        assert not self.broker.waiting
+        assert set(Ledger(self.disk.ledger)) | self.dead == self.published
+        self.durable_state_counts_each_id_once()
+        self.every_version_is_told()
+
+    def _write(self) -> None:
+        assert self.flight is not None
+        commit, _, copied = self.flight
+        self.flight, self.disk = None, copied
+        self.send(on.CheckpointWritten(commit))
+
+
+Exactly.TestCase.settings = settings(max_examples=200, stateful_step_count=60, deadline=None)
+TestExactlyOnce: Any = Exactly.TestCase

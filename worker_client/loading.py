@@ -56,7 +56,7 @@ def _import(module: str, name: str) -> ModuleType:
             # The module is there; something that it imports is not.
             raise TaskError(f"task {name!r}: {error} ({place_of(error)}); is it installed here?") from error
         raise TaskError(
-            f"task {name!r}: there is no module {missing!r}{_nearest(missing, _siblings(missing))}"
+            f"task {name!r}: there is no module {missing!r}{_nearest(missing.rpartition('.')[2], _siblings(missing))}"
         ) from None
     except Exception as error:
         raise TaskError(
@@ -70,7 +70,7 @@ def _siblings(module: str) -> Iterable[str]:
     if not dot:
         return [found.name for found in pkgutil.iter_modules([str(Path.cwd())])]
     path = getattr(sys.modules.get(parent), "__path__", [])
-    return [f"{parent}.{found.name}" for found in pkgutil.iter_modules(path)]
+    return [found.name for found in pkgutil.iter_modules(path)]
 
 
 def _nearest(word: str, known: Iterable[str]) -> str:

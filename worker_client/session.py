@@ -33,10 +33,10 @@ __all__ = ["GRACE", "Session", "StopSignal", "Summary"]
 
 log = logging.getLogger("fedmq.worker")
 
-#: Seconds for leaving in good order once asked to; below the 10 that Docker waits before it kills.
-GRACE = 8.0
+#: Seconds for leaving in good order once asked to. Docker kills after 10, and the transport needs some to close.
+GRACE = 5.0
 #: Seconds to wait for the goodbye to be out.
-GOODBYE = 2.0
+GOODBYE = 1.5
 #: Longest sleep of the loop: a signal handler cannot wake it, so it looks at the stop signal this often.
 LOOK = 0.2
 
@@ -95,6 +95,7 @@ class Session:
         self._trained: Trained | None = None
         self._publishing: tuple[UpdateId, Outgoing] | None = None
         self._alarms: dict[type[ev.BackOffOver | ev.GraceOver], float] = {}
+        self._hello: Future[None] | None = None
         self._connected = False
         self._stopping = False
         self._reason: str | None = None
@@ -111,6 +112,7 @@ class Session:
             while self._reason is None:
                 if time.monotonic() >= heartbeat and self._connected:
                     heartbeat = time.monotonic() + self._config.heartbeat_seconds
+                    self._greet_again()
                     self._beat()
                 self._turn(min(LOOK, self._config.heartbeat_seconds))
         finally:
@@ -251,7 +253,7 @@ class Session:
     def _do(self, effect: ev.Effect) -> None:
         match effect:
             case ev.SayHello(version):
-                self._transport.control(self._sender.hello(version))
+                self._hello = self._transport.control(self._sender.hello(version))
             case ev.Train(_, ordinal):
                 self._train(ordinal)
             case ev.Evaluate():
@@ -323,6 +325,11 @@ class Session:
         log.info("version %d: %s", base.version, {k: round(v, 4) for k, v in evaluation.metrics.items()})
         facts = {"version": base.version, "epoch": base.epoch, "examples": evaluation.examples}
         self._event(EventKind.EVALUATION, {**evaluation.metrics, **facts, "seconds": evaluation.seconds})
+
+    def _greet_again(self) -> None:
+        """A hello fails if the run's aggregator has never been there yet; it may be there now."""
+        if self._hello is not None and self._hello.done() and _error_of(self._hello) is not None:
+            self._perform([ev.SayHello(self._version)])
 
     def _beat(self) -> None:
         loss = self._metrics.get("loss")

@@ -1,0 +1,381 @@
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from broker.messages import Reason, Rounds, UpdateId
+from tests.unit.worker_client.models import head_of
+from worker_client.core import EvaluatorMachine, State, WorkerMachine
+from worker_client.core import events as ev
+
+
+def machine(*events: ev.Event, **options: Any) -> WorkerMachine:
+    """A machine that has seen ``events``."""
+    result = WorkerMachine("w0", "i0", **options)
+    for event in events:
+        result.handle(event)
+    return result
+
+
+def arrived(version: int = 0, **rest: Any) -> ev.ParametersArrived:
+    return ev.ParametersArrived(head_of(version, **rest))
+
+
+TRAINED_AND_PUBLISHED = (ev.TrainingDone(), ev.PublishConfirmed())
+SYNCHRONOUS: dict[str, Any] = {"rounds": Rounds.SYNCHRONOUS}
+NOTHING: list[ev.Effect] = []
+GOODBYE = {reason: [ev.SayGoodbye(reason), ev.Exit(reason)] for reason in ("done", "stopped", "limit")}
+
+
+# ------------------------------------------------------------------------------------------ the normal course
+
+
+def test_it_says_hello_on_each_connection_with_the_newest_version() -> None:
+    worker = machine()
+
+    assert worker.handle(ev.Connected()) == [ev.SayHello(-1)]
+    worker.handle(arrived(7))
+    assert worker.handle(ev.Connected()) == [ev.SayHello(7)]
+
+
+def test_it_trains_publishes_and_waits_for_the_next_version() -> None:
+    worker = machine()
+
+    assert worker.handle(arrived(0)) == [ev.Train(head_of(0), 0)]
+    assert worker.handle(ev.TrainingDone()) == [ev.Publish()]
+    assert worker.handle(ev.PublishConfirmed()) == NOTHING
+    assert worker.state is State.WAITING
+    assert worker.handle(arrived(1)) == [ev.Train(head_of(1), 0)]
+
+
+def test_a_newer_version_does_not_stop_a_training_and_is_taken_after_it() -> None:
+    worker = machine(arrived(0))
+
+    assert worker.handle(arrived(1)) == NOTHING
+    assert worker.handle(arrived(2)) == NOTHING
+    assert worker.handle(ev.TrainingDone()) == [ev.Publish()]
+    assert worker.handle(ev.PublishConfirmed()) == [ev.Train(head_of(2), 0)]
+
+
+def test_it_leaves_after_as_many_updates_as_it_was_told() -> None:
+    worker = machine(arrived(0), *TRAINED_AND_PUBLISHED, arrived(1), ev.TrainingDone(), max_updates=2)
+
+    assert worker.handle(ev.PublishConfirmed()) == GOODBYE["limit"]
+    assert worker.confirmed == 2
+
+
+# ---------------------------------------------------------------------------------------------------- epochs
+
+
+def test_what_a_replaced_aggregator_still_says_is_void() -> None:
+    worker = machine(arrived(3, epoch=2), *TRAINED_AND_PUBLISHED)
+
+    assert worker.handle(arrived(9, epoch=1)) == NOTHING
+    assert worker.newest == head_of(3, epoch=2)
+
+
+def test_an_aggregator_that_went_back_is_followed() -> None:
+    worker = machine(arrived(9, epoch=1), *TRAINED_AND_PUBLISHED)
+
+    assert worker.handle(arrived(3, epoch=2)) == [ev.Train(head_of(3, epoch=2), 0)]
+
+
+def test_a_version_that_comes_twice_counts_once() -> None:
+    worker = machine(arrived(3), *TRAINED_AND_PUBLISHED)
+
+    assert worker.handle(arrived(3)) == NOTHING
+    assert worker.handle(arrived(2)) == NOTHING
+
+
+def test_a_buffered_run_is_answered_anew_after_its_aggregator_restarted() -> None:
+    # It may have come back from an older copy; without this, a run whose workers have all answered hangs.
+    worker = machine(arrived(3), *TRAINED_AND_PUBLISHED)
+
+    assert worker.handle(arrived(3, epoch=2)) == [ev.Train(head_of(3, epoch=2), 0)]
+
+
+def test_a_synchronous_round_is_not_answered_twice_because_its_aggregator_restarted() -> None:
+    worker = machine(arrived(3, **SYNCHRONOUS), *TRAINED_AND_PUBLISHED)
+
+    assert worker.handle(arrived(3, epoch=2, **SYNCHRONOUS)) == NOTHING
+
+
+# ------------------------------------------------------------------------------------------------- allowance
+
+
+def test_a_buffered_run_may_ask_for_several_updates_of_one_version() -> None:
+    worker = machine()
+    plan = {"updates_per_version": 3}
+
+    effects = [worker.handle(arrived(5, **plan))]
+    for _ in range(3):
+        worker.handle(ev.TrainingDone())
+        effects.append(worker.handle(ev.PublishConfirmed()))
+
+    head = head_of(5, **plan)
+    assert effects == [[ev.Train(head, 0)], [ev.Train(head, 1)], [ev.Train(head, 2)], NOTHING]
+
+
+def test_a_synchronous_round_is_answered_once_whatever_the_allowance() -> None:
+    worker = machine(arrived(5, updates_per_version=3, **SYNCHRONOUS), ev.TrainingDone())
+
+    assert worker.handle(ev.PublishConfirmed()) == NOTHING
+
+
+def test_another_attempt_at_a_synchronous_round_is_answered_again() -> None:
+    worker = machine(arrived(5, **SYNCHRONOUS), *TRAINED_AND_PUBLISHED)
+
+    assert worker.handle(arrived(5, attempt=1, **SYNCHRONOUS)) == [ev.Train(head_of(5, attempt=1, **SYNCHRONOUS), 0)]
+
+
+@pytest.mark.parametrize("worker", [f"w{n}" for n in range(10)])
+def test_only_sampled_workers_answer_a_synchronous_round(worker: str) -> None:
+    for version in range(10):
+        head = head_of(version, fraction=0.3, seed=7, **SYNCHRONOUS)
+        effects = WorkerMachine(worker, "i").handle(ev.ParametersArrived(head))
+
+        assert bool(effects) == head.plan.is_sampled(worker, version)
+
+
+def test_buffered_runs_do_not_sample() -> None:
+    assert machine().handle(arrived(0, fraction=0.0))
+
+
+# ------------------------------------------------------------------------------------------------ publishing
+
+
+def test_a_failed_publish_is_repeated_after_ever_longer_waits() -> None:
+    worker = machine(arrived(0), ev.TrainingDone())
+    waits = []
+    for _ in range(12):
+        [effect] = worker.handle(ev.PublishFailed())
+        assert isinstance(effect, ev.BackOff)
+        waits.append(effect.seconds)
+        assert worker.state is State.BACKING_OFF
+        assert worker.handle(ev.BackOffOver()) == [ev.PublishAgain()]
+
+    assert 0.25 <= waits[0] <= 0.5
+    assert 15 <= waits[-1] <= 30
+    assert worker.handle(ev.PublishConfirmed()) == NOTHING
+    assert worker.confirmed == 1
+
+
+def test_workers_do_not_come_back_to_a_full_queue_at_once() -> None:
+    waits: set[float] = set()
+    for n in range(20):
+        worker = WorkerMachine(f"w{n}", "i")
+        for event in (arrived(0), ev.TrainingDone()):
+            worker.handle(event)
+        waits.update(effect.seconds for effect in worker.handle(ev.PublishFailed()) if isinstance(effect, ev.BackOff))
+
+    assert len(waits) > 10
+
+
+def test_a_new_connection_ends_the_wait_and_the_late_alarm_does_nothing() -> None:
+    worker = machine(arrived(0), ev.TrainingDone(), ev.PublishFailed())
+
+    assert worker.handle(ev.Connected()) == [ev.SayHello(0), ev.PublishAgain()]
+    assert worker.handle(ev.BackOffOver()) == NOTHING
+    assert worker.state is State.PUBLISHING
+
+
+def test_the_waits_begin_anew_with_each_update() -> None:
+    worker = machine(arrived(0), ev.TrainingDone())
+    first = worker.handle(ev.PublishFailed())
+    for event in (ev.BackOffOver(), ev.PublishConfirmed(), arrived(1), ev.TrainingDone()):
+        worker.handle(event)
+
+    assert worker.handle(ev.PublishFailed()) == first
+
+
+# --------------------------------------------------------------------------------------------------- leaving
+
+
+def test_an_idle_worker_leaves_at_once() -> None:
+    assert machine().handle(ev.StopRequested()) == GOODBYE["stopped"]
+
+
+def test_a_training_is_abandoned_on_request() -> None:
+    worker = machine(arrived(0))
+
+    assert worker.handle(ev.StopRequested()) == [ev.Abandon()]
+    assert worker.handle(ev.Abandoned()) == GOODBYE["stopped"]
+
+
+def test_a_training_that_ended_before_the_request_reached_it_is_published() -> None:
+    worker = machine(arrived(0), ev.StopRequested())
+
+    assert worker.handle(ev.TrainingDone()) == [ev.Publish()]
+    assert worker.handle(ev.PublishConfirmed()) == GOODBYE["stopped"]
+
+
+@pytest.mark.parametrize("state", [(), (ev.PublishFailed(),)], ids=["publishing", "backing off"])
+def test_an_update_on_its_way_is_awaited_for_a_bounded_time(state: tuple[ev.Event, ...]) -> None:
+    worker = machine(arrived(0), ev.TrainingDone(), *state)
+
+    assert worker.handle(ev.StopRequested()) == NOTHING
+    assert worker.handle(ev.GraceOver()) == GOODBYE["stopped"]
+
+
+def test_a_training_that_does_not_listen_cannot_keep_the_worker() -> None:
+    worker = machine(arrived(0), ev.StopRequested())
+
+    assert worker.handle(ev.GraceOver()) == GOODBYE["stopped"]
+
+
+def test_grace_means_nothing_if_nobody_asked() -> None:
+    assert machine(arrived(0)).handle(ev.GraceOver()) == NOTHING
+
+
+@pytest.mark.parametrize("before", [(), (arrived(0), *TRAINED_AND_PUBLISHED)])
+def test_the_runs_last_version_ends_an_idle_worker(before: tuple[ev.Event, ...]) -> None:
+    assert machine(*before).handle(arrived(9, done=True)) == GOODBYE["done"]
+
+
+def test_a_version_that_was_known_can_turn_out_to_be_the_last() -> None:
+    assert machine(arrived(9), *TRAINED_AND_PUBLISHED).handle(arrived(9, done=True)) == GOODBYE["done"]
+
+
+def test_the_runs_last_version_ends_a_training() -> None:
+    worker = machine(arrived(0))
+
+    assert worker.handle(arrived(9, done=True)) == [ev.Abandon()]
+    assert worker.handle(ev.TrainingDone()) == GOODBYE["done"]
+
+
+def test_the_runs_last_version_awaits_the_update_on_its_way_but_not_for_long() -> None:
+    confirmed, refused = (machine(arrived(0), ev.TrainingDone()) for _ in range(2))
+    assert confirmed.handle(arrived(9, done=True)) == NOTHING
+    assert refused.handle(arrived(9, done=True)) == NOTHING
+
+    assert confirmed.handle(ev.PublishConfirmed()) == GOODBYE["done"]
+    assert refused.handle(ev.PublishFailed()) == GOODBYE["done"]
+
+
+def test_a_failure_ends_it_in_any_state() -> None:
+    for events in ((), (arrived(0),), (arrived(0), ev.TrainingDone())):
+        assert machine(*events).handle(ev.Failed("disk full")) == [ev.SayGoodbye("disk full"), ev.Exit("failed")]
+
+
+# --------------------------------------------------------------------------------------------------- notices
+
+
+@pytest.mark.parametrize("reason", [Reason.TOO_STALE, Reason.ROUND_CLOSED, Reason.RUN_DONE, Reason.NOT_FINITE])
+def test_a_rejection_that_time_cures_changes_nothing(reason: Reason) -> None:
+    worker = machine(arrived(0))
+
+    assert worker.handle(ev.NoticeArrived(reason, UpdateId("w0", "i0", 0))) == NOTHING
+    assert worker.state is State.TRAINING
+
+
+def test_a_rejection_that_would_meet_every_update_ends_it() -> None:
+    notice = ev.NoticeArrived(Reason.MODEL_MISMATCH, UpdateId("w0", "i0", 3))
+
+    [goodbye, leave] = machine(arrived(0)).handle(notice)
+
+    assert goodbye == ev.SayGoodbye("update w0/i0/3 rejected: model-mismatch")
+    assert leave == ev.Exit("failed")
+
+
+def test_a_rejection_of_a_predecessors_update_is_not_its_own() -> None:
+    assert machine().handle(ev.NoticeArrived(Reason.MODEL_MISMATCH, UpdateId("w0", "before", 3))) == NOTHING
+
+
+# ------------------------------------------------------------------------------------------------- invariants
+
+
+@pytest.mark.parametrize("event", [ev.TrainingDone(), ev.Abandoned(), ev.PublishConfirmed(), ev.PublishFailed()])
+def test_an_event_that_cannot_come_now_is_an_error(event: ev.Event) -> None:
+    with pytest.raises(RuntimeError, match="in state waiting"):
+        machine().handle(event)
+
+
+VERSIONS: st.SearchStrategy[ev.Event] = st.builds(
+    arrived,
+    st.integers(0, 4),
+    epoch=st.integers(1, 3),
+    attempt=st.integers(0, 2),
+    updates_per_version=st.integers(1, 3),
+    rounds=st.sampled_from(Rounds),
+)
+ALWAYS: st.SearchStrategy[ev.Event] = st.sampled_from([ev.Connected(), ev.BackOffOver()])
+IN_STATE: dict[State, st.SearchStrategy[ev.Event]] = {
+    State.WAITING: VERSIONS | ALWAYS,
+    State.TRAINING: VERSIONS | ALWAYS | st.just(ev.TrainingDone()),
+    State.PUBLISHING: VERSIONS | ALWAYS | st.sampled_from([ev.PublishConfirmed(), ev.PublishFailed()]),
+    State.BACKING_OFF: VERSIONS | ALWAYS,
+}
+
+
+@given(st.data())
+def test_whatever_happens_one_update_is_in_hand_and_the_newest_version_is_trained(data: st.DataObject) -> None:
+    worker = WorkerMachine("w0", "i0")
+    trainings: list[ev.Train] = []
+    for _ in range(data.draw(st.integers(0, 40))):
+        before = worker.state
+        effects = worker.handle(data.draw(IN_STATE[worker.state]))
+
+        works = [effect for effect in effects if isinstance(effect, ev.Train | ev.Publish | ev.PublishAgain)]
+        assert len(works) <= 1
+        if works and isinstance(works[0], ev.Train):
+            assert before in {State.WAITING, State.PUBLISHING}
+            assert works[0].head == worker.newest
+            trainings.append(works[0])
+
+    order = [(t.head.epoch, t.head.version, t.head.plan.attempt) for t in trainings]
+    assert order == sorted(order)
+    for training in trainings:
+        plan = training.head.plan
+        allowed = 1 if plan.rounds is Rounds.SYNCHRONOUS else plan.updates_per_version
+        assert training.ordinal < allowed
+
+
+# ------------------------------------------------------------------------------------------------- evaluator
+
+
+def evaluator(*events: ev.Event) -> EvaluatorMachine:
+    result = EvaluatorMachine()
+    for event in events:
+        result.handle(event)
+    return result
+
+
+def test_an_evaluator_takes_only_the_newest_of_what_came_meanwhile() -> None:
+    machine = evaluator()
+
+    assert machine.handle(arrived(0)) == [ev.Evaluate(head_of(0))]
+    assert machine.handle(arrived(1)) == NOTHING
+    assert machine.handle(arrived(2)) == NOTHING
+    assert machine.handle(ev.EvaluationDone()) == [ev.Evaluate(head_of(2))]
+    assert machine.handle(ev.EvaluationDone()) == NOTHING
+
+
+def test_an_evaluator_evaluates_the_last_version_before_it_leaves() -> None:
+    machine = evaluator(arrived(0), arrived(9, done=True))
+
+    assert machine.handle(ev.EvaluationDone()) == [ev.Evaluate(head_of(9, done=True))]
+    assert machine.handle(ev.EvaluationDone()) == GOODBYE["done"]
+
+
+def test_an_evaluator_does_not_evaluate_the_same_parameters_twice() -> None:
+    machine = evaluator(arrived(9), ev.EvaluationDone())
+
+    assert machine.handle(arrived(9, epoch=2)) == NOTHING
+    assert machine.handle(arrived(9, epoch=2, done=True)) == GOODBYE["done"]
+
+
+def test_an_evaluator_stops_in_the_middle() -> None:
+    machine = evaluator(ev.Connected(), arrived(0))
+
+    assert machine.handle(ev.StopRequested()) == [ev.Abandon()]
+    assert machine.handle(ev.Abandoned()) == GOODBYE["stopped"]
+
+
+def test_an_evaluator_stops_at_once_when_idle_and_is_ended_by_a_failure() -> None:
+    assert evaluator().handle(ev.StopRequested()) == GOODBYE["stopped"]
+    assert evaluator(arrived(0)).handle(ev.Failed("x")) == [ev.SayGoodbye("x"), ev.Exit("failed")]
+    assert evaluator(arrived(0), ev.StopRequested()).handle(ev.GraceOver()) == GOODBYE["stopped"]
+    assert evaluator().handle(ev.Connected()) == [ev.SayHello(-1)]

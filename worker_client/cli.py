@@ -1,0 +1,114 @@
+"""``python -m worker_client`` and ``fedmq worker``, ``fedmq evaluate``: one worker as a process."""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from broker.amqp.transport import AmqpWorkerTransport
+from broker.console import guard, parse_flags, set_up_logging, stop_on_signals
+from broker.errors import TaskError
+from broker.settings import Settings, load
+from broker.topology import Topology
+from worker_client.config import WorkerConfig
+
+if TYPE_CHECKING:  # torch comes with it
+    from worker_client.session import Summary
+
+__all__ = ["app", "evaluate", "main", "worker"]
+
+log = logging.getLogger("fedmq.worker")
+
+ConfigOption = Annotated[Path | None, typer.Option("--config", "-c", help="Settings; fedmq.toml, if there is one.")]
+RunOption = Annotated[str | None, typer.Option("--run", help="Name of the run.")]
+BrokerOption = Annotated[str | None, typer.Option("--broker", help="Address of RabbitMQ: amqp://user:password@host/.")]
+NameOption = Annotated[str | None, typer.Option("--name", help="This worker's name; the host's, if not given.")]
+TaskOption = Annotated[str | None, typer.Option("--task", help="What to train: package.module:attribute.")]
+ShardOption = Annotated[str | None, typer.Option("--shard", help="Which part of the data: 0/4, or auto/4.")]
+FolderOption = Annotated[Path | None, typer.Option("--folder", help="Where the worker keeps its identity.")]
+SetOption = Annotated[list[str] | None, typer.Option("--set", help="Any setting: worker.batch_size=64. Repeatable.")]
+VerboseOption = Annotated[int, typer.Option("--verbose", "-v", count=True, help="Log details.")]
+
+
+def worker(
+    *,
+    config: ConfigOption = None,
+    run: RunOption = None,
+    broker: BrokerOption = None,
+    name: NameOption = None,
+    task: TaskOption = None,
+    shard: ShardOption = None,
+    folder: FolderOption = None,
+    settings: SetOption = None,
+    verbose: VerboseOption = 0,
+) -> None:
+    """Train on this machine's data for a run, until the run is over or SIGTERM."""
+    with guard():
+        set_up_logging(verbose)
+        read = _load(config, settings, run=run, broker=broker, name=name, task=task, shard=shard, folder=folder)
+        own = read.table("worker", WorkerConfig)
+        if own.folder is None:
+            own = own.model_copy(update={"folder": Path("runs") / read.run / "workers" / own.name})
+        _live(read, own, evaluator=False)
+
+
+def evaluate(
+    *,
+    config: ConfigOption = None,
+    run: RunOption = None,
+    broker: BrokerOption = None,
+    name: NameOption = None,
+    task: TaskOption = None,
+    settings: SetOption = None,
+    verbose: VerboseOption = 0,
+) -> None:
+    """Evaluate each version of a run on the task's held-out data, until the run is over or SIGTERM."""
+    with guard():
+        set_up_logging(verbose)
+        read = _load(config, settings, run=run, broker=broker, name=name, task=task)
+        own = read.table("worker", WorkerConfig)
+        if read.origin("worker.name").kind == "default":
+            # A worker on the same host has the host's name already.
+            own = own.model_copy(update={"name": f"{own.name[:54]}-evaluator"})
+        _live(read, own, evaluator=True)
+
+
+def _load(config: Path | None, pairs: list[str] | None, *, run: str | None, broker: str | None, **own: Any) -> Settings:
+    named = {f"worker__{key}": value for key, value in own.items()}
+    flags = parse_flags(pairs or [], run=run, broker__url=broker, **named)
+    return load({"worker": WorkerConfig}, file=config, flags=flags)
+
+
+def _live(settings: Settings, config: WorkerConfig, *, evaluator: bool) -> None:
+    try:
+        # Here, because the command line must also start where torch is not installed: the aggregator's image.
+        from worker_client.client import run_evaluator, run_worker  # noqa: PLC0415
+        from worker_client.loading import load_task  # noqa: PLC0415
+    except ModuleNotFoundError as error:
+        if error.name != "torch":
+            raise
+        raise TaskError('a worker needs torch: pip install "fedmq[torch]"') from None
+    task = load_task(config.task)
+    live: Callable[..., Summary] = run_evaluator if evaluator else run_worker
+    stop = threading.Event()
+    with stop_on_signals(stop):
+        transport = AmqpWorkerTransport(settings.broker, Topology(settings.run), worker=config.name)
+        summary = live(config, settings.run, transport, task, stop=stop)
+    log.info("%s: %d updates confirmed, newest version %d", summary.reason, summary.confirmed, summary.version)
+
+
+app = typer.Typer(
+    help="The worker's side of fedmq: trains on data that never leaves it.", no_args_is_help=True, add_completion=False
+)
+app.command("run")(worker)
+app.command("evaluate")(evaluate)
+
+
+def main() -> None:
+    """Run the command line."""
+    app(prog_name="python -m worker_client")

@@ -73,6 +73,7 @@ class _State:
     digest: str
     optimizer_step: int
     optimizer_slots: tuple[str, ...]
+    accumulator_share: float
     accumulator_weight: float
     accumulator_count: int
     entries: tuple[Entry, ...]
@@ -306,6 +307,7 @@ def _state(snapshot: Snapshot) -> _State:
         **{name: getattr(snapshot, name) for name in _SHARED},
         optimizer_step=snapshot.optimizer.step,
         optimizer_slots=tuple(snapshot.optimizer.slots),
+        accumulator_share=snapshot.accumulator.share,
         accumulator_weight=snapshot.accumulator.weight,
         accumulator_count=snapshot.accumulator.count,
     )
@@ -324,7 +326,12 @@ def _snapshot(state: _State, arrays: Mapping[str, Array]) -> Snapshot:
         **{name: getattr(state, name) for name in _SHARED},
         parameters=parameters,
         optimizer=OptimizerState(slots, state.optimizer_step),
-        accumulator=Accumulator(under("accumulator/"), state.accumulator_weight, state.accumulator_count),
+        accumulator=Accumulator(
+            tensors=under("accumulator/"),
+            share=state.accumulator_share,
+            weight=state.accumulator_weight,
+            count=state.accumulator_count,
+        ),
     )
 
 

@@ -104,8 +104,20 @@ class AggregatorConfig(Table):
             updates_per_version=self.updates_per_version,
         )
 
-    def rules(self) -> Rules:
-        """What the round machine goes by."""
+    def in_flight(self, model_bytes: int) -> int:
+        """Updates of this size that a commit covers at most: by count, and by bytes."""
+        return max(1, min(self.commit_count, self.commit_bytes // max(1, model_bytes)))
+
+    def prefetch(self, model_bytes: int) -> int:
+        """Unacknowledged updates that the broker may hand out.
+
+        Twice what a commit covers: one half is being made durable while the other is folded. It must be more
+        than a commit covers, since a commit is what acknowledges; if not, nothing would ever go on.
+        """
+        return 2 * self.in_flight(model_bytes)
+
+    def rules(self, model_bytes: int = 0) -> Rules:
+        """What the round machine goes by, for a model of this size."""
         buffered = self.rounds is Rounds.BUFFERED
         weighting = self.weighting or ("uniform" if buffered else "examples")
         weight = STALENESS[self.staleness](self.staleness_exponent)
@@ -116,7 +128,7 @@ class AggregatorConfig(Table):
             optimizer=OPTIMIZERS[self.optimizer](self.effective_learning_rate, self.momentum),
             seed=self.seed,
             stop_after_rounds=self.stop_after_rounds,
-            commit=CommitPolicy(self.commit_count, self.commit_bytes, self.commit_seconds),
+            commit=CommitPolicy(self.in_flight(model_bytes), self.commit_bytes, self.commit_seconds),
             worker_timeout=self.worker_timeout,
             linger_seconds=self.linger,
         )

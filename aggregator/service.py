@@ -36,6 +36,7 @@ from broker.messages import (
     Scalar,
     Update,
     UpdateId,
+    evaluation_metrics,
 )
 from broker.transport import AggregatorTransport, Connected, Delivery, Disconnected, Failed, Incoming, Outgoing, Source
 from broker.wire import decode, encode
@@ -350,8 +351,7 @@ def _from_aside(message: object) -> on.Happening | None:
             return on.Seen(source, str(data.get("incarnation", "")), role, max(count, 0))
         case Event(kind=EventKind.EVALUATION, source=source, data=data):
             version = data.get("version")
-            figures = {k: float(v) for k, v in data.items() if isinstance(v, int | float) and k != "version"}
-            return on.Evaluated(source, version, figures) if isinstance(version, int) else None
+            return on.Evaluated(source, version, evaluation_metrics(message)) if isinstance(version, int) else None
     return None
 
 

@@ -9,16 +9,36 @@ import signal
 import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import Annotated, Any
 
+import typer
 from rich.console import Console
 from rich.logging import RichHandler
 from rich.text import Text
 
 from broker.errors import ConfigError, FedmqError
 
-__all__ = ["errors", "guard", "parse_flags", "set_up_logging", "stop_on_signals"]
+__all__ = [
+    "BrokerOption",
+    "ConfigOption",
+    "RunOption",
+    "SetOption",
+    "VerboseOption",
+    "errors",
+    "guard",
+    "parse_flags",
+    "set_up_logging",
+    "stop_on_signals",
+]
+
+# Options that several commands have.
+ConfigOption = Annotated[Path | None, typer.Option("--config", "-c", help="Settings; fedmq.toml, if there is one.")]
+RunOption = Annotated[str | None, typer.Option("--run", help="Name of the run.")]
+BrokerOption = Annotated[str | None, typer.Option("--broker", help="Address of RabbitMQ: amqp://user:password@host/.")]
+SetOption = Annotated[list[str] | None, typer.Option("--set", help="Any setting: worker.batch_size=64. Repeatable.")]
+VerboseOption = Annotated[int, typer.Option("--verbose", "-v", count=True, help="Log details.")]
 
 #: Everything that is not the command's result goes here.
 errors = Console(stderr=True, soft_wrap=True)
@@ -49,8 +69,11 @@ def parse_flags(pairs: Sequence[str], **named: Any) -> list[tuple[str, Any]]:
     return result + [(key.replace("__", "."), value) for key, value in named.items() if value is not None]
 
 
-def set_up_logging(verbosity: int = 0) -> None:
-    """Log to stderr: warnings of libraries, and fedmq's own information (``-v``: its details too)."""
+def set_up_logging(verbosity: int = 0, *, quiet: bool = False) -> None:
+    """Log to stderr: warnings of libraries, and fedmq's own information (``-v``: its details too).
+
+    ``quiet`` leaves only errors, for commands that have a display.
+    """
     plain = not sys.stderr.isatty()
     handler: logging.Handler
     if plain:
@@ -60,7 +83,9 @@ def set_up_logging(verbosity: int = 0) -> None:
         handler = RichHandler(console=errors, show_path=False, markup=False, log_time_format="%H:%M:%S")
         handler.setFormatter(logging.Formatter("%(message)s"))
     logging.basicConfig(level=logging.WARNING, handlers=[handler], force=True)
-    logging.getLogger("fedmq").setLevel(logging.DEBUG if verbosity else logging.INFO)
+    level = logging.ERROR if quiet else logging.DEBUG if verbosity else logging.INFO
+    for name in ("fedmq", "broker"):
+        logging.getLogger(name).setLevel(level)
 
 
 @contextlib.contextmanager

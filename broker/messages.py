@@ -23,6 +23,7 @@ from broker.errors import ModelMismatch
 
 __all__ = [
     "DTYPES",
+    "EVALUATION_FACTS",
     "Event",
     "EventKind",
     "Goodbye",
@@ -43,6 +44,7 @@ __all__ = [
     "UpdateHead",
     "UpdateId",
     "as_bytes",
+    "evaluation_metrics",
     "parameters_digest",
 ]
 
@@ -57,7 +59,9 @@ Count = Annotated[int, Strict(), Field(ge=0, le=2**53)]
 Text = Annotated[str, Strict(), Field(max_length=1000)]
 Number = Annotated[float, Field(strict=True)]
 Label = Annotated[str, Strict(), Field(pattern=r"^[A-Za-z0-9_./:-]{1,64}$")]
-Scalar = Annotated[float | int | str | bool | None, Field(union_mode="left_to_right")]
+Scalar = (
+    Annotated[bool, Strict()] | Annotated[int, Strict()] | Annotated[float, Strict()] | Annotated[str, Strict()] | None
+)
 Metrics = Annotated[dict[Label, Number], Field(max_length=64)]
 
 #: Element types that may travel, by the name that stands on the wire. All little-endian.
@@ -112,8 +116,12 @@ class TensorRole(StrEnum):
 
     PARAMETER = "parameter"
     """Trained: the server optimiser moves it."""
-    BUFFER = "buffer"
-    """A statistic that training updates as a side effect (batch norm): the mean of the changes is added."""
+    STATISTIC = "statistic"
+    """A floating-point buffer that training changes as a side effect, like batch norm's running variance. An
+    update carries its *value*, and the mean of the values replaces it: changes of a variance from different
+    base versions, added up, could make it negative."""
+    COUNTER = "counter"
+    """An integer buffer. An update carries its change, and the mean of the changes is added, rounded."""
 
 
 class Reason(StrEnum):
@@ -259,6 +267,9 @@ class UpdateHead:
 class Update(UpdateHead):
     """A gradient message: the head, and one tensor for each tensor of the model, in the model's dtypes.
 
+    A parameter's tensor is what ``mode`` says; a statistic's is its value, a counter's its change
+    (:class:`TensorRole`).
+
     Decoded tensors are read-only views of the message's bytes.
     """
 
@@ -372,6 +383,19 @@ class Event:
     time: Number
     """Seconds since 1970, by the sender's clock."""
     data: Annotated[dict[Label, Scalar], Field(max_length=64)] = field(default_factory=dict)
+
+
+#: Keys of an evaluation's data that are facts about it; all others are metrics.
+EVALUATION_FACTS = frozenset({"version", "epoch", "examples", "seconds"})
+
+
+def evaluation_metrics(event: Event) -> dict[str, float]:
+    """The metrics in an event of kind ``evaluation``."""
+    return {
+        key: float(value)
+        for key, value in event.data.items()
+        if key not in EVALUATION_FACTS and isinstance(value, int | float) and not isinstance(value, bool)
+    }
 
 
 def parameters_digest(tensors: Tensors) -> str:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import difflib
 import os
+import re
 import tomllib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -19,7 +20,7 @@ from pydantic import BaseModel, ConfigDict, Field, SecretStr, ValidationError
 from broker.errors import ConfigError
 from broker.topology import check_name
 
-__all__ = ["DEFAULT_FILE", "TABLES", "BrokerConfig", "Origin", "Settings", "Table", "load"]
+__all__ = ["DEFAULT_FILE", "TABLES", "BrokerConfig", "Origin", "Settings", "Table", "load", "plain", "redacted"]
 
 DEFAULT_FILE = "fedmq.toml"
 PREFIX = "FEDMQ_"
@@ -111,6 +112,25 @@ class Settings:
     def origin(self, key: str) -> Origin:
         """Where ``table.key`` was set."""
         return self.origins.get(key, Origin("default", "default"))
+
+
+def plain(settings: Settings) -> dict[str, Any]:
+    """All values as TOML knows them, for printing and for keeping beside a run's results.
+
+    Passwords are replaced by ``***``; keys without a value are left out, since TOML has no null.
+    """
+    result: dict[str, Any] = {"run": settings.run}
+    for name, table in settings.tables.items():
+        values = table.model_dump(mode="json", exclude_none=True)
+        if isinstance(table, BrokerConfig):
+            values["url"] = ",".join(redacted(url) for url in table.url.get_secret_value().split(","))
+        result[name] = values
+    return result
+
+
+def redacted(url: str) -> str:
+    """``url`` without its password."""
+    return re.sub(r"(://[^:/@]*):.*@", r"\1:***@", url)
 
 
 def load(

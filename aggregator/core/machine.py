@@ -277,7 +277,7 @@ class RoundMachine:
         if self._flight is not None and self._flight.snapshot.accumulator is self._accumulator:
             self._accumulator = self._accumulator.copy()
         rules, entries = self.rules, tuple(self._round.entries)
-        aggregate = rules.strategy.finish(self._accumulator)
+        aggregate = rules.strategy.finish(self._accumulator, self.model)
         parameters, self._optimizer_state = next_parameters(
             self.model,
             self.parameters,

@@ -1,4 +1,4 @@
-"""From one version to the next: the optimiser moves what trains, statistics take the mean of their changes."""
+"""From one version to the next: the optimiser moves what trains, statistics are replaced, counters add up."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import numpy as np
 from aggregator.core.screen import is_finite
 from aggregator.optimizers import Optimizer, OptimizerState
 from broker.errors import StrategyError
-from broker.messages import Array, Mode, ModelSpec, TensorRole, Tensors
+from broker.messages import Array, Mode, ModelSpec, TensorRole, Tensors, TensorSpec
 
 __all__ = ["next_parameters"]
 
@@ -25,8 +25,8 @@ def next_parameters(
 ) -> tuple[dict[str, Array], OptimizerState]:
     """The parameters after one step along ``aggregate``, in the model's order, and the optimiser's new state.
 
-    Buffers change by the mean change whatever the mode and the optimiser: a learning rate on a running
-    variance has no meaning. Integers are rounded to the nearest (ties to even).
+    Statistics and counters are not the optimiser's: a learning rate on a running variance has no meaning.
+    Counters are rounded to the nearest integer (ties to even).
 
     Raises:
         StrategyError: if a result is not finite or has another shape than the model; nothing has changed then.
@@ -38,10 +38,7 @@ def next_parameters(
         direction = {name: np.asarray(np.negative(aggregate[name])) for name in trained}
     with np.errstate(over="ignore", invalid="ignore"):
         moved, new_state = optimizer.apply(parameters, direction, state)
-        result = {
-            t.name: moved[t.name] if t.role is TensorRole.PARAMETER else _changed(parameters[t.name], aggregate[t.name])
-            for t in model.tensors
-        }
+        result = {t.name: _next(t, parameters[t.name], aggregate[t.name], moved) for t in model.tensors}
     for tensor in model.tensors:
         array = result[tensor.name]
         if array.shape != tensor.shape or array.dtype.name != tensor.dtype:
@@ -55,6 +52,9 @@ def next_parameters(
     return result, new_state
 
 
-def _changed(value: Array, change: Array) -> Array:
-    total = np.add(value, change, dtype=change.dtype)
-    return np.asarray(np.rint(total) if value.dtype.kind in "iu" else total).astype(value.dtype)
+def _next(tensor: TensorSpec, value: Array, aggregate: Array, moved: Mapping[str, Array]) -> Array:
+    if tensor.role is TensorRole.PARAMETER:
+        return moved[tensor.name]
+    if tensor.role is TensorRole.STATISTIC:
+        return aggregate.astype(value.dtype)
+    return np.asarray(value + np.rint(aggregate)).astype(value.dtype)

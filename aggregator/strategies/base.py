@@ -22,14 +22,18 @@ class Accumulator:
 
     tensors: dict[str, Array] = field(default_factory=dict)
     """Running sums, in the dtypes of :func:`accumulator_dtype`; shapes are the model's."""
+    share: float = 0.0
+    """Sum of the updates' shares, before staleness."""
     weight: float = 0.0
-    """What the sums are divided by in the end."""
+    """Sum of the weights with which they went in."""
     count: int = 0
     """Updates folded."""
 
     def copy(self) -> Accumulator:
         """An accumulator that shares no array with this one."""
-        return Accumulator({name: array.copy() for name, array in self.tensors.items()}, self.weight, self.count)
+        return Accumulator(
+            {name: array.copy() for name, array in self.tensors.items()}, self.share, self.weight, self.count
+        )
 
 
 class Strategy(Protocol):
@@ -41,8 +45,10 @@ class Strategy(Protocol):
     def fold(self, accumulator: Accumulator, update: Update, staleness: int) -> float:
         """Add ``update`` to ``accumulator`` in place; returns the weight with which it went in."""
 
-    def finish(self, accumulator: Accumulator) -> dict[str, Array]:
+    def finish(self, accumulator: Accumulator, model: ModelSpec) -> dict[str, Array]:
         """The aggregate of a round with at least one update, by tensor, in the accumulator's dtypes.
+
+        For parameters the gradient or delta to apply, for statistics their new values, for counters the change.
 
         The accumulator is used up: the result may share its arrays.
         """
@@ -53,5 +59,5 @@ def accumulator_dtype(dtype: str, role: TensorRole) -> np.dtype[Any]:
 
     Half-precision sums would lose small updates; integers in float64 are exact up to 2**53.
     """
-    wide = dtype == "float64" or (role is TensorRole.BUFFER and "int" in dtype)
+    wide = dtype == "float64" or role is TensorRole.COUNTER
     return np.dtype(np.float64 if wide else np.float32)

@@ -6,7 +6,8 @@ gives
     sum_i s(tau_i) n_i u_i / sum_i n_i
 
 The divisor leaves s out. For uniform weights it is K, as in FedBuff's algorithm 1, so that a round of stale
-updates takes a shorter step; without staleness it is FedAvg's weighted mean, bit for bit.
+updates takes a shorter step; without staleness it is FedAvg's weighted mean, bit for bit. Statistics and
+counters are no steps: their sums are divided by the sum of s(tau_i) n_i, so that a mean of variances is one.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from typing import Literal
 import numpy as np
 
 from aggregator.strategies.base import Accumulator, accumulator_dtype
-from broker.messages import Array, ModelSpec, Update
+from broker.messages import Array, ModelSpec, TensorRole, Update
 
 __all__ = ["Mean"]
 
@@ -44,14 +45,17 @@ class Mean:
         weight = share * self.staleness_weight(staleness)
         for name, total in accumulator.tensors.items():
             _add_scaled(total, update.tensors[name], weight)
-        accumulator.weight += share
+        accumulator.share += share
+        accumulator.weight += weight
         accumulator.count += 1
         return weight
 
-    def finish(self, accumulator: Accumulator) -> dict[str, Array]:
-        """Divide the sums by the sum of shares."""
-        for total in accumulator.tensors.values():
-            np.divide(total, accumulator.weight, out=total)
+    def finish(self, accumulator: Accumulator, model: ModelSpec) -> dict[str, Array]:
+        """Divide the sums."""
+        for tensor in model.tensors:
+            total = accumulator.tensors[tensor.name]
+            is_step = tensor.role is TensorRole.PARAMETER
+            np.divide(total, accumulator.share if is_step else accumulator.weight, out=total)
         return accumulator.tensors
 
 

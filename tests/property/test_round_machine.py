@@ -44,7 +44,7 @@ class Count:
         accumulator.count += 1
         return 1.0
 
-    def finish(self, accumulator: Accumulator) -> dict[str, Array]:
+    def finish(self, accumulator: Accumulator, model: ModelSpec) -> dict[str, Array]:
         return accumulator.tensors
 
 

@@ -19,13 +19,14 @@ RUN = "test"
 
 
 def spec_of(tensors: Mapping[str, Array], buffers: tuple[str, ...] = ()) -> ModelSpec:
-    """The description of ``tensors``; those named in ``buffers`` are statistics."""
-    return ModelSpec(
-        tuple(
-            TensorSpec(n, tuple(a.shape), a.dtype.name, TensorRole.BUFFER if n in buffers else TensorRole.PARAMETER)
-            for n, a in tensors.items()
-        )
-    )
+    """The description of ``tensors``; those named in ``buffers`` are statistics, or counters if they are integers."""
+
+    def role(name: str, array: Array) -> TensorRole:
+        if name not in buffers:
+            return TensorRole.PARAMETER
+        return TensorRole.COUNTER if array.dtype.kind == "i" else TensorRole.STATISTIC
+
+    return ModelSpec(tuple(TensorSpec(n, tuple(a.shape), a.dtype.name, role(n, a)) for n, a in tensors.items()))
 
 
 def snapshot_of(tensors: Mapping[str, Array], *, epoch: int = 1, buffers: tuple[str, ...] = ()) -> Snapshot:

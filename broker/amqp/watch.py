@@ -1,0 +1,63 @@
+"""Look on: every event of a run, for displays. Takes nothing away from anybody."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import secrets
+
+import pika
+
+from broker.amqp.connection import Link
+from broker.amqp.publisher import plain
+from broker.amqp.session import Channel
+from broker.errors import BrokerError
+from broker.settings import BrokerConfig
+from broker.topology import EVENTS, Topology
+from broker.transport import Delivery, Failed, Sink, Source
+
+__all__ = ["AmqpWatch"]
+
+log = logging.getLogger(__name__)
+
+QUEUE_LENGTH = 10_000
+RETRY_SECONDS = 0.5
+
+
+class AmqpWatch:
+    """Hands every event of a run to a sink, from the moment on at which the run exists."""
+
+    def __init__(self, config: BrokerConfig, topology: Topology) -> None:
+        """Nothing happens before :meth:`open`."""
+        self._topology = topology
+        name = f"fedmq watch · run {topology.run}"
+        self._link = Link(config, name, use=self._use, down=self._down, failed=self._failed)
+        self._sink: Sink = lambda _item: None
+
+    def open(self, sink: Sink) -> None:
+        """Start watching; returns at once. ``sink`` is called on the connection's thread."""
+        self._sink = sink
+        self._link.start()
+
+    def close(self) -> None:
+        """Stop watching."""
+        self._link.stop()
+
+    async def _use(self, channel: Channel) -> None:
+        self._link.mark_up()
+        while not await channel.session.exists(exchanges=(EVENTS,)):
+            await asyncio.sleep(RETRY_SECONDS)
+        queue = self._topology.own_queue("watch", secrets.token_hex(4))
+        await channel.declare_own_queue(queue, QUEUE_LENGTH)
+        await channel.bind(queue, EVENTS, f"{self._topology.run}.#")
+
+        def on_event(_method: object, properties: pika.BasicProperties, body: bytes) -> None:
+            self._sink(Delivery(source=Source.EVENT, body=body, headers=plain(properties.headers)))
+
+        await channel.consume(queue, on_event, tag="watch")
+
+    def _down(self, _reason: BrokerError) -> None:
+        log.debug("watching paused until the connection stands again")
+
+    def _failed(self, error: BrokerError) -> None:
+        self._sink(Failed(error))

@@ -1,0 +1,5 @@
+"""``python -m fedmq`` is ``fedmq``."""
+
+from fedmq.cli import main
+
+main()

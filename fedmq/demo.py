@@ -1,0 +1,225 @@
+"""``fedmq demo``: the whole of it on this machine, with real processes, a real RabbitMQ and real training."""
+
+from __future__ import annotations
+
+import json
+import logging
+import threading
+import time
+from contextlib import AbstractContextManager, ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import tomli_w
+from pydantic import Field, SecretStr
+from rich.console import Console
+from rich.table import Table as Grid
+
+from aggregator.checkpoint import CheckpointStore
+from aggregator.cli import checkpoint_folder, run_folder
+from aggregator.config import AggregatorConfig
+from broker.amqp.node import PrivateNode
+from broker.amqp.watch import AmqpWatch
+from broker.console import stop_on_signals
+from broker.errors import FedmqError
+from broker.settings import BrokerConfig, Settings, Table, load, plain
+from broker.topology import Topology
+from fedmq.display import Board, Display
+from fedmq.initialise import initialise
+from fedmq.local import Member, Processes, Threads, stopping
+from worker_client.config import WorkerConfig
+
+__all__ = ["DemoConfig", "demo", "demo_settings"]
+
+log = logging.getLogger("fedmq.demo")
+
+
+class DemoConfig(Table):
+    """``[demo]``: the federation that ``fedmq demo`` puts on one machine."""
+
+    workers: Annotated[int, Field(ge=1, le=64)] = 4
+    """Training processes; the data is split among them."""
+    slow_seconds: Annotated[float, Field(ge=0)] = 1.0
+    """What the last but one of them waits before each update."""
+    late_round: Annotated[int, Field(ge=0)] = 5
+    """The last of them joins when this round has closed."""
+    finish_seconds: Annotated[float, Field(ge=0)] = 20.0
+    """How long workers may take to leave when the run is done."""
+    in_process: bool = False
+    """Use the in-process broker and threads, even where RabbitMQ can be had."""
+
+
+#: What the demonstration sets where the user has set nothing.
+DEFAULTS: dict[str, Any] = {
+    "aggregator.mode": "delta",
+    "aggregator.rounds": "buffered",
+    "aggregator.buffer_size": 4,
+    "aggregator.stop_after_rounds": 60,
+    "aggregator.weighting": "examples",
+    "worker.task": "worker_client.tasks.digits:Digits",
+    "worker.local_epochs": 2,
+    "worker.batch_size": 16,
+    "worker.learning_rate": 0.05,
+    "worker.heartbeat_seconds": 1.0,
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """Where the messages go."""
+
+    url: str | None
+    """None: the in-process broker."""
+    admin: str
+
+
+def demo_settings(file: Path | None, flags: list[tuple[str, Any]]) -> Settings:
+    """The settings of a demonstration: defaults of its own under the user's."""
+    kinds: dict[str, type[Table]] = {"aggregator": AggregatorConfig, "worker": WorkerConfig, "demo": DemoConfig}
+    given = load(kinds, file=file, flags=flags)
+    missing = [(key, value) for key, value in DEFAULTS.items() if key not in given.origins]
+    if "run" not in given.origins:
+        missing.append(("run", time.strftime("digits-%Y%m%d-%H%M%S")))
+    return load(kinds, file=file, flags=[*missing, *flags])
+
+
+def demo(settings: Settings, console: Console) -> Path:
+    """Run it, show it, and return the folder with its results.
+
+    Raises:
+        FedmqError: a part of it failed; its last words are in the message.
+    """
+    stop = threading.Event()
+    folder = run_folder(settings)
+    with stop_on_signals(stop), ExitStack() as stack:
+        _prepare(settings, console)
+        place = _broker(settings, console, stack)
+        config = _write_config(settings, folder)
+        members = _members(settings)
+        board = Board()
+        federation = _federation(settings, place, config=config, board=board, stack=stack)
+        stack.enter_context(stopping(federation))
+        rounds = settings.table("aggregator", AggregatorConfig).stop_after_rounds
+        display = Display(board, console, title=f"fedmq · run {settings.run}", rounds=rounds, footer=place.admin)
+        with display:
+            for member in members:
+                if member.after_round == 0:
+                    federation.start(member)
+            waiting = [member for member in members if member.after_round > 0]
+            while federation.is_running("aggregator") and not stop.wait(0.2):
+                federation.check()
+                display.refresh()
+                for member in [m for m in waiting if board.version >= m.after_round]:
+                    federation.start(member)
+                    waiting.remove(member)
+            if not stop.is_set():
+                federation.check(["aggregator"])
+                federation.wait(settings.table("demo", DemoConfig).finish_seconds)
+    if stop.is_set():
+        console.print(
+            f"[yellow]stopped[/]; what was done is in {folder}, and 'fedmq aggregator' would go on from there"
+        )
+    else:
+        _summarise(folder, console)
+    return folder
+
+
+def _prepare(settings: Settings, console: Console) -> None:
+    store = CheckpointStore(checkpoint_folder(settings), settings.run)
+    if store.files():
+        console.print(f"run {settings.run} goes on where its checkpoint stands")
+        return
+    task = settings.table("worker", WorkerConfig).task
+    with console.status(f"initial parameters from {task}"):
+        snapshot = initialise(settings)
+    size = sum(array.size for array in snapshot.parameters.values())
+    console.print(f"initial parameters from {task}: {size:,} in {len(snapshot.parameters)} tensors")
+
+
+def _broker(settings: Settings, console: Console, stack: ExitStack) -> Place:
+    """A broker that the user named, or a private one, or none."""
+    if "broker.url" in settings.origins or "broker.url_file" in settings.origins:
+        admin = settings.broker.management_url
+        return Place(",".join(settings.broker.urls()), f"admin UI: {admin}" if admin else "")
+    available, reason = PrivateNode.available()
+    if settings.table("demo", DemoConfig).in_process or not available:
+        why = "as asked" if available else reason
+        console.print(f"[yellow]no RabbitMQ ({why}): the in-process broker and threads instead of processes[/]")
+        return Place(None, "in-process broker: no admin UI")
+    node = PrivateNode(plugins=("rabbitmq_management",))
+    with console.status("starting a private RabbitMQ node"):
+        started: AbstractContextManager[PrivateNode] = node
+        stack.enter_context(started)
+    admin = f"{node.management_url} (user {node.user}, password {node.password})"
+    console.print(f"RabbitMQ's admin UI while this runs: {admin}", soft_wrap=True)
+    return Place(node.url, f"admin UI: {admin}")
+
+
+def _write_config(settings: Settings, folder: Path) -> Path:
+    """What all members read. The address, which holds the password, goes to them by the environment."""
+    values = plain(settings)
+    del values["broker"]["url"]
+    values["broker"].pop("url_file", None)
+    for own in ("name", "shard"):
+        values["worker"].pop(own, None)
+    file = folder / "fedmq.toml"
+    file.write_text(tomli_w.dumps(values))
+    return file
+
+
+def _members(settings: Settings) -> list[Member]:
+    config = settings.table("demo", DemoConfig)
+    count = config.workers
+    members = [
+        Member("aggregator", "aggregator", {}),
+        Member("evaluator", "evaluate", {"worker.name": "evaluator"}),
+    ]
+    for index in range(count):
+        own: dict[str, str | int | float] = {"worker.name": f"w{index}", "worker.shard": f"{index}/{count}"}
+        slow = index == count - 2
+        if slow:
+            own["worker.delay"] = config.slow_seconds
+        late = config.late_round if index == count - 1 and count > 1 else 0
+        members.append(Member(f"w{index}", "worker", own, after_round=late))
+    return members
+
+
+def _federation(
+    settings: Settings, place: Place, *, config: Path, board: Board, stack: ExitStack
+) -> Processes | Threads:
+    if place.url is None:
+
+        def resolve(member: Member) -> Settings:
+            return load({"worker": WorkerConfig}, file=config, flags=list(member.settings.items()))
+
+        threads = Threads(settings, resolve)
+        threads.broker.watch(settings.run, board.take)
+        return threads
+    broker = settings.broker.model_copy(update={"url": SecretStr(place.url), "url_file": None})
+    watch = AmqpWatch(BrokerConfig.model_validate(broker), Topology(settings.run))
+    watch.open(board.take)
+    stack.callback(watch.close)
+    return Processes(config=config, url=place.url, logs=run_folder(settings) / "logs")
+
+
+def _summarise(folder: Path, console: Console) -> None:
+    try:
+        summary = json.loads((folder / "summary.json").read_text())
+    except (OSError, ValueError) as error:
+        raise FedmqError(f"the run left no summary: {error}; its logs are in {folder / 'logs'}") from None
+    grid = Grid.grid(padding=(0, 2))
+    updates = summary["updates"]
+    reasons = ", ".join(f"{count} {reason}" for reason, count in updates["rejected_by_reason"].items())
+    grid.add_row("rounds", str(summary["rounds"]))
+    for name, value in sorted(summary["evaluation"].items()):
+        if name != "examples":
+            grid.add_row(f"final test {name}", f"{value:.4f}")
+    grid.add_row(
+        "updates", f"{updates['confirmed']} confirmed, {updates['applied']} applied, {updates['rejected']} rejected"
+    )
+    if reasons:
+        grid.add_row("", reasons)
+    grid.add_row("seconds", f"{summary['seconds']:.1f}")
+    grid.add_row("results", str(folder))
+    console.print(grid)

@@ -103,7 +103,10 @@ def _live(settings: Settings, config: WorkerConfig, *, evaluator: bool) -> None:
 
 
 app = typer.Typer(
-    help="The worker's side of fedmq: trains on data that never leaves it.", no_args_is_help=True, add_completion=False
+    help="The worker's side of fedmq: trains on data that never leaves it.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
 )
 app.command("run")(worker)
 app.command("evaluate")(evaluate)

@@ -23,6 +23,9 @@ LOCAL_BUFFERS = frozenset({torch.bool, torch.uint8})
 class ModelState:
     """The travelling tensors of ``model``: trained parameters, then float and signed integer buffers.
 
+    Float buffers are statistics and travel as values, integer buffers are counters and travel as changes (see
+    ``broker.messages.TensorRole`` for why).
+
     What stays with the worker: frozen parameters (they enter ``spec.frozen`` as a digest), non-persistent
     buffers, and buffers of type bool or uint8. A tensor that several modules share appears once, under its
     first name, and stays shared.
@@ -45,7 +48,7 @@ class ModelState:
         self.spec = ModelSpec(
             tensors=(
                 *(_spec(name, p, TensorRole.PARAMETER) for name, p in trained.items()),
-                *(_spec(name, b, TensorRole.BUFFER) for name, b in buffers.items()),
+                *(_spec(name, b, _buffer_role(b)) for name, b in buffers.items()),
             ),
             frozen=_digest((name, p) for name, p in parameters.items() if not p.requires_grad),
         )
@@ -92,9 +95,12 @@ class ModelState:
                 result[name] = as_array(gradient.to_dense() if gradient.is_sparse else gradient)
         return result
 
-    def buffer_changes(self, old: Tensors) -> dict[str, Array]:
-        """New minus old value of each buffer."""
-        return self.change_since(old, self._buffers)
+    def buffers_since(self, old: Tensors) -> dict[str, Array]:
+        """What an update says of the buffers: the values of statistics (copied), the changes of counters."""
+        now = self._tensors()
+        counters = [t.name for t in self.spec.tensors if t.role is TensorRole.COUNTER]
+        statistics = [t.name for t in self.spec.tensors if t.role is TensorRole.STATISTIC]
+        return {name: as_array(now[name]).copy() for name in statistics} | self.change_since(old, counters)
 
     def _tensors(self) -> dict[str, torch.Tensor]:
         # Looked up each time: a module may assign a new tensor to a buffer's name while it runs.
@@ -128,13 +134,17 @@ def _copy_into(target: torch.Tensor, values: Array) -> None:
         target.copy_(torch.from_numpy(values.copy()))
 
 
+def _buffer_role(buffer: torch.Tensor) -> TensorRole:
+    return TensorRole.COUNTER if not (buffer.is_floating_point() or buffer.is_complex()) else TensorRole.STATISTIC
+
+
 def _spec(name: str, tensor: torch.Tensor, role: TensorRole) -> TensorSpec:
     if nn.parameter.is_lazy(tensor) or tensor.is_meta:
         raise TaskError(f"{role} {name!r} has no values yet: run the lazy module once on a batch before returning it")
     dtype = str(tensor.dtype).removeprefix("torch.")
     if dtype not in DTYPES:
         advice = "split complex numbers with torch.view_as_real" if tensor.is_complex() else "convert it"
-        if role is TensorRole.BUFFER:
+        if role is not TensorRole.PARAMETER:
             advice += ", or keep it with the worker by register_buffer(…, persistent=False)"
         raise TaskError(f"{role} {name!r} is of type {dtype}, which does not travel ({', '.join(DTYPES)} do): {advice}")
     return TensorSpec(name=name, shape=tuple(tensor.shape), dtype=dtype, role=role)

@@ -156,7 +156,7 @@ class Trainer:
             changes = self._state.gradients()
         else:
             changes = self._state.change_since(old, names)
-        changes |= {name: a for name, a in self._state.buffer_changes(old).items() if name not in changes}
+        changes |= {name: a for name, a in self._state.buffers_since(old).items() if name not in changes}
         return {tensor.name: changes[tensor.name] for tensor in self.spec.tensors}
 
     def _given(self, tensors: Mapping[str, Tensor | Array]) -> dict[str, Array]:

@@ -53,10 +53,10 @@ def test_trained_parameters_and_numeric_buffers_travel_and_the_rest_stays() -> N
         ("trained", "float32", TensorRole.PARAMETER),
         ("norm.weight", "float32", TensorRole.PARAMETER),
         ("norm.bias", "float32", TensorRole.PARAMETER),
-        ("table", "int16", TensorRole.BUFFER),
-        ("norm.running_mean", "float32", TensorRole.BUFFER),
-        ("norm.running_var", "float32", TensorRole.BUFFER),
-        ("norm.num_batches_tracked", "int64", TensorRole.BUFFER),
+        ("table", "int16", TensorRole.COUNTER),
+        ("norm.running_mean", "float32", TensorRole.STATISTIC),
+        ("norm.running_var", "float32", TensorRole.STATISTIC),
+        ("norm.num_batches_tracked", "int64", TensorRole.COUNTER),
     ]
     assert spec.tensors[0].shape == (2, 3)
     assert spec.tensors[-1].shape == ()

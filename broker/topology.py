@@ -146,7 +146,8 @@ class Topology:
         segment = max(2 * model_bytes, 1_000_000)
         return (
             Queue(self.updates, queue_type, UPDATES, f"{self.run}.*", updates),
-            Queue(self.control, queue_type, CONTROL, f"{self.run}.*"),
+            # Like the updates: a standby must not take half of the hellos.
+            Queue(self.control, queue_type, CONTROL, f"{self.run}.*", {"x-single-active-consumer": True}),
             Queue(self.dead, queue_type, DEAD, f"{self.run}.*"),
             Queue(
                 self.parameters,

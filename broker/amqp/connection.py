@@ -26,7 +26,7 @@ __all__ = ["Link"]
 log = logging.getLogger(__name__)
 
 #: Full jitter: a broker that comes back meets its workers one after the other, not all at once.
-BACKOFF = wait_random_exponential(multiplier=0.2, max=30)
+BACKOFF = wait_random_exponential(multiplier=0.2, max=10)
 
 Use = Callable[[Channel], Awaitable[None]]
 
@@ -66,6 +66,7 @@ class Link:
         self._loop: asyncio.AbstractEventLoop | None = None
         self._task: asyncio.Task[None] | None = None
         self._thread: threading.Thread | None = None
+        self._stopping = False
         quiet_pika()
 
     def start(self) -> None:
@@ -78,7 +79,9 @@ class Link:
 
     def stop(self, timeout: float = 10.0) -> None:
         """Close channel and connection and end the thread. Harmless if it was never started."""
-        if self._task is not None:
+        if self._task is not None and not self._stopping:
+            # Once: a second cancellation would interrupt the orderly end that the first one began.
+            self._stopping = True
             self.call(self._task.cancel)
         if self._thread is not None and self._thread is not threading.current_thread():
             self._thread.join(timeout)
@@ -106,7 +109,15 @@ class Link:
         if self._channel is not None:
             self._channel.end(reason)
 
+    def drop(self) -> None:
+        """Break the connection, as a network would; it is made again. For tests."""
+        self.call(self._cut)
+
     # --------------------------------------------------------------------------------- on the link's thread
+
+    def _cut(self) -> None:
+        if self._channel is not None:
+            self._channel.session.cut()
 
     def _run(self, loop: asyncio.AbstractEventLoop, task: asyncio.Task[None]) -> None:
         try:
@@ -178,7 +189,8 @@ class Link:
             except BrokerError as error:
                 reason = error
             finally:
-                await self._channel.close()
+                if not await self._channel.close():
+                    session.cut()
         finally:
             self._channel = None
             self._down(reason)

@@ -10,7 +10,7 @@ from broker.amqp.session import Channel
 from broker.settings import BrokerConfig
 from broker.topology import Queue, Topology
 
-__all__ = ["declare"]
+__all__ = ["declare", "queue_type"]
 
 log = logging.getLogger(__name__)
 

@@ -375,7 +375,7 @@ class PrivateNode:
                 self._lifeline.stdin.write(f"{groups}\n")
 
 
-class Rights(TypedDict, total=False):
+class _Rights(TypedDict, total=False):
     """Arguments for Popen that change whom a process belongs to."""
 
     user: int
@@ -408,7 +408,7 @@ def _programs() -> _Programs:
     return _Programs(found / "rabbitmq-server", found / "rabbitmqctl", Path(epmd))
 
 
-def _unprivileged() -> Rights:
+def _unprivileged() -> _Rights:
     """Arguments for Popen that drop root's rights; nothing if there are none to drop."""
     if os.geteuid() != 0:
         return {}

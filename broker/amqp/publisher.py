@@ -19,7 +19,7 @@ from broker.errors import BrokerError, BrokerUnreachable, MessageTooLarge, Publi
 from broker.settings import BrokerConfig
 from broker.transport import Outgoing
 
-__all__ = ["Publisher"]
+__all__ = ["Publisher", "plain"]
 
 Prepare = Callable[[Channel], Awaitable[None]]
 

@@ -19,12 +19,14 @@ from broker.errors import (
     UnsupportedBroker,
 )
 
-__all__ = ["FATAL", "Inequivalent", "Operation", "Place", "channel_error", "connection_error", "verdict"]
+__all__ = ["FATAL", "Inequivalent", "Operation", "Place", "channel_error", "connection_error", "limit_of", "verdict"]
 
 #: What no waiting will cure.
 FATAL = (AccessRefused, TopologyMismatch, UnsupportedBroker)
 
 RESOURCE_LIMITS = ("connection limit", "channel limit", "is down")
+# Arguments in which our classic and quorum queues differ. RabbitMQ names the first that it meets.
+OF_THE_TYPE = {"x-queue-type", "x-overflow", "x-dead-letter-strategy", "x-delivery-limit"}
 INEQUIVALENT = re.compile(r"inequivalent arg '([^']+)' for (\w+) '([^']+)'.*?: (received .*)")
 TOO_LARGE = re.compile(r"message size \d+ is larger than (?:configured )?max size (\d+)")
 NO_EXCHANGE = re.compile(r"no exchange '([^']+)'")
@@ -113,7 +115,9 @@ def channel_error(error: BaseException, place: Place, operation: Operation) -> B
         return Unroutable(f"{place.address}: {text}")
     if match := INEQUIVALENT.search(text):
         argument, kind, name, values = match.groups()
-        hint = 'set broker.queue_type = "classic" or "quorum" to the type that is there, ' if "type" in argument else ""
+        hint = ""
+        if kind == "queue" and argument in OF_THE_TYPE:
+            hint = 'set broker.queue_type to the type that it has ("classic" or "quorum"), '
         return Inequivalent(
             f"{kind} {name!r} exists in virtual host {place.vhost!r} with another {argument!r}: {values}. "
             f"Either {hint}choose another run name, or delete it if nothing in it is needed "

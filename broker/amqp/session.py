@@ -24,7 +24,7 @@ from broker.amqp.refusals import Operation, Place, channel_error, connection_err
 from broker.errors import BrokerError, ConfigError, ConnectionLost, Unroutable, UnsupportedBroker
 from broker.settings import BrokerConfig
 
-__all__ = ["Channel", "OnMessage", "Session", "parameters", "quiet_pika"]
+__all__ = ["Channel", "OnMessage", "Session", "parameters", "quiet_pika", "version_of"]
 
 log = logging.getLogger(__name__)
 
@@ -38,6 +38,9 @@ RECEIVE_BYTES = 256 * 1024
 # What may wait in pika's output buffer before the next message is cut into frames. Enough for the socket to
 # stay busy until the pump looks again, little against a model.
 BUFFERED_BYTES = 16 * 2**20
+
+# How long a broker may take to agree to the end of a channel or a connection.
+CLOSE_SECONDS = 3.0
 
 OLDEST = (3, 9, 0)  # streams
 NEWEST_TESTED_MAJOR = 4
@@ -69,7 +72,8 @@ class _Connection(AsyncioConnection):  # type: ignore[misc]
 
     def abort(self) -> None:
         if self._transport is not None:
-            self._transport.abort()
+            # Not the transport's own abort(): the connection insists on knowing a reason.
+            self._terminate_stream(pika.exceptions.StreamLostError("cut"))
 
 
 def parameters(config: BrokerConfig, name: str) -> list[pika.URLParameters]:
@@ -137,7 +141,7 @@ class Session:
         except asyncio.CancelledError:
             with contextlib.suppress(pika.exceptions.ConnectionWrongStateError):
                 connection.close()
-            await _first(opened, closed, timeout=2)
+            await _first(opened, closed, timeout=CLOSE_SECONDS)
             raise
         if error is not None:
             raise error
@@ -161,6 +165,15 @@ class Session:
     def has_room(self) -> bool:
         """Whether the next message may be given to pika, or should wait until it has sent some."""
         return self._connection.buffered < BUFFERED_BYTES
+
+    @property
+    def received_bytes(self) -> int:
+        """How much has come in, to tell a slow message from none."""
+        return int(self._connection.bytes_received)
+
+    def cut(self) -> None:
+        """Break the connection without a word, as a network would."""
+        self._connection.abort()
 
     async def channel(self) -> Channel:
         """A new channel. Raises :class:`ConnectionLost`."""
@@ -192,13 +205,13 @@ class Session:
         return True
 
     async def close(self) -> None:
-        """Close in order; after two seconds without an answer, cut."""
+        """Close in order; if that is not answered, cut."""
         with contextlib.suppress(pika.exceptions.ConnectionWrongStateError):
             self._connection.close()
-        done, _ = await asyncio.wait({self.closed}, timeout=2)
-        if not done:
-            self._connection.abort()
-            await asyncio.wait({self.closed}, timeout=1)
+        await _first(self.closed, timeout=CLOSE_SECONDS)
+        if not self.closed.done():
+            self.cut()
+            await _first(self.closed, timeout=1)
 
     def _check_version(self) -> None:
         shown = ".".join(map(str, self.version))
@@ -295,6 +308,10 @@ class Channel:
             arguments=dict(arguments or {}),
         )
 
+    async def cancel(self, tag: str) -> None:
+        """End a consumer."""
+        await self.call("basic_cancel", Operation("stop consuming", "read"), consumer_tag=tag)
+
     async def confirm(self, on_confirm: Callable[[Any], None]) -> None:
         """Have each published message confirmed."""
         await self.call("confirm_delivery", Operation("publish"), ack_nack_callback=on_confirm)
@@ -314,14 +331,15 @@ class Channel:
         """Treat the channel as ended, as if the broker had closed it."""
         _settle(self.closed, reason)
 
-    async def close(self) -> None:
-        """Close it, if the broker has not."""
+    async def close(self) -> bool:
+        """Close it, if the broker has not; False if there was no answer."""
         if not self.raw.is_open:
-            return
+            return True
         gone: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self.raw.add_on_close_callback(lambda _channel, _reason: _settle(gone, None))
         self.raw.close()
-        await _first(gone, self.session.closed, timeout=2)
+        await _first(gone, self.session.closed, timeout=CLOSE_SECONDS)
+        return gone.done()
 
     def _on_close(self, _channel: object, error: BaseException) -> None:
         if isinstance(error, pika.exceptions.ChannelClosedByClient):

@@ -39,6 +39,8 @@ RETRY_SECONDS = 1.0
 CONTROL_PREFETCH = 100
 # Acknowledgements of a stream are credit: two versions on their way keep the connection busy.
 STREAM_PREFETCH = 2
+# Less than this within RETRY_SECONDS are heartbeats and replies, not a message on its way over a slow line.
+SILENCE_BYTES = 4096
 OWN_QUEUE_LENGTH = 10_000
 
 
@@ -54,6 +56,7 @@ class _Transport:
         self._generation = 0
         self._connected = False
         self._opened = False
+        self._failure: BrokerError | None = None
         self._lock = threading.Lock()
 
     def open(self, sink: Sink, *, wait: float | None = None) -> None:
@@ -64,23 +67,31 @@ class _Transport:
         self._consumer.start()
         try:
             for link in (self._consumer, self._publisher.link):
-                try:
-                    link.up.result(None if deadline is None else max(0.0, deadline - time.monotonic()))
-                except TimeoutError:
-                    problem = link.problem or self._publisher.link.problem or "no answer"
-                    raise BrokerUnreachable(f"no connection to RabbitMQ within {wait} s: {problem}") from None
+                link.up.result(None if deadline is None else max(0.0, deadline - time.monotonic()))
             self._opened = True
-        except BaseException:
-            self.close()
-            raise
+        except TimeoutError:
+            problem = self._consumer.problem or self._publisher.link.problem or "no answer"
+            raise BrokerUnreachable(f"no connection to RabbitMQ within {wait} s: {problem}") from None
+        except BrokerError as error:
+            # If one link failed, the other was closed for it and only says so.
+            raise self._failure or error from None
+        finally:
+            if not self._opened:
+                self.close()
 
     def close(self) -> None:
         """See the port."""
         self._publisher.flush(FLUSH_SECONDS)
         with self._lock:
             self._sink = None
-        self._consumer.stop()
+        self._consumer.stop(0)
         self._publisher.stop()
+        self._consumer.stop()
+
+    def drop(self) -> None:
+        """Cut both connections, as a network would; they are made again. For tests."""
+        self._consumer.drop()
+        self._publisher.link.drop()
 
     async def _prepare(self, channel: Channel) -> None:
         raise NotImplementedError
@@ -107,6 +118,7 @@ class _Transport:
 
     def _fail(self, error: BrokerError) -> None:
         # Either link may fail, on its own thread; the other has no use without it.
+        self._failure = error
         if self._opened:
             self._hand(Failed(error))
         with self._lock:
@@ -306,18 +318,35 @@ class AmqpWorkerTransport(_Transport):
         def on_notice(_method: object, properties: pika.BasicProperties, body: bytes) -> None:
             self._hand(_delivery(Source.EVENT, body, properties))
 
+        await channel.consume(notices, on_notice, tag=f"{self._worker}-notices")
+        await self._read_stream(channel)
+
+    async def _read_stream(self, channel: Channel) -> None:
+        arrived = False
+
         def on_parameters(method: pika.spec.Basic.Deliver, properties: pika.BasicProperties, body: bytes) -> None:
+            nonlocal arrived
+            arrived = True
             channel.raw.basic_ack(method.delivery_tag)
             self._take(properties, body)
 
-        await channel.consume(notices, on_notice, tag=f"{self._worker}-notices")
-        await channel.consume(
-            stream,
-            on_parameters,
-            tag=f"{self._worker}-parameters",
-            prefetch=STREAM_PREFETCH,
-            arguments={"x-stream-offset": "last"},
-        )
+        tag = f"{self._worker}-parameters"
+        while not arrived:
+            await channel.consume(
+                self._topology.parameters,
+                on_parameters,
+                tag=tag,
+                prefetch=STREAM_PREFETCH,
+                arguments={"x-stream-offset": "last"},
+            )
+            # Who asks for the last message while the first is being written gets none: RabbitMQ finds the
+            # stream empty, and then begins behind that message. So ask again unless something comes.
+            heard = -SILENCE_BYTES
+            while not arrived and channel.session.received_bytes - heard >= SILENCE_BYTES:
+                heard = channel.session.received_bytes
+                await asyncio.sleep(RETRY_SECONDS)
+            if not arrived:
+                await channel.cancel(tag)
 
     def _take(self, properties: pika.BasicProperties, body: bytes) -> None:
         # A stream begins to read at its last block, which may hold several versions, and after a reconnect

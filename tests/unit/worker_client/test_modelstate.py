@@ -239,3 +239,22 @@ def test_sparse_gradients_become_dense() -> None:
     model(torch.tensor([1])).sum().backward()
 
     assert ModelState(model).gradients()["weight"].tolist() == [[0, 0], [1, 1], [0, 0]]
+
+
+def test_statistics_travel_as_values_and_counters_as_changes() -> None:
+    # Given batch norm that has seen two batches since
+    model = nn.BatchNorm1d(2)
+    state = ModelState(model)
+    state.load({**state.read(), "running_mean": np.full(2, 3, np.float32), "num_batches_tracked": np.array(5)})
+    before = state.read()
+    for _ in range(2):
+        model(torch.ones(4, 2))
+
+    # When
+    told = state.buffers_since(before)
+
+    # Then
+    assert told["running_mean"].tolist() == pytest.approx([2.62, 2.62])
+    assert int(told["num_batches_tracked"]) == 2
+    model(torch.zeros(4, 2))
+    assert told["running_mean"].tolist() == pytest.approx([2.62, 2.62])  # a copy

@@ -388,7 +388,7 @@ class RoundMachine:
     def _broadcast(self) -> do.Effect:
         durable = self._durable
         is_open = durable.version == self.version
-        plan = replace(self._round.plan if is_open else self._plan(0), done=durable.done)
+        plan = replace(self._round.plan if is_open else self._plan(0), done=is_open and self.done)
         return do.Broadcast(durable.epoch, durable.version, plan, durable.digest, self.model, durable.parameters)
 
     # ------------------------------------------------------------------------------------------- the end

@@ -100,7 +100,7 @@ class AggregatorService:
         """
         self._transport = transport
         try:
-            transport.open(self._inbox.put, wait=0)
+            transport.open(self._inbox.put)
             self._loop(lambda: self._finish is not None)
             deadline = time.monotonic() + DRAIN_SECONDS
             self._loop(lambda: time.monotonic() > deadline and self._inbox.empty())

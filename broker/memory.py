@@ -163,7 +163,7 @@ class MemoryAggregatorTransport(_Endpoint):
         self.unacked: dict[int, Delivery] = {}
         self._next_tag = 0
 
-    def open(self, sink: Sink, *, wait: float | None = None) -> None:
+    def open(self, sink: Sink, *, wait: float = 0.0) -> None:
         """See the port. Never waits."""
         del wait
         with self._broker.turn():
@@ -251,7 +251,7 @@ class MemoryWorkerTransport(_Endpoint):
         self.name = name
         self._last: tuple[int, int, int] = (-1, -1, -1)
 
-    def open(self, sink: Sink, *, wait: float | None = None) -> None:
+    def open(self, sink: Sink, *, wait: float = 0.0) -> None:
         """See the port. Never waits."""
         del wait
         with self._broker.turn():

@@ -105,11 +105,11 @@ class Outgoing:
 class AggregatorTransport(Protocol):
     """The aggregator's side: consumes updates and control, broadcasts parameters."""
 
-    def open(self, sink: Sink, *, wait: float | None = None) -> None:
-        """Declare what the run needs and start consuming.
+    def open(self, sink: Sink, *, wait: float = 0.0) -> None:
+        """Start connecting, declare what the run needs, start consuming.
 
-        Waits until the first connection stands: for ever, or ``wait`` seconds, then raises
-        :class:`BrokerUnreachable`.
+        Returns at once; the sink is told of connections and refusals. With ``wait`` it first waits so many
+        seconds for a connection, then raises :class:`BrokerUnreachable`, or what made connecting pointless.
         """
 
     def ack(self, token: Token) -> None:
@@ -138,10 +138,11 @@ class AggregatorTransport(Protocol):
 class WorkerTransport(Protocol):
     """A worker's side: reads parameters and notices, publishes updates."""
 
-    def open(self, sink: Sink, *, wait: float | None = None) -> None:
-        """Connect and start reading. Of the parameters at least the newest version is delivered.
+    def open(self, sink: Sink, *, wait: float = 0.0) -> None:
+        """Start connecting and reading; ``wait`` as for the aggregator.
 
-        A run that no aggregator has declared yet is waited for: nothing is delivered until it exists.
+        Of the parameters at least the newest version is delivered. A run that no aggregator has declared yet is
+        waited for: nothing is delivered until it exists.
         """
 
     def publish(self, message: Outgoing) -> Future[None]:

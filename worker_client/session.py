@@ -105,8 +105,7 @@ class Session:
 
     def run(self) -> Summary:
         """Live it. Raises what ended it, if that was an error."""
-        # On its own thread, because it may wait for a broker that is not there yet, and SIGTERM must not.
-        threading.Thread(target=self._open, name="fedmq-open", daemon=True).start()
+        self._transport.open(self._mailbox.put)
         heartbeat = 0.0
         try:
             while self._reason is None:
@@ -332,25 +331,22 @@ class Session:
             self._perform([ev.SayHello(self._version)])
 
     def _beat(self) -> None:
+        if self._config.folder is not None:
+            # For health checks from outside: only a worker that is connected and not stuck comes by here.
+            (self._config.folder / "alive").touch()
         loss = self._metrics.get("loss")
         self._event(
             EventKind.HEARTBEAT,
             {
                 "state": str(self._machine.state),
                 "version": self._version,
-                "updates": self._outbox.confirmed,
+                "confirmed": self._outbox.confirmed,
                 "seconds": self._seconds,
                 "loss": loss if loss is not None and math.isfinite(loss) else None,
             },
         )
 
     # ---------------------------------------------------------------------------------------------- helpers
-
-    def _open(self) -> None:
-        try:
-            self._transport.open(self._mailbox.put)
-        except FedmqError as error:
-            self._mailbox.put(Failed(error))
 
     @property
     def _version(self) -> int:

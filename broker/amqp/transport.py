@@ -57,27 +57,30 @@ class _Transport:
         self._connected = False
         self._opened = False
         self._failure: BrokerError | None = None
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()  # a sink may close the transport
 
-    def open(self, sink: Sink, *, wait: float | None = None) -> None:
-        """See the port. Raises at once what no waiting will cure."""
+    def open(self, sink: Sink, *, wait: float = 0.0) -> None:
+        """See the port."""
         self._sink = sink
-        deadline = None if wait is None else time.monotonic() + wait
+        self._opened = not wait
         self._publisher.start()
         self._consumer.start()
+        if wait:
+            self._await_links(wait)
+
+    def _await_links(self, wait: float) -> None:
+        deadline = time.monotonic() + wait
         try:
             for link in (self._consumer, self._publisher.link):
-                link.up.result(None if deadline is None else max(0.0, deadline - time.monotonic()))
+                try:
+                    link.up.result(max(0.0, deadline - time.monotonic()))
+                except TimeoutError:
+                    problem = link.problem or self._publisher.link.problem or "no answer"
+                    raise BrokerUnreachable(f"no connection to RabbitMQ within {wait} s: {problem}") from None
             self._opened = True
-        except TimeoutError:
-            problem = self._consumer.problem or self._publisher.link.problem or "no answer"
-            raise BrokerUnreachable(f"no connection to RabbitMQ within {wait} s: {problem}") from None
-        except BrokerError as error:
-            # If one link failed, the other was closed for it and only says so.
-            raise self._failure or error from None
-        finally:
-            if not self._opened:
-                self.close()
+        except BaseException:
+            self.close()
+            raise
 
     def close(self) -> None:
         """See the port."""

@@ -188,7 +188,7 @@ def test_heartbeats_tell_what_the_worker_does(broker: MemoryBroker) -> None:
         aggregator.wait_for(lambda: any(b.data["state"] == "training" for b in beats()))
 
     data = next(b.data for b in beats() if b.data["state"] == "training")
-    assert (data["version"], data["updates"], data["role"], data["loss"]) == (7, 0, "trainer", None)
+    assert (data["version"], data["confirmed"], data["role"], data["loss"]) == (7, 0, "trainer", None)
     assert abs(beats()[0].time - time.time()) < 60
 
 
@@ -441,7 +441,7 @@ def test_an_update_that_diverged_is_published_with_a_warning(
     with caplog.at_level(logging.WARNING), running(broker, Diverging()):
         aggregator.broadcast(0)
         [update] = aggregator.wait_for(lambda: aggregator.of(Update))
-        aggregator.wait_for(lambda: aggregator.of(Event) and aggregator.of(Event)[-1].data["updates"] == 1)
+        aggregator.wait_for(lambda: aggregator.of(Event) and aggregator.of(Event)[-1].data["confirmed"] == 1)
 
     assert np.isnan(update.tensors["0.weight"]).all()
     assert aggregator.of(Event)[-1].data["loss"] is None

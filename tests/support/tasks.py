@@ -1,0 +1,73 @@
+"""Small deterministic tasks for tests that run whole commands, named as ``tests.support.tasks:Line``."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import TensorDataset
+
+from worker_client.context import TrainingContext, TrainingResult
+from worker_client.task import Examples, Shard, Task
+
+__all__ = ["CELLS", "Counting", "Line"]
+
+#: Length of the vector of :class:`Counting`.
+CELLS = 8
+
+
+class Line(Task):
+    """A linear model of four inputs, on generated data without noise: a few milliseconds an update."""
+
+    def __init__(self, examples: int = 64) -> None:
+        self.examples = examples
+
+    def model(self) -> nn.Module:
+        return nn.Linear(4, 1)
+
+    def data(self, shard: Shard) -> Examples:
+        random = torch.Generator().manual_seed(shard.index)
+        inputs = torch.randn(self.examples, 4, generator=random)
+        return TensorDataset(inputs, inputs @ torch.tensor([1.0, -2.0, 3.0, 0.5]) + 1.0)
+
+    def test_data(self) -> Examples | None:
+        return self.data(Shard("test", 1000, 1001))
+
+
+class Counting(Task):
+    """Counts its updates: the parameters are ``CELLS`` float64 zeros, and shard i's update adds 1 to cell i.
+
+    With ``aggregator.mode = delta``, ``weighting = uniform``, ``staleness = constant`` and a server learning
+    rate of the buffer size, cell i holds exactly how many updates of shard i were applied, as long as the
+    buffer size is a power of two (a third is no binary fraction, though rounding hides it).
+    """
+
+    class Cells(nn.Module):
+        """The model: one parameter, ``cells``, and nothing that could be computed with it."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.cells = nn.Parameter(torch.zeros(CELLS, dtype=torch.float64))
+
+    def model(self) -> nn.Module:
+        return self.Cells()
+
+    def data(self, shard: Shard) -> Examples:
+        return TensorDataset(torch.tensor([shard.index]))
+
+    def test_data(self) -> Examples | None:
+        return TensorDataset(torch.tensor([0]))
+
+    def loss(self, model: nn.Module, batch: Any) -> Tensor:
+        return torch.zeros(())
+
+    def metrics(self, model: nn.Module, batch: Any) -> dict[str, float]:
+        """The number of all applied updates."""
+        return {"applied": float(sum(tensor.sum().item() for tensor in model.parameters()))}
+
+    def train(self, model: nn.Module, dataset: Examples, context: TrainingContext) -> TrainingResult:
+        (index,) = dataset[0]
+        delta = torch.zeros(CELLS, dtype=torch.float64)
+        delta[int(index)] = 1.0
+        return TrainingResult(examples=1, metrics={"loss": 0.0}, tensors={"cells": delta})

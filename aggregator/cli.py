@@ -92,6 +92,6 @@ def serve(settings: Settings) -> Outcome:
 
 def main() -> None:
     """``python -m aggregator``."""
-    app = typer.Typer(add_completion=False)
+    app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
     app.command()(aggregator)
     app(prog_name="python -m aggregator")

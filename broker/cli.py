@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import queue
 import threading
 
@@ -25,7 +26,7 @@ from broker.console import (
 from broker.errors import BrokerUnreachable
 from broker.settings import load, redacted
 from broker.topology import Topology
-from broker.transport import Connected, Failed, Incoming
+from broker.transport import Failed, Incoming
 
 __all__ = ["app", "check", "main", "node"]
 
@@ -46,21 +47,23 @@ def check(
     """
     with guard():
         set_up_logging(verbose)
+        if not verbose:
+            # Whatever goes wrong comes out as this command's one error.
+            logging.getLogger("broker").setLevel(logging.CRITICAL)
         read = load({}, file=config, flags=parse_flags(settings or [], run=run, broker__url=broker))
         where = ", ".join(redacted(url) for url in read.broker.urls())
         inbox: queue.SimpleQueue[Incoming] = queue.SimpleQueue()
         transport = AmqpAggregatorTransport(read.broker, Topology(read.run), model_bytes=0, prefetch=1)
         try:
-            transport.open(inbox.put)
-            item = inbox.get(timeout=read.broker.connect_timeout + 5)
-        except queue.Empty:
-            raise BrokerUnreachable(f"no connection to {where}: is RabbitMQ running there?") from None
+            transport.open(inbox.put, wait=read.broker.connect_timeout + 5)
+        except BrokerUnreachable as error:
+            raise BrokerUnreachable(f"{error}; is RabbitMQ running there? (broker.url is {where})") from None
         finally:
             transport.close()
-        if isinstance(item, Failed):
-            raise item.error
-        if isinstance(item, Connected):
-            out.print(f"{where}: the exchanges and queues of run {read.run!r} are in place", highlight=False)
+        while not inbox.empty():
+            if isinstance(item := inbox.get(), Failed):
+                raise item.error
+        out.print(f"{where}: the exchanges and queues of run {read.run!r} are in place", highlight=False)
 
 
 def node(*, verbose: VerboseOption = 0) -> None:
@@ -84,7 +87,12 @@ def node(*, verbose: VerboseOption = 0) -> None:
             private.discard()
 
 
-app = typer.Typer(help="Look at a RabbitMQ, or run a private one.", no_args_is_help=True, add_completion=False)
+app = typer.Typer(
+    help="Look at a RabbitMQ, or run a private one.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
 app.command("check")(check)
 app.command("node")(node)
 

@@ -19,6 +19,7 @@ from rich.logging import RichHandler
 from rich.text import Text
 
 from broker.errors import ConfigError, FedmqError
+from broker.settings import redacted
 
 __all__ = [
     "BrokerOption",
@@ -64,7 +65,9 @@ def parse_flags(pairs: Sequence[str], **named: Any) -> list[tuple[str, Any]]:
     for pair in pairs:
         key, equals, value = pair.partition("=")
         if not equals or not key:
-            raise ConfigError(f"--set {pair!r}: give it as table.key=value, like --set aggregator.buffer_size=8")
+            raise ConfigError(
+                f"--set {redacted(pair)!r}: give it as table.key=value, like --set aggregator.buffer_size=8"
+            )
         result.append((key.strip(), value))
     return result + [(key.replace("__", "."), value) for key, value in named.items() if value is not None]
 

@@ -123,7 +123,11 @@ def plain(settings: Settings) -> dict[str, Any]:
     for name, table in settings.tables.items():
         values = table.model_dump(mode="json", exclude_none=True)
         if isinstance(table, BrokerConfig):
-            values["url"] = ",".join(redacted(url) for url in table.url.get_secret_value().split(","))
+            urls = table.url.get_secret_value().split(",")
+            # A comma within a password would come out in pieces that are no addresses.
+            values["url"] = ",".join(map(redacted, urls)) if all("://" in url for url in urls) else "***"
+            if table.management_url is not None:
+                values["management_url"] = redacted(table.management_url)
         result[name] = values
     return result
 
@@ -209,6 +213,10 @@ def _check_key(key: str, origin: Origin, kinds: Mapping[str, type[Table]]) -> No
     if table not in TABLES:
         known = ["run", *TABLES]
         raise ConfigError(f"{origin}: unknown key {key!r}{_nearest(table, known)}; at the top are {', '.join(known)}")
+    if not name:
+        raise ConfigError(
+            f"{origin}: {key!r} is a table: its settings are given as {key}.<name>, in a file under [{key}]"
+        )
     kind = kinds.get(table)
     if kind is not None and name not in kind.model_fields:
         known = list(kind.model_fields)
@@ -230,9 +238,14 @@ def _validated(name: str, kind: type[Table], values: dict[str, Any], origins: Ma
             full = f"{name}.{key}" if key else name
             secret = key in kind.model_fields and kind.model_fields[key].annotation is SecretStr
             shown = "" if secret or not key else f" = {problem['input']!r:.80}"
-            where = origins.get(full, Origin("default", "default"))
+            where = str(origins.get(full, "default")) if key else _all_of(name, origins)
             lines.append(f"{where}: {full}{shown}: {_lower(problem['msg'])}")
         raise ConfigError("\n".join(lines)) from None
+
+
+def _all_of(name: str, origins: Mapping[str, Origin]) -> str:
+    """Where the values of a table were set, for a complaint about several of them."""
+    return ", ".join(dict.fromkeys(str(origin) for key, origin in origins.items() if key.startswith(f"{name}.")))
 
 
 def _lower(text: str) -> str:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from importlib import import_module
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from typing import Annotated
 
 import typer
 from rich.console import Console
 from rich.table import Table as Grid
 
+from aggregator.checkpoint import CheckpointStore
 from aggregator.cli import FolderOption, aggregator, checkpoint_folder
 from aggregator.config import AggregatorConfig
 from broker.cli import app as broker_app
@@ -23,7 +24,7 @@ from broker.console import (
     parse_flags,
     set_up_logging,
 )
-from broker.errors import TaskError
+from broker.errors import CheckpointError, TaskError
 from broker.settings import Settings, Table, load, plain
 from worker_client.cli import TaskOption, evaluate, worker
 from worker_client.config import WorkerConfig
@@ -37,12 +38,18 @@ app = typer.Typer(
 )
 out = Console()
 
+PIPE_WIDTH = 1000
+
 KINDS: dict[str, type[Table]] = {"aggregator": AggregatorConfig, "worker": WorkerConfig}
 
 
 def _version(wanted: bool) -> None:
     if wanted:
-        out.print(f"fedmq {version('fedmq')}", highlight=False)
+        try:
+            known = version("fedmq")
+        except PackageNotFoundError:
+            known = "(not installed; run from its source)"
+        out.print(f"fedmq {known}", highlight=False)
         raise typer.Exit
 
 
@@ -105,9 +112,7 @@ def init(
         set_up_logging(verbose)
         flags = parse_flags(settings or [], run=run, worker__task=task, aggregator__folder=folder)
         read = load(KINDS, file=config, flags=flags)
-        files = checkpoint_folder(read)
-        if exist_ok and any(files.glob("[0-9]*.safetensors")):
-            out.print(f"run {read.run!r} has been initialised: {files}", highlight=False)
+        if _is_initialised(read, exist_ok=exist_ok):
             return
         _require_torch()
         from fedmq.initialise import initialise  # noqa: PLC0415 (needs torch)
@@ -115,7 +120,21 @@ def init(
         snapshot = initialise(read)
         size = sum(array.size for array in snapshot.parameters.values())
         count = len(snapshot.parameters)
-        out.print(f"run {read.run!r}: {size:,} numbers in {count} tensors, in {files}", highlight=False, soft_wrap=True)
+        where = checkpoint_folder(read)
+        out.print(f"run {read.run!r}: {size:,} numbers in {count} tensors, in {where}", highlight=False, soft_wrap=True)
+
+
+def _is_initialised(read: Settings, *, exist_ok: bool) -> bool:
+    """Raises :class:`CheckpointError` if the run's folder holds what must not be touched, or not be relied on."""
+    store = CheckpointStore(checkpoint_folder(read), read.run)
+    if not store.files():
+        return False
+    store.load()
+    text = f"run {read.run!r} has been initialised: {store.folder}"
+    if not exist_ok:
+        raise CheckpointError(f"{text}; 'fedmq aggregator' goes on with it, or choose another --run or --folder")
+    out.print(text, highlight=False, soft_wrap=True)
+    return True
 
 
 @app.command()
@@ -135,11 +154,13 @@ def config(
             out.print_json(data=[{"key": key, "value": value, "from": origin} for key, value, origin in rows])
             return
         table = Grid(box=None, pad_edge=False, header_style="bold")
-        for name in ("setting", "value", "from"):
+        table.add_column("setting", no_wrap=True)
+        for name in ("value", "from"):
             table.add_column(name, overflow="fold")
         for key, value, origin in rows:
             table.add_row(key, "-" if value is None else str(value), origin)
-        out.print(table)
+        # In a pipe there is no width: a line a setting, for grep.
+        (out if out.is_terminal else Console(width=PIPE_WIDTH)).print(table)
 
 
 def _rows(read: Settings) -> list[tuple[str, object, str]]:

@@ -317,21 +317,24 @@ class PrivateNode:
             # In the foreground, as a child: RabbitMQ would start one itself that outlives the node.
             self._epmd = self._spawn([_programs().epmd])
             self._tell_lifeline()
+        seen = len(self.log)
         self._server = self._spawn([_programs().server])
         self._tell_lifeline()
-        while True:
+        while not self._answers():
             if self._server.poll() is not None:
-                tail = "\n".join(self.log.strip().splitlines()[-25:])
-                kind = _PortTaken if "eaddrinuse" in tail.lower() else BrokerError
-                raise kind(f"the private RabbitMQ node did not start (exit code {self._server.returncode}):\n{tail}")
-            if self._answers():
-                return
+                report = self._report(seen)
+                kind = _PortTaken if "eaddrinuse" in self.log[seen:].lower() else BrokerError
+                raise kind(f"the private RabbitMQ node did not start (exit code {self._server.returncode}):\n{report}")
             if time.monotonic() > deadline:
-                tail = "\n".join(self.log.strip().splitlines()[-25:])
-                raise BrokerUnreachable(
-                    f"the private RabbitMQ node gave no answer within {self._start_timeout:.0f} s:\n{tail}"
-                )
+                waited = f"{self._start_timeout:.0f} s"
+                raise BrokerUnreachable(f"the private RabbitMQ node gave no answer in {waited}:\n{self._report(seen)}")
             time.sleep(0.1)
+
+    def _report(self, seen: int) -> str:
+        """What matters of the log since this start: Erlang states the cause first and much about it after."""
+        lines = self.log[seen:].strip().splitlines()
+        errors = [line for line in lines if "[error]" in line and not line.rstrip().endswith("> ")]
+        return "\n".join(errors[:25] or lines[-25:])
 
     def _spawn(self, command: Sequence[str | Path]) -> subprocess.Popen[bytes]:
         # A session of its own: Ctrl-C in the terminal is for us, and we stop the node in order.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import struct
 import time
 import uuid
 from collections import deque
@@ -11,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import pika
+import pika.exceptions
 
 from broker.amqp.connection import Link
 from broker.amqp.refusals import limit_of, verdict
@@ -191,15 +193,20 @@ class Publisher:
                 MessageTooLarge(f"a message of {len(publication.body)} bytes; this broker takes up to {limit}")
             )
             return
+        try:
+            channel.raw.basic_publish(
+                publication.exchange,
+                publication.key,
+                publication.body,
+                publication.properties,
+                mandatory=publication.mandatory,
+            )
+        except (pika.exceptions.AMQPError, struct.error) as error:
+            # pika makes all frames before it sends the first, so nothing has gone out.
+            publication.settle(BrokerError(f"the message {publication.properties.message_id!r} has no form: {error!r}"))
+            return
         self._tag += 1
         self._on_way[self._tag] = publication
-        channel.raw.basic_publish(
-            publication.exchange,
-            publication.key,
-            publication.body,
-            publication.properties,
-            mandatory=publication.mandatory,
-        )
 
     def _on_confirm(self, frame: Any) -> None:
         method = frame.method

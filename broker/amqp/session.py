@@ -31,8 +31,8 @@ log = logging.getLogger(__name__)
 OnMessage = Callable[[pika.spec.Basic.Deliver, pika.BasicProperties, bytes], None]
 
 # pika reads its socket in pieces of 4 KiB and adds each to an immutable buffer until a frame (128 KiB) is
-# whole: 300 MiB cost 76,000 reads and sixteen copies of everything. With 256 KiB the same machine receives
-# twice as fast at a quarter of the processor time. pika gives no setting for it.
+# whole, which copies everything sixteen times. Measured for 300 MiB in messages of 4 MiB: 77,000 reads and
+# 0.6 to 0.7 s of processor time with 4 KiB, 1,400 reads and mostly 0.2 s with this. pika has no setting for it.
 RECEIVE_BYTES = 256 * 1024
 
 # What may wait in pika's output buffer before the next message is cut into frames. Enough for the socket to

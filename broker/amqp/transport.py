@@ -72,15 +72,17 @@ class _Transport:
         deadline = time.monotonic() + wait
         try:
             for link in (self._consumer, self._publisher.link):
-                try:
-                    link.up.result(max(0.0, deadline - time.monotonic()))
-                except TimeoutError:
-                    problem = link.problem or self._publisher.link.problem or "no answer"
-                    raise BrokerUnreachable(f"no connection to RabbitMQ within {wait} s: {problem}") from None
+                link.up.result(max(0.0, deadline - time.monotonic()))
             self._opened = True
-        except BaseException:
-            self.close()
-            raise
+        except TimeoutError:
+            problem = self._consumer.problem or self._publisher.link.problem or "no answer"
+            raise BrokerUnreachable(f"no connection to RabbitMQ within {wait} s: {problem}") from None
+        except BrokerError as error:
+            # If one link failed, the other was closed because of it and only says that.
+            raise self._failure or error from None
+        finally:
+            if not self._opened:
+                self.close()
 
     def close(self) -> None:
         """See the port."""

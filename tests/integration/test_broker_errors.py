@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import logging
+import socket
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 
 import pytest
+from pika.adapters.utils.io_services_utils import _AsyncTransportBase
 
 from broker.amqp.node import PrivateNode
 from broker.amqp.transport import AmqpAggregatorTransport, AmqpWorkerTransport
@@ -19,6 +21,7 @@ from broker.errors import (
     ConnectionLost,
     MessageTooLarge,
     TopologyMismatch,
+    UnsupportedBroker,
 )
 from broker.messages import Reason
 from broker.settings import BrokerConfig
@@ -114,7 +117,7 @@ def test_missing_configure_permission_stops_the_aggregator(node: PrivateNode, en
 
 def test_missing_read_permission_names_the_queue(node: PrivateNode, ends: Ends, topology: Topology) -> None:
     ends.aggregator(config_of(node), topology)
-    config = config_of(node, url=add_user(node, configure=".*", write=".*", read=f"^{EVENTS}$"))
+    config = config_of(node, url=add_user(node, configure=".*", write=".*", read=f"^({EVENTS}|fedmq.*notice.*)$"))
     _, inbox = ends.worker(config, topology)
     inbox.wait(inbox.failures)
     error = inbox.failures()[0].error
@@ -177,6 +180,41 @@ def test_quorum_queues_work_where_they_are_asked_for(node: PrivateNode, ends: En
     assert delivery.token is not None
     aggregator.reject(delivery.token, Reason.MALFORMED, "torn", delivery)
     wait_for(lambda: ready(node, topology.dead) == 1, what="a dead letter")
+
+
+def test_a_broker_that_is_too_old_is_refused(
+    node: PrivateNode, ends: Ends, topology: Topology, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("broker.amqp.session.OLDEST", (99, 0, 0))
+    with pytest.raises(UnsupportedBroker, match=r"RabbitMQ \d+\.\d+\.\d+; fedmq needs"):
+        ends.worker(config_of(node), topology)
+
+
+def test_a_broker_that_is_newer_than_any_tested_is_used_with_a_warning(
+    node: PrivateNode,
+    ends: Ends,
+    topology: Topology,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    monkeypatch.setattr("broker.amqp.session.NEWEST_TESTED_MAJOR", 2)
+    with caplog.at_level(logging.WARNING):
+        ends.worker(config_of(node), topology)
+    assert "not tested with it" in caplog.text
+
+
+def test_a_message_that_cannot_be_written_down_fails_alone(node: PrivateNode, ends: Ends, topology: Topology) -> None:
+    _, inbox = ends.aggregator(config_of(node), topology)
+    worker, _ = ends.worker(config_of(node), topology)
+    confirmed(worker.publish, Outgoing(body=b"a", message_id="a"))
+    too_long = worker.publish(Outgoing(body=b"b", message_id="b" * 300))
+    too_big = worker.publish(Outgoing(body=b"c", message_id="c", headers={"n": 2**80}))
+    confirmed(worker.publish, Outgoing(body=b"d", message_id="d"))
+    assert isinstance(too_long.exception(PATIENCE), BrokerError)
+    assert isinstance(too_big.exception(PATIENCE), BrokerError)
+    inbox.wait_delivery(2)
+    assert inbox.bodies() == [b"a", b"d"]
+    assert inbox.losses() == []
 
 
 # -------------------------------------------------------------------------------------------------- distance
@@ -351,6 +389,28 @@ def test_a_message_that_only_the_broker_finds_too_large(node: PrivateNode, ends:
     assert str(128 * MIB) in str(error)
     assert "max_message_size" in str(error)
     confirmed(worker.publish, Outgoing(body=b"b", message_id="b"))
+
+
+def test_large_messages_are_read_in_large_pieces(
+    node: PrivateNode, ends: Ends, topology: Topology, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sizes: list[int] = []
+    receive = _AsyncTransportBase._sigint_safe_recv
+
+    def counted(sock: socket.socket, size: int) -> bytes:
+        data: bytes = receive(sock, size)
+        sizes.append(len(data))
+        return data
+
+    _, inbox = ends.aggregator(config_of(node), topology)
+    worker, _ = ends.worker(config_of(node), topology)
+    confirmed(worker.publish, Outgoing(body=b"a", message_id="a"))
+    monkeypatch.setattr(_AsyncTransportBase, "_sigint_safe_recv", staticmethod(counted))
+    confirmed(worker.publish, Outgoing(body=bytes(8 * MIB), message_id="b"))
+    inbox.wait_delivery(2)
+    # With pika's own 4 KiB it takes 2048 reads.
+    assert sum(sizes) > 8 * MIB
+    assert len(sizes) < 700
 
 
 # --------------------------------------------------------------------------------------- what operators see

@@ -87,8 +87,7 @@ def set_up_logging(verbosity: int = 0, *, quiet: bool = False) -> None:
         handler.setFormatter(logging.Formatter("%(message)s"))
     logging.basicConfig(level=logging.WARNING, handlers=[handler], force=True)
     level = logging.ERROR if quiet else logging.DEBUG if verbosity else logging.INFO
-    for name in ("fedmq", "broker"):
-        logging.getLogger(name).setLevel(level)
+    logging.getLogger("fedmq").setLevel(level)
 
 
 @contextlib.contextmanager

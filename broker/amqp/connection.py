@@ -23,7 +23,7 @@ from broker.settings import BrokerConfig
 
 __all__ = ["Link"]
 
-log = logging.getLogger(__name__)
+log = logging.getLogger("fedmq.broker")
 
 #: Full jitter: a broker that comes back meets its workers one after the other, not all at once.
 BACKOFF = wait_random_exponential(multiplier=0.2, max=10)

@@ -12,7 +12,7 @@ from broker.topology import Queue, Topology
 
 __all__ = ["declare", "queue_type"]
 
-log = logging.getLogger(__name__)
+log = logging.getLogger("fedmq.broker")
 
 #: Before this version a quorum queue reads up to 4096 messages into memory when it is recovered.
 QUORUM_SAFE = (3, 10, 11)

@@ -26,7 +26,7 @@ from broker.settings import BrokerConfig
 
 __all__ = ["Channel", "OnMessage", "Session", "parameters", "quiet_pika", "version_of"]
 
-log = logging.getLogger(__name__)
+log = logging.getLogger("fedmq.broker")
 
 OnMessage = Callable[[pika.spec.Basic.Deliver, pika.BasicProperties, bytes], None]
 

@@ -30,7 +30,7 @@ from broker.transport import Connected, Delivery, Disconnected, Failed, Incoming
 
 __all__ = ["AmqpAggregatorTransport", "AmqpWorkerTransport"]
 
-log = logging.getLogger(__name__)
+log = logging.getLogger("fedmq.broker")
 
 #: How long ``close`` waits for confirmations of what is on its way.
 FLUSH_SECONDS = 5.0

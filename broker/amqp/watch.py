@@ -18,7 +18,7 @@ from broker.transport import Delivery, Failed, Sink, Source
 
 __all__ = ["AmqpWatch"]
 
-log = logging.getLogger(__name__)
+log = logging.getLogger("fedmq.broker")
 
 QUEUE_LENGTH = 10_000
 RETRY_SECONDS = 0.5

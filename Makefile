@@ -21,7 +21,7 @@ ARGS ?=
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: help demo test test-fast lint format rabbitmq venv secrets clean
+.PHONY: help demo test test-fast lint format docs rabbitmq venv secrets clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -48,6 +48,9 @@ lint: $(READY) ## style, types and the rules about imports
 format: $(READY) ## lay out the code and repair what can be repaired
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+docs: $(READY) ## make the pages that are made from the code
+	$(BIN)/python -m fedmq.reference > docs/configuration.md
 
 rabbitmq: ## install RabbitMQ's server if it is missing and can be installed
 	@deploy/install-rabbitmq.sh

@@ -22,7 +22,7 @@ Seconds = Annotated[float, Field(gt=0)]
 
 
 class AggregatorConfig(Table):
-    """The table ``[aggregator]``."""
+    """``[aggregator]``: how a run goes; what concerns the workers travels to them with each version."""
 
     folder: Path | None = None
     """Where checkpoints and the history are kept; ``runs/<run>`` if not set."""
@@ -57,6 +57,7 @@ class AggregatorConfig(Table):
     staleness: Literal["polynomial", "constant"] = "polynomial"
     """Weight of a stale update: ``(1 + staleness) ** -staleness_exponent``, or always 1."""
     staleness_exponent: Annotated[float, Field(ge=0, le=10)] = 0.5
+    """FedBuff's is one half."""
 
     optimizer: Literal["sgd", "adam"] = "sgd"
     """Server optimiser."""
@@ -74,7 +75,8 @@ class AggregatorConfig(Table):
     commit_seconds: Annotated[float, Field(gt=0, le=900)] = 60.0
     """Age of the oldest unacknowledged update at which a checkpoint is written in mid-round."""
     worker_timeout: Annotated[float, Field(ge=1)] = 15.0
-    """Seconds of silence after which a worker counts as gone (until it is heard again)."""
+    """Seconds of silence after which a worker counts as gone (until it is heard again); several times the workers'
+    ``heartbeat_seconds``."""
     linger: Annotated[float, Field(ge=0)] = 30.0
     """Seconds that a finished run waits for goodbyes and last evaluations."""
 

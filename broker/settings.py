@@ -32,7 +32,8 @@ TABLES = ("broker", "aggregator", "worker", "demo")
 class Table(BaseModel):
     """Base of a table: frozen, no unknown keys, wrong types are errors and not guesses."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True, use_enum_values=False)
+    # The docstring under a field becomes its description, from which docs/configuration.md is made.
+    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True, use_attribute_docstrings=True)
 
 
 class BrokerConfig(Table):

@@ -46,7 +46,7 @@ def _checked_shard(text: str) -> str:
 
 
 class WorkerConfig(Table):
-    """``[worker]``."""
+    """``[worker]``: what one worker is called, what it trains on, and how."""
 
     name: Annotated[str, AfterValidator(_checked_name)] = Field(default_factory=host_name)
     """The worker's name, one for each worker of a run; the host's name if not set."""

@@ -1,0 +1,104 @@
+"""``python -m fedmq.reference > docs/configuration.md``: every setting, from the tables' own docstrings."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Mapping
+from enum import Enum
+from typing import Any, get_args
+
+from annotated_types import Ge, Gt, Le, Lt
+from pydantic import SecretStr
+from pydantic.fields import FieldInfo
+
+from aggregator.config import AggregatorConfig
+from broker.settings import BrokerConfig, Table
+from fedmq.demo import DemoConfig
+from worker_client.config import WorkerConfig
+
+__all__ = ["TABLES", "reference"]
+
+TABLES: Mapping[str, type[Table]] = {
+    "broker": BrokerConfig,
+    "aggregator": AggregatorConfig,
+    "worker": WorkerConfig,
+    "demo": DemoConfig,
+}
+
+HEAD = """\
+# Settings
+
+*Made by `make docs` from the docstrings in the code.*
+
+From `fedmq.toml` in the working directory (or `--config FILE`), environment variables (`FEDMQ_<TABLE>_<KEY>`, such
+as `FEDMQ_AGGREGATOR_BUFFER_SIZE=8`; `FEDMQ_RUN` for the run's name) and flags (`--set aggregator.buffer_size=8`), in
+rising precedence. `fedmq config` prints what is in force and where each value came from. An unknown key or a wrong
+value is an error that names the key, where it was set and what is allowed.
+
+`run` stands at the top of the file: the run's name, 1 to 64 letters, digits, `-` and `_`. Many runs share a broker.
+"""
+
+
+def reference() -> str:
+    """The page in Markdown."""
+    parts = [HEAD]
+    for name, table in TABLES.items():
+        what = (table.__doc__ or "").strip().splitlines()[0]
+        parts.append(f"\n## `[{name}]`\n\n{what}\n\n| key | default | allowed | meaning |\n| --- | --- | --- | --- |\n")
+        parts += [_row(key, field) for key, field in table.model_fields.items()]
+    return "".join(parts).replace("``", "`")
+
+
+def _row(key: str, field: FieldInfo) -> str:
+    meaning = " ".join((field.description or "").split()).replace("|", "\\|")
+    return f"| `{key}` | {_default(field)} | {_allowed(field)} | {meaning} |\n"
+
+
+def _default(field: FieldInfo) -> str:
+    if field.default_factory is not None:
+        return "the host's name"
+    value: Any = field.default
+    if value is None:
+        return ""
+    if isinstance(value, SecretStr):
+        value = value.get_secret_value()
+    if isinstance(value, Enum):
+        value = value.value
+    return f"`{json.dumps(value)}`"
+
+
+def _allowed(field: FieldInfo) -> str:
+    choices = _choices(field.annotation)
+    if choices:
+        return ", ".join(f"`{choice}`" for choice in choices)
+    signs = {Ge: "≥", Gt: "&gt;", Le: "≤", Lt: "&lt;"}
+    bounds = [(signs[type(rule)], _bound(rule)) for rule in _rules(field) if type(rule) in signs]
+    return ", ".join(f"{sign} {bound:g}" if bound < 10**6 else f"{sign} {bound:.0f}" for sign, bound in bounds)
+
+
+def _choices(annotation: Any) -> list[str]:
+    """What a Literal or an enumeration allows, also inside ``… | None``."""
+    if isinstance(annotation, type) and issubclass(annotation, Enum):
+        return [member.value for member in annotation]
+    found: list[str] = []
+    for argument in get_args(annotation):
+        found += [argument] if isinstance(argument, str) else _choices(argument)
+    return found
+
+
+def _rules(field: FieldInfo) -> list[Any]:
+    """Bounds on the field, also inside ``Annotated[…] | None``."""
+    rules = list(field.metadata)
+    for argument in get_args(field.annotation):
+        for rule in getattr(argument, "__metadata__", ()):
+            rules += rule.metadata if isinstance(rule, FieldInfo) else [rule]
+    return rules
+
+
+def _bound(rule: Any) -> float:
+    return float(next(getattr(rule, name) for name in ("ge", "gt", "le", "lt") if hasattr(rule, name)))
+
+
+if __name__ == "__main__":
+    sys.stdout.write(reference())

@@ -292,6 +292,8 @@ class Plan:
     seed: Count = 0
     attempt: Count = 0
     """Counts up when the same version is asked for again because too few usable updates came."""
+    answered: Annotated[tuple[Name, ...], Field(max_length=1000)] = ()
+    """Synchronous rounds, where workers are asked again: those whose update is in already, or a thousand of them."""
     updates_per_version: Count = 1
     """How many updates one worker may publish for one version before it waits for the next."""
     done: bool = False
@@ -303,6 +305,8 @@ class Plan:
         A hash of (seed, version, attempt, worker) read as a number in [0, 1) is compared with ``fraction``,
         so no list of workers is needed and each one is sampled independently (Bernoulli sampling).
         """
+        if worker in self.answered:
+            return False
         text = f"{self.seed}:{version}:{self.attempt}:{worker}".encode()
         draw = int.from_bytes(hashlib.sha256(text).digest()[:8], "big") / 2**64
         return draw < self.fraction

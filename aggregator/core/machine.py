@@ -38,6 +38,9 @@ from broker.transport import Token
 
 __all__ = ["CommitPolicy", "RoundMachine", "Rules"]
 
+#: Names that a plan lists; workers beyond them train once more than needed, and their second update is refused.
+MAX_ANSWERED = 1000
+
 
 @dataclass(frozen=True, slots=True)
 class CommitPolicy:
@@ -120,6 +123,7 @@ class RoundMachine:
         self._accumulator = snapshot.accumulator.copy() if partial else rules.strategy.init(snapshot.model)
         self._ledger = Ledger(snapshot.ledger)
         self._round = Round(self.version, now, self._plan(0), entries=list(snapshot.entries))
+        self._round.plan = replace(self._round.plan, answered=self._answered())
         self._records: list[VersionRecord] = []
         self._held: dict[UpdateId, _Held] = {}
         self._durable = snapshot
@@ -269,7 +273,8 @@ class RoundMachine:
         self._ask_again_at = None
         self._round.opened = now
         self._round.refused.clear()
-        self._round.plan = replace(self._round.plan, attempt=self._round.plan.attempt + 1)
+        plan = self._round.plan
+        self._round.plan = replace(plan, attempt=plan.attempt + 1, answered=self._answered())
         return [do.Record(do.Warn(text)), self._broadcast()]
 
     def _close(self, now: float) -> None:
@@ -313,6 +318,9 @@ class RoundMachine:
     def _plan(self, attempt: int) -> Plan:
         base = Plan(mode=self.rules.mode, seed=self.rules.seed, attempt=attempt)
         return self.rules.rounds.plan(base)
+
+    def _answered(self) -> tuple[str, ...]:
+        return tuple(sorted(self._round.folded)[:MAX_ANSWERED])
 
     def _trainers(self, now: float) -> list[str]:
         return self.roster.present(Role.TRAINER, now)

@@ -169,6 +169,19 @@ def test_a_round_whose_answers_were_rejected_is_asked_for_again() -> None:
     assert driver.machine.version == 1
 
 
+def test_who_has_answered_well_is_not_asked_again() -> None:
+    driver = driver_of(rounds=Synchronous(minimum=2), retry_seconds=5)
+    driver.hello("a", "b")
+    driver.update(update_of(ONE, worker="a"))
+    driver.update(update_of({"w": vector(np.nan)}, worker="b"))
+
+    driver.tick(6)
+
+    plan = driver.broadcasts[-1].plan
+    assert (plan.attempt, plan.is_sampled("a", 0), plan.is_sampled("b", 0)) == (1, False, True)
+    assert Driver(driver.machine.rules, driver.machine.snapshot(0.0)).broadcasts[-1].plan.answered == ("a",)
+
+
 def test_a_draw_that_samples_nobody_is_repeated() -> None:
     driver = driver_of(rounds=Synchronous(fraction=0.01), retry_seconds=1, worker_timeout=1e9)
     driver.hello("a")

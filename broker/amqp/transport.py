@@ -123,10 +123,11 @@ class _Transport:
 
     def _fail(self, error: BrokerError) -> None:
         # Either link may fail, on its own thread; the other has no use without it.
-        self._failure = error
-        if self._opened:
-            self._hand(Failed(error))
         with self._lock:
+            # Under one lock: both may be refused at the same moment, and the sink is told once.
+            self._failure = self._failure or error
+            if self._opened:
+                self._hand(Failed(error))
             self._sink = None
         self._consumer.stop(0)
         self._publisher.give_up(error)

@@ -94,6 +94,18 @@ def test_wrong_password_names_the_user_and_not_the_password(node: PrivateNode, e
     assert "broker.url" in str(caught.value)
 
 
+def test_a_refusal_reaches_the_sink_of_a_transport_that_did_not_wait(node: PrivateNode, topology: Topology) -> None:
+    config = config_of(node, url=node.url.replace(node.password, "wrong-secret"))
+    worker, inbox = AmqpWorkerTransport(config, topology, worker="w1"), Inbox()
+    worker.open(inbox)
+    inbox.wait(inbox.failures)
+    assert isinstance(inbox.failures()[0].error, AccessRefused)
+    assert isinstance(worker.publish(Outgoing(body=b"a")).exception(PATIENCE), AccessRefused)
+    worker.close()
+    # Both links were refused; one word is enough.
+    assert len(inbox.failures()) == 1
+
+
 def test_unknown_virtual_host_is_named(node: PrivateNode, ends: Ends, topology: Topology) -> None:
     with pytest.raises(AccessRefused, match=r"no virtual host 'elsewhere'.*add_vhost"):
         ends.worker(config_of(node, url=f"{node.url}elsewhere"), topology)

@@ -101,7 +101,8 @@ class Board:
             self.fill = 0
             loss = "unknown" if self.loss is None else f"{self.loss:.4f}"
             stale = f"staleness {sum(self.staleness) / max(1, len(self.staleness)):.1f}"
-            shown = "".join(f", {k} {v:.4f} (version {self.evaluated})" for k, v in sorted(self.metrics.items()))
+            figures = ", ".join(f"{name} {value:.4f}" for name, value in sorted(self.metrics.items()))
+            shown = f"; version {self.evaluated} held out: {figures}" if figures else ""
             self.versions.append(f"round {self.version}: training loss {loss}, {stale}{shown}")
         elif what == "rejected":
             self.rejected[str(data.get("reason"))] += 1
@@ -180,7 +181,7 @@ class Display:
         """Print what is new, where there is no live display."""
         if self._live is None:
             while self._board.versions:
-                self._console.print(self._board.versions.popleft(), highlight=False)
+                self._console.print(self._board.versions.popleft(), highlight=False, soft_wrap=True)
 
     def _render(self) -> RenderableType:
         return self._board.render(self._title, self._rounds, self._footer)

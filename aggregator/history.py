@@ -7,6 +7,7 @@ holds it is durable, and made up for at the next start if a crash came in betwee
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -65,14 +66,15 @@ class History:
                 "version": record.version,
                 "worker": record.worker,
                 "time": round(now, 3),
-                "metrics": dict(record.metrics),
+                # JSON has no NaN, and a model that diverged is no reason for a file that cannot be read.
+                "metrics": {name: value if math.isfinite(value) else None for name, value in record.metrics.items()},
             }
         )
 
     def _append(self, line: Mapping[str, Any]) -> None:
         try:
             with self.file.open("a") as file:
-                file.write(json.dumps(line) + "\n")
+                file.write(json.dumps(line, allow_nan=False) + "\n")
         except OSError as error:
             raise CheckpointNotWritten(
                 f"{self.file}: {error.strerror}; make room or make the folder writable"

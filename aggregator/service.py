@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import os
 import queue
 import time
@@ -322,7 +323,7 @@ class AggregatorService:
                 "rejected_by_reason": dict(outcome.rejected),
             },
             "evaluated_version": self._metrics[0] if self._metrics[0] >= 0 else None,
-            "evaluation": dict(outcome.metrics),
+            "evaluation": {name: value if math.isfinite(value) else None for name, value in outcome.metrics.items()},
         }
         try:
             _replace(self.folder / "summary.json", (json.dumps(summary, indent=2) + "\n").encode())

@@ -213,8 +213,7 @@ def _summarise(folder: Path, console: Console) -> None:
     reasons = ", ".join(f"{count} {reason}" for reason, count in updates["rejected_by_reason"].items())
     grid.add_row("rounds", str(summary["rounds"]))
     for name, value in sorted(summary["evaluation"].items()):
-        if name != "examples":
-            grid.add_row(f"final test {name}", f"{value:.4f}")
+        grid.add_row(f"final test {name}", "not finite" if value is None else f"{value:.4f}")
     grid.add_row(
         "updates", f"{updates['confirmed']} confirmed, {updates['applied']} applied, {updates['rejected']} rejected"
     )

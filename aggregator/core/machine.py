@@ -131,7 +131,7 @@ class RoundMachine:
         self._commit = 0
         self._retry_at = now
         self._ask_again_at: float | None = None
-        self._stopping = self._finished = False
+        self._stopping = self._finished = self._announced = False
         self._done_at = now
         self._set_done(now)
 
@@ -170,6 +170,7 @@ class RoundMachine:
             case on.CheckpointFailed(commit, error):
                 effects += self._failed(commit, error, now)
             case on.LinkUp():
+                self._announced = True
                 effects.append(self._broadcast())
             case on.LinkLost(generation):
                 self._forget(generation)
@@ -408,7 +409,8 @@ class RoundMachine:
         if self.done:
             waited = now - self._done_at >= self.rules.linger_seconds
             alone = not self._trainers(now) and not self.roster.missing_evaluation(self.version, now)
-            reason = "done" if self._stopping or waited or alone else None
+            # Not before the last version was sent out under this epoch, which takes a connection.
+            reason = "done" if self._stopping or (self._announced and (waited or alone)) else None
         elif self._stopping:
             reason = "stopped"
         self._finished = reason is not None

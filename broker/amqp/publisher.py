@@ -190,7 +190,11 @@ class Publisher:
         limit = self._limit or channel.session.max_message_bytes
         if len(publication.body) > limit:
             publication.settle(
-                MessageTooLarge(f"a message of {len(publication.body)} bytes; this broker takes up to {limit}")
+                MessageTooLarge(
+                    f"a message of {len(publication.body)} bytes; this broker takes up to {limit}. So far fedmq sends "
+                    "a model as one message: raise max_message_size in rabbitmq.conf and broker.max_message_bytes "
+                    "(at most 512 MiB), or train fewer parameters"
+                )
             )
             return
         try:

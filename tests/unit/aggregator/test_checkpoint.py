@@ -20,6 +20,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 
 from aggregator.checkpoint import CheckpointStore, write_tensors
+from aggregator.core.effects import EvaluationRecord
 from aggregator.core.ledger import Ledger
 from aggregator.core.machine import CommitPolicy
 from aggregator.core.rounds import Buffered
@@ -274,3 +275,12 @@ def test_history_makes_up_for_lines_that_a_crash_left_out(tmp_path: Path, store:
         ("start", 2),
     ]
     assert lines[1]["after"] == lines[2]["before"]
+
+
+def test_history_is_json_whatever_an_evaluator_says(tmp_path: Path) -> None:
+    history = History(tmp_path / "history.jsonl")
+    history.evaluation(EvaluationRecord("e", 3, {"loss": float("nan"), "accuracy": 0.5}), now=1.0)
+
+    (line,) = (tmp_path / "history.jsonl").read_text().splitlines()
+
+    assert json.loads(line, parse_constant=pytest.fail)["metrics"] == {"loss": None, "accuracy": 0.5}

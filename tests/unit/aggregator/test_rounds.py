@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -9,7 +10,7 @@ import pytest
 
 from aggregator.core import effects as do
 from aggregator.core import events as on
-from aggregator.core.machine import CommitPolicy
+from aggregator.core.machine import CommitPolicy, RoundMachine
 from aggregator.core.rounds import Buffered, Synchronous
 from broker.errors import ConfigError
 from broker.messages import Mode, Plan, Reason, Role
@@ -279,6 +280,17 @@ def test_a_finished_run_does_not_wait_for_ever() -> None:
         driver.send(on.Seen("w0", "i", Role.TRAINER, 1))
 
     assert driver.endings == ["done"]
+
+
+def test_a_finished_run_that_is_started_again_first_sends_its_last_version_out() -> None:
+    driver = driver_of(rounds=Buffered(size=1, max_staleness=0), stop_after_rounds=1)
+    driver.update(update_of(ONE))
+    again = RoundMachine(driver.machine.rules, replace(driver.disk, epoch=2, trainers=()), 100.0)
+
+    assert not any(isinstance(effect, do.Finish) for effect in again.handle(on.Tick(), 200.0))
+    effects = again.handle(on.LinkUp(1), 201.0)
+
+    assert [type(effect) for effect in effects] == [do.Broadcast, do.Finish]
 
 
 def test_more_rounds_after_the_last() -> None:

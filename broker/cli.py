@@ -49,7 +49,7 @@ def check(
         set_up_logging(verbose)
         if not verbose:
             # Whatever goes wrong comes out as this command's one error.
-            logging.getLogger("broker").setLevel(logging.CRITICAL)
+            logging.getLogger("fedmq.broker").setLevel(logging.CRITICAL)
         read = load({}, file=config, flags=parse_flags(settings or [], run=run, broker__url=broker))
         where = ", ".join(redacted(url) for url in read.broker.urls())
         inbox: queue.SimpleQueue[Incoming] = queue.SimpleQueue()
@@ -63,7 +63,9 @@ def check(
         while not inbox.empty():
             if isinstance(item := inbox.get(), Failed):
                 raise item.error
-        out.print(f"{where}: the exchanges and queues of run {read.run!r} are in place", highlight=False)
+        out.print(
+            f"{where}: the exchanges and queues of run {read.run!r} are in place", highlight=False, soft_wrap=True
+        )
 
 
 def node(*, verbose: VerboseOption = 0) -> None:

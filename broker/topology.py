@@ -18,6 +18,7 @@ __all__ = [
     "CONTROL",
     "DEAD",
     "EVENTS",
+    "KEEP",
     "UPDATES",
     "Exchange",
     "Queue",
@@ -37,6 +38,11 @@ CONTROL = "fedmq.control"
 EVENTS = "fedmq.events"
 #: Topic exchange for rejected updates, key ``<run>.<worker>``; also where the broker itself dead-letters.
 DEAD = "fedmq.dead"
+
+#: Delivery limit of queues that give up on nothing. RabbitMQ 4 drops a message without a trace after 20
+#: returns, if nothing else is said, and each look at it in the admin UI is one. "Without limit" (-1) is
+#: understood from 4.0 on only.
+KEEP = 1_000_000
 
 
 @dataclass(frozen=True, slots=True)
@@ -135,7 +141,13 @@ class Topology:
             "x-dead-letter-exchange": DEAD,
             "x-dead-letter-routing-key": self.key("broker"),
         }
+        control: dict[str, str | int | bool] = {
+            # Like the updates: a standby must not take half of the hellos.
+            "x-single-active-consumer": True,
+        }
+        dead: dict[str, str | int | bool] = {}
         if queue_type == "quorum":
+            control["x-delivery-limit"] = dead["x-delivery-limit"] = KEEP
             # Each crash of an aggregator counts as a failed delivery of every update it held; the default
             # limit of RabbitMQ 4 (20) would bury good updates after a bad afternoon.
             updates |= {
@@ -146,9 +158,8 @@ class Topology:
         segment = max(2 * model_bytes, 1_000_000)
         return (
             Queue(self.updates, queue_type, UPDATES, f"{self.run}.*", updates),
-            # Like the updates: a standby must not take half of the hellos.
-            Queue(self.control, queue_type, CONTROL, f"{self.run}.*", {"x-single-active-consumer": True}),
-            Queue(self.dead, queue_type, DEAD, f"{self.run}.*"),
+            Queue(self.control, queue_type, CONTROL, f"{self.run}.*", control),
+            Queue(self.dead, queue_type, DEAD, f"{self.run}.*", dead),
             Queue(
                 self.parameters,
                 "stream",

@@ -72,10 +72,12 @@ class Link:
     def start(self) -> None:
         """Start connecting; returns at once."""
         loop = asyncio.new_event_loop()
+        loop.set_exception_handler(self._callback_failed)
         self._task = loop.create_task(self._main())
         self._loop = loop
-        self._thread = threading.Thread(target=self._run, args=(loop, self._task), name=self.name, daemon=True)
-        self._thread.start()
+        thread = threading.Thread(target=self._run, args=(loop, self._task), name=self.name, daemon=True)
+        thread.start()
+        self._thread = thread  # only now: a thread that has not started cannot be joined by whoever stops us
 
     def stop(self, timeout: float = 10.0) -> None:
         """Close channel and connection and end the thread. Harmless if it was never started."""
@@ -118,6 +120,11 @@ class Link:
     def _cut(self) -> None:
         if self._channel is not None:
             self._channel.session.cut()
+
+    def _callback_failed(self, _loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
+        # pika stumbles over itself where a connection is given up in the middle of being made; nobody needs that.
+        level = logging.DEBUG if self._stopping else logging.ERROR
+        log.log(level, "%s: %s", self.name, context["message"], exc_info=context.get("exception"))
 
     def _run(self, loop: asyncio.AbstractEventLoop, task: asyncio.Task[None]) -> None:
         try:

@@ -13,14 +13,55 @@ from pathlib import Path
 
 from tests.support.waiting import wait_for
 
-__all__ = ["ABSENT", "PATIENCE", "ROOT", "SECRET", "Done", "Running", "environment_of", "fedmq", "running"]
+__all__ = [
+    "ABSENT",
+    "LINE",
+    "PATIENCE",
+    "ROOT",
+    "SECRET",
+    "WRONG_TASKS",
+    "Done",
+    "Running",
+    "assert_one_message",
+    "environment_of",
+    "fedmq",
+    "running",
+]
 
 ROOT = Path(__file__).resolve().parents[2]
 #: Nothing listens on port 1. The password must not come out anywhere.
 SECRET = "pl4nted-s3cret"  # noqa: S105 (of nothing)
 ABSENT = f"amqp://someone:{SECRET}@127.0.0.1:1/"
+LINE = ("--task", "tests.support.tasks:Line")
 #: Long enough to import torch on a busy machine.
 PATIENCE = 60.0
+
+
+#: A user's module with one task for each thing that can go wrong in it.
+WRONG_TASKS = """
+from torch import nn
+from tests.support.tasks import Line
+
+class NoModel(Line):
+    def model(self):
+        raise ValueError("no layers")
+
+class NoData(Line):
+    def data(self, shard):
+        raise FileNotFoundError("patients.csv")
+
+class Empty(Line):
+    def data(self, shard):
+        return []
+
+class BadTraining(Line):
+    def train(self, model, dataset, context):
+        raise RuntimeError("the loss is a banana")
+
+class Wider(Line):
+    def model(self):
+        return nn.Linear(5, 1)
+"""
 
 
 @dataclass(frozen=True)
@@ -109,3 +150,13 @@ def running(folder: Path, *arguments: str, url: str | None = ABSENT, name: str =
             yield Running(process, file)
         finally:
             process.kill()
+
+
+def assert_one_message(done: Done, code: int, *words: str) -> None:
+    """One error on stderr, with these words, and neither a traceback nor a password."""
+    assert done.code == code, done
+    assert done.err.count("error: ") == 1, done.err
+    assert "Traceback" not in done.err
+    assert SECRET not in done.err + done.out
+    for word in words:
+        assert word in done.err, done.err

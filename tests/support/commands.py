@@ -132,7 +132,13 @@ class Running:
 
 
 @contextmanager
-def running(folder: Path, *arguments: str, url: str | None = ABSENT, name: str = "") -> Iterator[Running]:
+def running(
+    folder: Path,
+    *arguments: str,
+    url: str | None = ABSENT,
+    name: str = "",
+    environment: Mapping[str, str] | None = None,
+) -> Iterator[Running]:
     """Start ``fedmq ARGUMENTS`` in ``folder``; it is killed at the end of the block if it is still there."""
     file = folder / f"{name or arguments[0]}.log"
     with (
@@ -140,7 +146,7 @@ def running(folder: Path, *arguments: str, url: str | None = ABSENT, name: str =
         subprocess.Popen(
             [sys.executable, "-m", "fedmq", *arguments],
             cwd=folder,
-            env=environment_of(url),
+            env=environment_of(url, environment),
             stdin=subprocess.DEVNULL,
             stdout=log,
             stderr=subprocess.STDOUT,

@@ -1,0 +1,153 @@
+"""``fedmq demo`` as a user runs it: to its end, interrupted, killed, without RabbitMQ."""
+
+from __future__ import annotations
+
+import json
+import os
+import pty
+import select
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+import tomllib
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from safetensors.torch import load_file
+
+from aggregator.checkpoint import CheckpointStore
+from aggregator.history import read_history
+from broker.amqp.node import PrivateNode
+from tests.support.commands import environment_of, fedmq, running
+from tests.support.node import require_rabbitmq
+from tests.support.waiting import wait_for
+from worker_client.tasks.digits import Digits
+
+SMALL = ("--rounds", "6", "--set", "demo.slow_seconds=0.2", "--set", "demo.late_round=2")
+
+
+def processes_with(mark: str) -> list[str]:
+    """Command lines of all processes in whose environment ``mark`` stands."""
+    found = []
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit() and int(entry.name) != os.getpid():
+            try:
+                if mark.encode() in (entry / "environ").read_bytes():
+                    found.append((entry / "cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace"))
+            except OSError:
+                continue
+    return found
+
+
+def results(folder: Path) -> dict[str, object]:
+    """The summary, after a look at every file that the demo promises."""
+    (run,) = (folder / "runs").iterdir()
+    summary: dict[str, object] = json.loads((run / "summary.json").read_text())
+    Digits().model().load_state_dict(load_file(run / "model.safetensors"), strict=True)
+    versions = [line["version"] for line in read_history(run / "history.jsonl") if line["kind"] == "version"]
+    assert versions == list(range(1, int(str(summary["rounds"])) + 1))
+    assert tomllib.loads((run / "fedmq.toml").read_text())["run"] == run.name
+    updates = summary["updates"]
+    assert isinstance(updates, dict)
+    assert updates["applied"] == CheckpointStore(run / "checkpoints", run.name).load().version * 4
+    assert updates["rejected"] == sum(updates["rejected_by_reason"].values())
+    return summary
+
+
+@pytest.mark.broker
+@pytest.mark.slow
+def test_the_demo_reaches_095_on_digits_it_has_not_seen(tmp_path: Path, place: Path) -> None:
+    require_rabbitmq()
+    done = fedmq(tmp_path, "demo", url=None, timeout=170, environment={"TMPDIR": str(place)})
+
+    assert done.code == 0, done
+    assert "admin UI while this runs: http://127.0.0.1:" in done.out
+    summary = results(tmp_path)
+    evaluation, updates = summary["evaluation"], summary["updates"]
+    assert isinstance(evaluation, dict)
+    assert isinstance(updates, dict)
+    assert evaluation["accuracy"] >= 0.95
+    assert summary["evaluated_version"] == summary["rounds"] == 60
+    assert updates["confirmed"] == updates["applied"] + updates["rejected"]
+    (run,) = (tmp_path / "runs").iterdir()
+    joined = {u["worker"] for line in read_history(run / "history.jsonl") for u in line.get("updates", [])}
+    assert joined == {"w0", "w1", "w2", "w3"}
+    assert processes_with(place.name) == []
+
+
+def test_without_rabbitmq_the_demo_says_so_and_runs(tmp_path: Path) -> None:
+    done = fedmq(tmp_path, "demo", *SMALL, "--set", "demo.in_process=true", url=None, timeout=120)
+
+    assert done.code == 0, done
+    assert "in-process broker" in done.out
+    assert results(tmp_path)["rounds"] == 6
+
+
+@pytest.mark.broker
+def test_the_demo_on_a_broker_of_ones_own(tmp_path: Path, node: PrivateNode) -> None:
+    done = fedmq(tmp_path, "demo", *SMALL, url=node.url, timeout=150)
+
+    assert done.code == 0, done
+    assert "private" not in done.out
+    assert results(tmp_path)["rounds"] == 6
+    assert node.password not in done.out + done.err + (next((tmp_path / "runs").iterdir()) / "fedmq.toml").read_text()
+
+
+@pytest.fixture
+def place() -> Iterator[Path]:
+    """A temporary folder for all processes of a demo, the node's user included; its name marks them."""
+    folder = Path(tempfile.mkdtemp(prefix="fedmq-demo-test-", dir="/tmp"))
+    folder.chmod(0o755)
+    yield folder
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+def has_made_a_version(folder: Path) -> bool:
+    return any(line["kind"] == "version" for file in folder.glob("runs/*/history.jsonl") for line in read_history(file))
+
+
+@pytest.mark.broker
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
+def test_whatever_ends_the_demo_no_process_is_left(tmp_path: Path, number: signal.Signals, place: Path) -> None:
+    """With a node of its own, whose Erlang processes must go too."""
+    require_rabbitmq()
+    with running(tmp_path, "demo", url=None, environment={"TMPDIR": str(place)}) as demo:
+        wait_for(lambda: has_made_a_version(tmp_path), 90, what=demo.log)
+        assert any("beam" in command for command in processes_with(place.name))
+        assert sum("fedmq" in command for command in processes_with(place.name)) > 4
+
+        code = demo.terminate(timeout=60, number=number)
+
+        assert code == (-9 if number is signal.SIGKILL else 0), demo.log
+        wait_for(lambda: processes_with(place.name) == [], 30, what=f"the end of {processes_with(place.name)}")
+    (run,) = (tmp_path / "runs").iterdir()
+    assert CheckpointStore(run / "checkpoints", run.name).load().version >= 1
+
+
+@pytest.mark.broker
+def test_the_display_on_a_terminal(tmp_path: Path, node: PrivateNode) -> None:
+    ours, theirs = pty.openpty()
+    environment = environment_of(node.url) | {"TERM": "xterm", "COLUMNS": "100", "LINES": "40"}
+    process = subprocess.Popen(
+        [sys.executable, "-m", "fedmq", "demo", *SMALL], cwd=tmp_path, env=environment, stdout=theirs, stderr=theirs
+    )
+    os.close(theirs)
+    shown = bytearray()
+    deadline = time.monotonic() + 120
+    while process.poll() is None and time.monotonic() < deadline:
+        if select.select([ours], [], [], 0.2)[0]:
+            try:
+                shown += os.read(ours, 65536)
+            except OSError:
+                break
+    process.kill()
+    process.wait()
+    os.close(ours)
+
+    text = shown.decode(errors="replace")
+    for word in ("round", "buffer", "staleness", "held-out", "worker", "evaluator", "w0", "w3", "final test accuracy"):
+        assert word in text, text[-2000:]

@@ -39,9 +39,9 @@ EVENTS = "fedmq.events"
 #: Topic exchange for rejected updates, key ``<run>.<worker>``; also where the broker itself dead-letters.
 DEAD = "fedmq.dead"
 
-#: Delivery limit of queues that give up on nothing. RabbitMQ 4 drops a message without a trace after 20
-#: returns, if nothing else is said, and each look at it in the admin UI is one. "Without limit" (-1) is
-#: understood from 4.0 on only.
+#: Delivery limit of quorum queues that give up on nothing. RabbitMQ 4 drops a message without a trace at its
+#: 21st return, if nothing else is said, and each look at it in the admin UI is one. Not -1, which says "no
+#: limit" from 4.0 on: 3.10 accepts it and drops a message at its first return.
 KEEP = 1_000_000
 
 

@@ -7,12 +7,19 @@ from collections.abc import Iterator
 import pytest
 
 from broker.amqp.node import PrivateNode
-from tests.support.node import require_rabbitmq
+from tests.support.node import given_node, require_rabbitmq
 
 
 @pytest.fixture(scope="session")
 def node() -> Iterator[PrivateNode]:
-    """One private RabbitMQ node for the session. A test that stops it must start it again."""
+    """One RabbitMQ node for the session. A test that stops it must start it again.
+
+    A private one, unless ``TEST_RABBITMQ_URL`` names another: see :class:`tests.support.node.GivenNode`.
+    """
+    given = given_node()
+    if given is not None:
+        yield given
+        return
     require_rabbitmq()
     with PrivateNode() as running:
         yield running

@@ -6,6 +6,8 @@ import os
 import secrets
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import NoReturn
+from urllib.parse import unquote, urlsplit
 
 import pika
 import pika.exceptions
@@ -16,6 +18,54 @@ from broker.admin import Admin
 from broker.amqp.node import PrivateNode
 from broker.settings import BrokerConfig
 from broker.topology import Topology
+
+
+class GivenNode(PrivateNode):
+    """A broker that was there before the tests, which may not stop, freeze or reconfigure it.
+
+    Its address is in ``TEST_RABBITMQ_URL`` (``amqp://user:password@host:port/``, an administrator, the virtual
+    host ``/``) and the admin UI's in ``TEST_RABBITMQ_MANAGEMENT`` (``http://host:15672`` if not set). The tests
+    leave queues, users and the exchanges ``fedmq.*`` behind.
+    """
+
+    def __init__(self, url: str, management_url: str) -> None:
+        super().__init__()
+        parts = urlsplit(url)
+        self.user, self.password = unquote(parts.username or "guest"), unquote(parts.password or "guest")
+        self._url = f"{url.rstrip('/')}/"
+        self._management_url = management_url or f"http://{parts.hostname}:15672"
+
+    @property
+    def url(self) -> str:
+        return self._url
+
+    @property
+    def management_url(self) -> str:
+        return self._management_url
+
+    def start(self) -> None:
+        """It runs."""
+
+    def resume(self) -> None:
+        """It was not frozen."""
+
+    def stop(self) -> NoReturn:
+        pytest.skip("the broker of TEST_RABBITMQ_URL is not ours to stop")
+
+    def kill(self) -> NoReturn:
+        pytest.skip("the broker of TEST_RABBITMQ_URL is not ours to kill")
+
+    def pause(self) -> NoReturn:
+        pytest.skip("the broker of TEST_RABBITMQ_URL is not ours to freeze")
+
+    def ctl(self, *arguments: str) -> NoReturn:
+        pytest.skip(f"rabbitmqctl {' '.join(arguments)} does not reach the broker of TEST_RABBITMQ_URL")
+
+
+def given_node() -> GivenNode | None:
+    """The broker that ``TEST_RABBITMQ_URL`` names, if it names one."""
+    url = os.environ.get("TEST_RABBITMQ_URL", "")
+    return GivenNode(url, os.environ.get("TEST_RABBITMQ_MANAGEMENT", "")) if url else None
 
 
 def require_rabbitmq() -> None:

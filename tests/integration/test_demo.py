@@ -111,7 +111,7 @@ def has_made_a_version(folder: Path) -> bool:
 
 
 @pytest.mark.broker
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL])
 def test_whatever_ends_the_demo_no_process_is_left(tmp_path: Path, number: signal.Signals, place: Path) -> None:
     """With a node of its own, whose Erlang processes must go too."""
     require_rabbitmq()

@@ -103,23 +103,25 @@ def demo(settings: Settings, console: Console) -> Path:
         rounds = settings.table("aggregator", AggregatorConfig).stop_after_rounds
         display = Display(board, console, title=f"fedmq · run {settings.run}", rounds=rounds, footer=place.admin)
         with display:
-            for member in members:
-                if member.after_round == 0:
-                    federation.start(member)
             waiting = [member for member in members if member.after_round > 0]
+            for member in members:
+                if member.command != "aggregator":
+                    board.expect(member.name, f"after round {member.after_round}" if member in waiting else "starting")
+                if member not in waiting and not stop.is_set():  # a signal may have come while the node started
+                    federation.start(member)
             while federation.is_running("aggregator") and not stop.wait(0.2):
                 federation.check()
                 display.refresh()
                 for member in [m for m in waiting if board.version >= m.after_round]:
+                    board.expect(member.name, "starting")
                     federation.start(member)
                     waiting.remove(member)
             if not stop.is_set():
                 federation.check(["aggregator"])
                 federation.wait(settings.table("demo", DemoConfig).finish_seconds)
     if stop.is_set():
-        console.print(
-            f"[yellow]stopped[/]; what was done is in {folder}, and 'fedmq aggregator' would go on from there"
-        )
+        again = f"'fedmq demo --run {settings.run}' with the same settings goes on from there"
+        console.print(f"[yellow]stopped[/]; what was done is in {folder}; {again}", soft_wrap=True, highlight=False)
     else:
         _summarise(folder, console)
     return folder
@@ -139,21 +141,22 @@ def _prepare(settings: Settings, console: Console) -> None:
 
 def _broker(settings: Settings, console: Console, stack: ExitStack) -> Place:
     """A broker that the user named, or a private one, or none."""
-    if "broker.url" in settings.origins or "broker.url_file" in settings.origins:
+    in_process = settings.table("demo", DemoConfig).in_process
+    if not in_process and ("broker.url" in settings.origins or "broker.url_file" in settings.origins):
         admin = settings.broker.management_url
         return Place(",".join(settings.broker.urls()), f"admin UI: {admin}" if admin else "")
     available, reason = PrivateNode.available()
-    if settings.table("demo", DemoConfig).in_process or not available:
-        why = "as asked" if available else reason
+    if in_process or not available:
+        why = "as asked" if in_process else reason
         console.print(f"[yellow]no RabbitMQ ({why}): the in-process broker and threads instead of processes[/]")
         return Place(None, "in-process broker: no admin UI")
     node = PrivateNode(plugins=("rabbitmq_management",))
     with console.status("starting a private RabbitMQ node"):
         started: AbstractContextManager[PrivateNode] = node
         stack.enter_context(started)
-    admin = f"{node.management_url} (user {node.user}, password {node.password})"
-    console.print(f"RabbitMQ's admin UI while this runs: {admin}", soft_wrap=True)
-    return Place(node.url, f"admin UI: {admin}")
+    login = f"user {node.user}, password {node.password}"
+    console.print(f"RabbitMQ's admin UI while this runs: {node.management_url} ({login})", soft_wrap=True)
+    return Place(node.url, f"admin UI: {node.management_url}\n{login}")
 
 
 def _write_config(settings: Settings, folder: Path) -> Path:

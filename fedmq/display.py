@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import threading
 import time
 from collections import Counter, deque
@@ -36,7 +37,8 @@ class Line:
     loss: float | None = None
     seconds: float | None = None
     staleness: deque[int] = field(default_factory=lambda: deque(maxlen=50))
-    seen: float = 0.0
+    seen: float | None = None
+    """When it was last heard; None if never."""
     role: str = Role.TRAINER.value
 
 
@@ -55,6 +57,13 @@ class Board:
         self.workers: dict[str, Line] = {}
         self.versions: deque[str] = deque(maxlen=1000)
         self._lock = threading.Lock()
+
+    def expect(self, worker: str, state: str) -> None:
+        """Show ``worker`` with ``state`` until it is heard of."""
+        with self._lock:
+            line = self.workers.setdefault(worker, Line())
+            if line.seen is None:
+                line.state = state
 
     def take(self, item: Incoming) -> None:
         """A sink for deliveries; whatever is no event is passed over."""
@@ -77,8 +86,9 @@ class Board:
             line.role = str(data.get("role", line.role))
             line.version = _whole(data.get("version"), line.version)
             line.confirmed = _whole(data.get("confirmed"), line.confirmed)
-            line.loss = _real(data.get("loss"), line.loss)
-            line.seconds = _real(data.get("seconds"), line.seconds)
+            # None before the first training, and where a loss is no number any more; not the one before, then.
+            line.loss = _real(data.get("loss"), None)
+            line.seconds = _real(data.get("seconds"), None) or None
         elif event.kind is EventKind.EVALUATION:
             version = _whole(data.get("version"), -1)
             if version >= self.evaluated:
@@ -97,7 +107,7 @@ class Board:
             self.staleness.append(staleness)
             self.workers.setdefault(str(data.get("worker")), Line()).staleness.append(staleness)
         elif what == "version":
-            self.loss = _real(data.get("loss"), self.loss)
+            self.loss = _real(data.get("loss"), None)
             self.fill = 0
             loss = "unknown" if self.loss is None else f"{self.loss:.4f}"
             stale = f"staleness {sum(self.staleness) / max(1, len(self.staleness)):.1f}"
@@ -110,9 +120,10 @@ class Board:
     def render(self, title: str, rounds: int | None, footer: str) -> RenderableType:
         """The board as rich draws it."""
         with self._lock:
-            return Panel(
-                Group(self._head(rounds), Text(), self._table(), Text(footer, style="dim")), title=title, padding=(1, 2)
-            )
+            parts: list[RenderableType] = [self._head(rounds), Text(), self._table()]
+            if footer:
+                parts += [Text(), Text(footer, style="dim")]
+            return Panel(Group(*parts), title=Text(title, overflow="ellipsis", no_wrap=True), padding=(1, 2))
 
     def _head(self, rounds: int | None) -> RenderableType:
         grid = Table.grid(padding=(0, 2))
@@ -121,30 +132,37 @@ class Board:
         grid.add_column(ratio=1)
         total = rounds or max(self.version, 1)
         grid.add_row("round", f"{self.version}" + (f" of {rounds}" if rounds else ""), Bar(total, 0, self.version))
-        grid.add_row("buffer", f"{self.fill} of {self.goal}", Bar(max(self.goal, 1), 0, self.fill))
+        buffer = f"{self.fill} of {self.goal}" if self.goal else "-"
+        grid.add_row("buffer", buffer, Bar(max(self.goal, 1), 0, self.fill))
         stale = sorted(self.staleness)
         middle = f"median {stale[len(stale) // 2]}, largest {stale[-1]}" if stale else "-"
         grid.add_row("staleness", middle, "")
         grid.add_row("training loss", "-" if self.loss is None else f"{self.loss:.4f}", "")
-        accuracy = self.metrics.get("accuracy")
+        accuracy = self.metrics.get("accuracy", 0.0)
         figures = ", ".join(f"{name} {value:.4f}" for name, value in sorted(self.metrics.items()))
         grid.add_row(
-            "held-out", f"{figures} (version {self.evaluated})" if figures else "-", Bar(1.0, 0, accuracy or 0.0)
+            "held-out",
+            f"{figures} (version {self.evaluated})" if figures else "-",
+            Bar(1.0, 0, accuracy if math.isfinite(accuracy) else 0.0),
         )
         if self.rejected:
-            grid.add_row("rejected", ", ".join(f"{n} {reason}" for reason, n in self.rejected.items()), "")
+            grid.add_row("rejected", ", ".join(f"{n} {reason}" for reason, n in self.rejected.most_common()), "")
         return grid
 
     def _table(self) -> RenderableType:
         table = Table(box=None, pad_edge=False, header_style="bold")
-        for name in ("worker", "state", "version", "updates", "loss", "s/update", "staleness"):
-            table.add_column(name, justify="left" if name in ("worker", "state") else "right", no_wrap=True)
+        # A name may have 64 letters. Only this column may shrink, and its texts are cut instead of wrapped.
+        table.add_column("worker")
+        table.add_column("state", no_wrap=True)
+        for name in ("version", "updates", "loss", "s/update", "staleness"):
+            table.add_column(name, justify="right", no_wrap=True)
         now = time.monotonic()
         for name, line in sorted(self.workers.items()):
-            silent = now - line.seen > SILENT_SECONDS
+            silent = line.seen is not None and now - line.seen > SILENT_SECONDS
+            style = "red" if silent else "dim" if line.seen is None else ""
             table.add_row(
-                Text(name),
-                Text("silent" if silent else line.state, style="red" if silent else ""),
+                Text(name, overflow="ellipsis", no_wrap=True),
+                Text("silent" if silent else line.state or "-", style=style),
                 str(line.version) if line.version >= 0 else "-",
                 "-" if line.role == Role.EVALUATOR else str(line.confirmed),
                 "-" if line.loss is None else f"{line.loss:.4f}",

@@ -11,7 +11,17 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from broker.amqp.transport import AmqpWorkerTransport
-from broker.console import guard, parse_flags, set_up_logging, stop_on_signals
+from broker.console import (
+    BrokerOption,
+    ConfigOption,
+    RunOption,
+    SetOption,
+    VerboseOption,
+    guard,
+    parse_flags,
+    set_up_logging,
+    stop_on_signals,
+)
 from broker.errors import TaskError
 from broker.settings import Settings, load
 from broker.topology import Topology
@@ -24,15 +34,10 @@ __all__ = ["app", "evaluate", "main", "worker"]
 
 log = logging.getLogger("fedmq.worker")
 
-ConfigOption = Annotated[Path | None, typer.Option("--config", "-c", help="Settings; fedmq.toml, if there is one.")]
-RunOption = Annotated[str | None, typer.Option("--run", help="Name of the run.")]
-BrokerOption = Annotated[str | None, typer.Option("--broker", help="Address of RabbitMQ: amqp://user:password@host/.")]
 NameOption = Annotated[str | None, typer.Option("--name", help="This worker's name; the host's, if not given.")]
 TaskOption = Annotated[str | None, typer.Option("--task", help="What to train: package.module:attribute.")]
 ShardOption = Annotated[str | None, typer.Option("--shard", help="Which part of the data: 0/4, or auto/4.")]
 FolderOption = Annotated[Path | None, typer.Option("--folder", help="Where the worker keeps its identity.")]
-SetOption = Annotated[list[str] | None, typer.Option("--set", help="Any setting: worker.batch_size=64. Repeatable.")]
-VerboseOption = Annotated[int, typer.Option("--verbose", "-v", count=True, help="Log details.")]
 
 
 def worker(

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import json
 import os
 import pty
+import re
 import select
 import shutil
 import signal
+import struct
 import subprocess
 import sys
 import tempfile
+import termios
 import time
 import tomllib
 from collections.abc import Iterator
@@ -87,16 +92,6 @@ def test_without_rabbitmq_the_demo_says_so_and_runs(tmp_path: Path) -> None:
     assert results(tmp_path)["rounds"] == 6
 
 
-@pytest.mark.broker
-def test_the_demo_on_a_broker_of_ones_own(tmp_path: Path, node: PrivateNode) -> None:
-    done = fedmq(tmp_path, "demo", *SMALL, url=node.url, timeout=150)
-
-    assert done.code == 0, done
-    assert "private" not in done.out
-    assert results(tmp_path)["rounds"] == 6
-    assert node.password not in done.out + done.err + (next((tmp_path / "runs").iterdir()) / "fedmq.toml").read_text()
-
-
 @pytest.fixture
 def place() -> Iterator[Path]:
     """A temporary folder for all processes of a demo, the node's user included; its name marks them."""
@@ -128,26 +123,51 @@ def test_whatever_ends_the_demo_no_process_is_left(tmp_path: Path, number: signa
     assert CheckpointStore(run / "checkpoints", run.name).load().version >= 1
 
 
-@pytest.mark.broker
-def test_the_display_on_a_terminal(tmp_path: Path, node: PrivateNode) -> None:
+def on_a_terminal(folder: Path, *arguments: str, url: str, columns: int, rows: int) -> tuple[int, str]:
+    """Run fedmq on a terminal of this size; exit code, and what was written without what moves the cursor."""
     ours, theirs = pty.openpty()
-    environment = environment_of(node.url) | {"TERM": "xterm", "COLUMNS": "100", "LINES": "40"}
-    process = subprocess.Popen(
-        [sys.executable, "-m", "fedmq", "demo", *SMALL], cwd=tmp_path, env=environment, stdout=theirs, stderr=theirs
-    )
-    os.close(theirs)
-    shown = bytearray()
-    deadline = time.monotonic() + 120
-    while process.poll() is None and time.monotonic() < deadline:
-        if select.select([ours], [], [], 0.2)[0]:
-            try:
-                shown += os.read(ours, 65536)
-            except OSError:
-                break
-    process.kill()
-    process.wait()
-    os.close(ours)
+    fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", rows, columns, 0, 0))
+    with subprocess.Popen(
+        [sys.executable, "-m", "fedmq", *arguments],
+        cwd=folder,
+        env=environment_of(url) | {"TERM": "xterm"},
+        stdin=theirs,
+        stdout=theirs,
+        stderr=theirs,
+        start_new_session=True,
+    ) as process:
+        os.close(theirs)
+        written = bytearray()
+        deadline = time.monotonic() + 120
+        with contextlib.suppress(OSError):  # how the end of the other side shows itself here
+            while time.monotonic() < deadline:
+                if select.select([ours], [], [], 1.0)[0]:
+                    written += os.read(ours, 65536)
+        os.close(ours)
+        process.kill()
+    return process.returncode, re.sub(r"\x1b\[[0-9;?]*[A-Za-z]|\r", "", written.decode(errors="replace"))
 
-    text = shown.decode(errors="replace")
-    for word in ("round", "buffer", "staleness", "held-out", "worker", "evaluator", "w0", "w3", "final test accuracy"):
-        assert word in text, text[-2000:]
+
+@pytest.mark.broker
+def test_the_demo_on_a_broker_of_ones_own_and_on_a_terminal(tmp_path: Path, node: PrivateNode) -> None:
+    code, text = on_a_terminal(tmp_path, "demo", *SMALL, url=node.url, columns=100, rows=40)
+
+    assert "Traceback" not in text
+    frames = ["╭" + rest.partition("╯")[0] for rest in text.split("╭")[1:]]
+    assert len(frames) > 10, text[-2000:]
+    assert {len(line) for frame in frames for line in frame.splitlines()[:-1]} == {100}
+    assert any(re.search(r"│  w3 +after round 2 ", frame) for frame in frames)
+    middle = [frame for frame in frames if re.search(r"buffer +[1-4] of 4 ", frame)]
+    assert middle, frames[-1]
+    last = frames[-1]
+    assert re.search(r"round +6 of 6 ", last), last
+    assert re.search(r"staleness +median \d+, largest \d+", last), last
+    assert re.search(r"held-out +accuracy 0\.\d+, loss \d+\.\d+ \(version 6\)", last), last
+    for worker in ("w0", "w1", "w2", "evaluator"):
+        assert re.search(rf"│  {worker} +[a-z-]+ +\d+ +(\d+|-) +\d+\.\d+ +\d+\.\d+ ", last), last
+    assert "final test accuracy" in text.rpartition("╯")[2]
+    assert code == 0
+
+    assert "private" not in text
+    assert results(tmp_path)["rounds"] == 6
+    assert node.password not in text + (next((tmp_path / "runs").iterdir()) / "fedmq.toml").read_text()

@@ -67,6 +67,8 @@ class BrokerConfig(Table):
                 text = self.url_file.read_text()
             except OSError as error:
                 raise ConfigError(f"broker.url_file = {str(self.url_file)!r}: {error.strerror}") from None
+            except UnicodeDecodeError:
+                raise ConfigError(f"broker.url_file = {str(self.url_file)!r}: holds no text, but bytes") from None
         urls = tuple(part.strip() for part in text.split(",") if part.strip())
         for url in urls:
             if not url.startswith(("amqp://", "amqps://")):

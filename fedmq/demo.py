@@ -23,7 +23,7 @@ from broker.amqp.node import PrivateNode
 from broker.amqp.watch import AmqpWatch
 from broker.console import stop_on_signals
 from broker.errors import FedmqError
-from broker.settings import BrokerConfig, Settings, Table, load, plain
+from broker.settings import BrokerConfig, Settings, Table, load, plain, redacted
 from broker.topology import Topology
 from fedmq.display import Board, Display
 from fedmq.initialise import initialise
@@ -144,7 +144,7 @@ def _broker(settings: Settings, console: Console, stack: ExitStack) -> Place:
     in_process = settings.table("demo", DemoConfig).in_process
     if not in_process and ("broker.url" in settings.origins or "broker.url_file" in settings.origins):
         admin = settings.broker.management_url
-        return Place(",".join(settings.broker.urls()), f"admin UI: {admin}" if admin else "")
+        return Place(",".join(settings.broker.urls()), f"admin UI: {redacted(admin)}" if admin else "")
     available, reason = PrivateNode.available()
     if in_process or not available:
         why = "as asked" if in_process else reason

@@ -1,0 +1,157 @@
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tomli_w
+
+from aggregator.config import AggregatorConfig
+from broker.console import parse_flags
+from broker.errors import ConfigError
+from broker.settings import BrokerConfig, Origin, Settings, load, plain, redacted
+
+PASSWORD = "pl4nted-s3cret"  # noqa: S105 (of nothing)
+KINDS = {"aggregator": AggregatorConfig}
+
+
+@pytest.fixture(autouse=True)
+def _nowhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+
+
+def read(text: str = "", flags: list[tuple[str, Any]] | None = None, **environment: str) -> Settings:
+    if text:
+        Path("fedmq.toml").write_text(text)
+    return load(KINDS, flags=flags or [], environment=environment)
+
+
+def complaint(text: str = "", flags: list[tuple[str, Any]] | None = None, **environment: str) -> str:
+    with pytest.raises(ConfigError) as caught:
+        read(text, flags, **environment)
+    return str(caught.value)
+
+
+def test_without_any_source_there_are_defaults() -> None:
+    settings = read()
+    assert settings.run == "default"
+    assert settings.broker == BrokerConfig()
+    assert settings.origin("broker.heartbeat") == Origin("default", "default")
+
+
+def test_flags_outrank_the_environment_and_that_outranks_the_file() -> None:
+    text = 'run = "file"\n[aggregator]\nbuffer_size = 1\nseed = 1\ncommit_count = 1\n'
+    settings = read(
+        text,
+        [("aggregator.buffer_size", "3")],
+        FEDMQ_RUN="environment",
+        FEDMQ_AGGREGATOR_BUFFER_SIZE="2",
+        FEDMQ_AGGREGATOR_SEED="2",
+        OTHER_RUN="ignored",
+    )
+    config = settings.table("aggregator", AggregatorConfig)
+    assert (settings.run, config.buffer_size, config.seed, config.commit_count) == ("environment", 3, 2, 1)
+    origins = [settings.origin(f"aggregator.{key}").kind for key in ("buffer_size", "seed", "commit_count", "momentum")]
+    assert origins == ["flag", "environment", "file", "default"]
+
+
+def test_later_flags_outrank_earlier_ones_and_options_outrank_set() -> None:
+    flags = parse_flags(["aggregator.seed=1", "aggregator.seed=2", "run=a"], run="b", broker__url=None)
+    assert flags == [("aggregator.seed", "1"), ("aggregator.seed", "2"), ("run", "a"), ("run", "b")]
+    settings = read("", flags)
+    assert (settings.run, settings.table("aggregator", AggregatorConfig).seed) == ("b", 2)
+
+
+def test_a_value_may_hold_an_equals_sign() -> None:
+    assert parse_flags(["broker.url=amqp://h/?heartbeat=5"]) == [("broker.url", "amqp://h/?heartbeat=5")]
+
+
+@pytest.mark.parametrize("pair", ["aggregator.seed", "=3", f"broker.url amqp://u:{PASSWORD}@h/"])
+def test_a_flag_without_key_or_value_is_refused_and_keeps_secrets(pair: str) -> None:
+    with pytest.raises(ConfigError, match=r"table\.key=value") as caught:
+        parse_flags([pair])
+    assert PASSWORD not in str(caught.value)
+
+
+def test_a_table_of_another_program_is_not_looked_into() -> None:
+    settings = read("[worker]\nanything = 1\n[demo]\nworkers = 'x'\n")
+    assert set(settings.tables) == {"broker", "aggregator"}
+
+
+def test_all_problems_are_told_at_once() -> None:
+    told = complaint("[aggregator]\nbuffer_size = 0\noptimizer = 'lion'\n")
+    assert told.splitlines() == [
+        "fedmq.toml: aggregator.buffer_size = 0: input should be greater than or equal to 1",
+        "fedmq.toml: aggregator.optimizer = 'lion': input should be 'sgd' or 'adam'",
+    ]
+
+
+def test_a_complaint_about_several_values_names_where_they_were_set() -> None:
+    told = complaint("[aggregator]\nminimum_updates = 3\n", FEDMQ_AGGREGATOR_BUFFER_SIZE="2")
+    assert told.startswith("fedmq.toml, environment variable FEDMQ_AGGREGATOR_BUFFER_SIZE: aggregator: minimum_updates")
+
+
+@pytest.mark.parametrize("value", ["3", "'x'", "true", "[1]"])
+def test_a_table_that_is_a_value_is_explained(value: str) -> None:
+    assert "'aggregator' is a table" in complaint(f"aggregator = {value}\n")
+
+
+def test_a_word_far_from_all_known_ones_gets_no_suggestion() -> None:
+    told = complaint("[aggregator]\nxyzzy = 1\n")
+    assert "did you mean" not in told
+    assert "[aggregator] has folder, mode, rounds" in told
+
+
+# -------------------------------------------------------------------------------------------------- secrets
+
+
+@pytest.mark.parametrize(
+    ("url", "shown"),
+    [
+        (f"amqp://me:{PASSWORD}@host:5672/v", "amqp://me:***@host:5672/v"),
+        (f"amqps://me:{PASSWORD}@extra@host/", "amqps://me:***@host/"),
+        (f"amqp://:{PASSWORD}@host/", "amqp://:***@host/"),
+        ("amqp://host:5672/", "amqp://host:5672/"),
+        (f"amqp://a:{PASSWORD}@h1/,amqp://b:{PASSWORD}@h2/", "amqp://a:***@h1/,amqp://b:***@h2/"),
+        (f"amqp://a:with,{PASSWORD}@h1/", "***"),
+    ],
+)
+def test_a_password_is_never_shown(url: str, shown: str) -> None:
+    settings = read("", [("broker.url", url), ("broker.management_url", f"http://me:{PASSWORD}@host:15672")])
+    values = plain(settings)["broker"]
+    assert values["url"] == shown
+    assert values["management_url"] == "http://me:***@host:15672"
+    assert PASSWORD not in repr(settings.broker.url) + tomli_w.dumps(plain(settings))
+
+
+@pytest.mark.parametrize("url", [f"http://me:{PASSWORD}@host", PASSWORD, f"amqp://h/,{PASSWORD}", " , "])
+def test_an_address_that_is_none_is_refused_without_showing_it(url: str) -> None:
+    with pytest.raises(ConfigError, match="amqp://") as caught:
+        read("", [("broker.url", url)]).broker.urls()
+    assert PASSWORD not in str(caught.value)
+
+
+def test_a_wrong_type_of_address_does_not_show_it() -> None:
+    told = complaint(f"[broker]\nurl = ['amqp://me:{PASSWORD}@host/']\n")
+    assert told == "fedmq.toml: broker.url: input should be a valid string"
+
+
+def test_an_address_may_come_from_a_file() -> None:
+    Path("url").write_text(f"amqp://me:{PASSWORD}@one/, amqp://me:{PASSWORD}@two/\n")
+    settings = read("", [("broker.url_file", "url")])
+    assert [redacted(url) for url in settings.broker.urls()] == ["amqp://me:***@one/", "amqp://me:***@two/"]
+    assert PASSWORD not in str(plain(settings))
+
+
+@pytest.mark.parametrize("content", [b"", b"\n", b"\xff\xfe"])
+def test_a_file_that_holds_no_address_is_named(content: bytes) -> None:
+    Path("url").write_bytes(content)
+    with pytest.raises(ConfigError, match=r"broker\.url"):
+        read("", [("broker.url_file", "url")]).broker.urls()
+
+
+def test_what_is_printed_can_be_read_again() -> None:
+    settings = read("run = 'mine'\n[aggregator]\ndeadline = 2.5\nfolder = 'here'\n")
+    Path("again.toml").write_text(tomli_w.dumps(plain(settings)))
+    again = load(KINDS, file=Path("again.toml"), environment={})
+    assert (again.run, again.tables["aggregator"]) == (settings.run, settings.tables["aggregator"])

@@ -12,11 +12,10 @@ import math
 import os
 import queue
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from aggregator.checkpoint import CheckpointStore, write_tensors
 from aggregator.core import effects as do
@@ -24,7 +23,7 @@ from aggregator.core import events as on
 from aggregator.core.machine import RoundMachine, Rules
 from aggregator.core.snapshot import Snapshot
 from aggregator.history import History
-from broker.errors import CheckpointNotWritten, ConnectionLost, FedmqError, UnknownFormat, WireError
+from broker.errors import BrokerError, CheckpointNotWritten, FedmqError, UnknownFormat, WireError
 from broker.messages import (
     Event,
     EventKind,
@@ -105,7 +104,7 @@ class AggregatorService:
             self._loop(lambda: self._finish is not None)
             deadline = time.monotonic() + DRAIN_SECONDS
             self._loop(lambda: time.monotonic() > deadline and self._inbox.empty())
-            wait(self._broadcasts, timeout=10.0)
+            wait(self._broadcasts.copy(), timeout=10.0)  # callbacks take from it on other threads
         finally:
             transport.close()
             self._writer.shutdown()
@@ -113,7 +112,7 @@ class AggregatorService:
 
     # ------------------------------------------------------------------------------------------ the loop
 
-    def _loop(self, is_over: Any) -> None:
+    def _loop(self, is_over: Callable[[], bool]) -> None:
         while not is_over():
             now = self._now()
             timeout = IDLE_SECONDS if self._wake_at is None else min(max(self._wake_at - now, 0.0), IDLE_SECONDS)
@@ -241,8 +240,9 @@ class AggregatorService:
     def _broadcast_done(self, future: Future[None]) -> None:
         self._broadcasts.discard(future)
         error = future.exception()
-        # After a lost connection the next one brings the current version again; anything else is for good.
-        if isinstance(error, FedmqError) and not isinstance(error, ConnectionLost):
+        # What waiting cures, the transport has tried again, or the next connection brings the current version.
+        cured = isinstance(error, BrokerError) and error.retryable
+        if isinstance(error, FedmqError) and not cured:
             self._inbox.put(Failed(error))
 
     def _tell(self, worker: str, reason: Reason, detail: str, update: UpdateId | None) -> None:

@@ -8,6 +8,7 @@ import os
 import signal
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from types import FrameType
@@ -40,6 +41,9 @@ RunOption = Annotated[str | None, typer.Option("--run", help="Name of the run.")
 BrokerOption = Annotated[str | None, typer.Option("--broker", help="Address of RabbitMQ: amqp://user:password@host/.")]
 SetOption = Annotated[list[str] | None, typer.Option("--set", help="Any setting: worker.batch_size=64. Repeatable.")]
 VerboseOption = Annotated[int, typer.Option("--verbose", "-v", count=True, help="Log details.")]
+
+#: Whoever signals a process and its group as well (``timeout``, some supervisors) means it once.
+TWICE_SECONDS = 1.0
 
 #: Everything that is not the command's result goes here.
 errors = Console(stderr=True, soft_wrap=True)
@@ -92,13 +96,20 @@ def set_up_logging(verbosity: int = 0, *, quiet: bool = False) -> None:
 
 @contextlib.contextmanager
 def stop_on_signals(stop: threading.Event, also: Callable[[], None] = lambda: None) -> Iterator[None]:
-    """Within the block, SIGTERM and SIGINT set ``stop`` and call ``also``; a second one ends the process at once."""
+    """Within the block, SIGTERM and SIGINT set ``stop`` and call ``also``.
+
+    Another one, ``TWICE_SECONDS`` later or more, ends the process at once.
+    """
+    first: list[float] = []
 
     def handle(number: int, _frame: FrameType | None) -> None:
-        if stop.is_set():
+        now = time.monotonic()
+        if not stop.is_set():
+            first.append(now)
+            stop.set()
+            also()
+        elif not first or now - first[0] > TWICE_SECONDS:
             os._exit(128 + number)
-        stop.set()
-        also()
 
     previous = {number: signal.signal(number, handle) for number in (signal.SIGTERM, signal.SIGINT)}
     try:

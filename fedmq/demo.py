@@ -20,9 +20,10 @@ from aggregator.checkpoint import CheckpointStore
 from aggregator.cli import checkpoint_folder, run_folder
 from aggregator.config import AggregatorConfig
 from broker.amqp.node import PrivateNode
+from broker.amqp.transport import AmqpWorkerTransport
 from broker.amqp.watch import AmqpWatch
 from broker.console import stop_on_signals
-from broker.errors import FedmqError
+from broker.errors import BrokerUnreachable, FedmqError
 from broker.settings import BrokerConfig, Settings, Table, load, plain, redacted
 from broker.topology import Topology
 from fedmq.display import Board, Display
@@ -143,6 +144,7 @@ def _broker(settings: Settings, console: Console, stack: ExitStack) -> Place:
     """A broker that the user named, or a private one, or none."""
     in_process = settings.table("demo", DemoConfig).in_process
     if not in_process and ("broker.url" in settings.origins or "broker.url_file" in settings.origins):
+        _require_broker(settings, console)
         admin = settings.broker.management_url
         return Place(",".join(settings.broker.urls()), f"admin UI: {redacted(admin)}" if admin else "")
     available, reason = PrivateNode.available()
@@ -157,6 +159,22 @@ def _broker(settings: Settings, console: Console, stack: ExitStack) -> Place:
     login = f"user {node.user}, password {node.password}"
     console.print(f"RabbitMQ's admin UI while this runs: {node.management_url} ({login})", soft_wrap=True)
     return Place(node.url, f"admin UI: {node.management_url}\n{login}")
+
+
+def _require_broker(settings: Settings, console: Console) -> None:
+    """Connect once: members would wait for a broker that is away, and say so in their logs only.
+
+    Raises :class:`BrokerError`. As a worker, who declares nothing.
+    """
+    where = ", ".join(redacted(url) for url in settings.broker.urls())
+    probe = AmqpWorkerTransport(settings.broker, Topology(settings.run), worker="demo")
+    with console.status(f"connecting to {where}"):
+        try:
+            probe.open(lambda _item: None, wait=settings.broker.connect_timeout + 5)
+        except BrokerUnreachable as error:
+            raise BrokerUnreachable(f"{error}; is RabbitMQ running there? (broker.url is {where})") from None
+        finally:
+            probe.close()
 
 
 def _write_config(settings: Settings, folder: Path) -> Path:

@@ -13,8 +13,9 @@ from tests.support.commands import LINE, SECRET, WRONG_TASKS, assert_one_message
 from tests.support.node import add_user, channel, fresh_topology
 
 
-def test_the_check_of_an_absent_broker_ends_in_time(tmp_path: Path) -> None:
-    done = fedmq(tmp_path, "broker", "check", "--set", "broker.connect_timeout=0.5", timeout=20)
+@pytest.mark.parametrize("command", [("broker", "check"), ("demo",)], ids=" ".join)
+def test_an_absent_broker_is_told_in_time(tmp_path: Path, command: tuple[str, ...]) -> None:
+    done = fedmq(tmp_path, *command, "--set", "broker.connect_timeout=0.5", timeout=40)
     assert_one_message(done, 4, "127.0.0.1:1", "is RabbitMQ running there?", "***")
     assert len(done.err.splitlines()) == 1
 

@@ -191,6 +191,8 @@ class CheckpointStore:
         Whoever owned it before can write no more. Raises what :meth:`load` raises, and
         :class:`CheckpointNotWritten` if the epoch cannot be made durable.
         """
+        if not self.files():
+            self.load()  # says what is missing, before anything is made in a folder that may be a typing error
         with self._locked():
             snapshot = self.load()
             self._epoch = max(self._stored_epoch(), snapshot.epoch) + 1
@@ -225,11 +227,8 @@ class CheckpointStore:
                 file.flush()
                 os.fsync(file.fileno())
             with self._locked() if epoch is not None else contextlib.nullcontext():
-                if epoch is not None and self._stored_epoch() > epoch:
-                    raise StaleEpoch(
-                        f"another aggregator has taken over run {self.run!r} (epoch {self._stored_epoch()}, "
-                        f"this one has {epoch}); nothing of what it did is lost, this one stops"
-                    )
+                if epoch is not None:
+                    self.require_epoch(epoch)
                 temporary.replace(target)
                 _sync_folder(self.folder)
         except OSError as error:
@@ -239,6 +238,15 @@ class CheckpointStore:
         finally:
             with contextlib.suppress(OSError):
                 temporary.unlink(missing_ok=True)
+
+    def require_epoch(self, epoch: int) -> None:
+        """Raise :class:`StaleEpoch` if another aggregator has claimed the run since ``epoch`` was."""
+        stored = self._stored_epoch()
+        if stored > epoch:
+            raise StaleEpoch(
+                f"another aggregator has taken over run {self.run!r} (epoch {stored}, this one has {epoch}); "
+                "nothing of what it did is lost, this one stops"
+            )
 
     def _stored_epoch(self) -> int:
         try:

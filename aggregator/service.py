@@ -12,6 +12,7 @@ import math
 import os
 import queue
 import time
+from collections import Counter
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
@@ -21,7 +22,7 @@ from aggregator.checkpoint import CheckpointStore, write_tensors
 from aggregator.core import effects as do
 from aggregator.core import events as on
 from aggregator.core.machine import RoundMachine, Rules
-from aggregator.core.snapshot import Snapshot
+from aggregator.core.snapshot import Snapshot, VersionRecord
 from aggregator.history import History
 from broker.errors import BrokerError, CheckpointNotWritten, FedmqError, UnknownFormat, WireError
 from broker.messages import (
@@ -47,6 +48,8 @@ log = logging.getLogger("fedmq.aggregator")
 
 #: Longest wait for an event; what health checks rely on.
 IDLE_SECONDS = 1.0
+#: Workers that a version's line in the log names.
+SHOWN_NAMES = 8
 #: How long a leaving aggregator goes on settling what has been delivered already.
 DRAIN_SECONDS = 0.3
 
@@ -77,6 +80,7 @@ class AggregatorService:
         self._machine = RoundMachine(rules, snapshot, self._now())
         self._epoch = snapshot.epoch
         self._started = snapshot.started
+        self._begun_at = (snapshot.version, snapshot.done)
         self._history = History(folder / "history.jsonl")
         self._history.open(snapshot.records, epoch=snapshot.epoch, version=snapshot.version, now=self._now())
         self._inbox: queue.SimpleQueue[Incoming | on.Happening] = queue.SimpleQueue()
@@ -133,9 +137,10 @@ class AggregatorService:
         return self._wall + time.monotonic()
 
     def _show_life(self) -> None:
-        """Touch ``alive`` now and then, for health checks from outside."""
-        if time.monotonic() - self._touched > 5.0:
+        """About once a second: look whether the run is still ours, and touch ``alive`` for health checks."""
+        if time.monotonic() - self._touched > IDLE_SECONDS:
             self._touched = time.monotonic()
+            self._store.require_epoch(self._epoch)
             (self.folder / "alive").touch()
 
     def _event(self, item: Incoming | on.Happening) -> on.Happening | None:
@@ -168,6 +173,9 @@ class AggregatorService:
                 return _from_aside(message)
             if isinstance(message, Update):
                 assert delivery.token is not None  # noqa: S101  (updates are always acknowledged by hand)
+                if message.base_epoch > self._epoch:
+                    # A newer aggregator has spoken to this worker: the update is for it, and goes back to the queue.
+                    self._store.require_epoch(self._epoch)
                 return on.Arrived(delivery.token, message, len(delivery.body))
             if isinstance(message, Manifest):
                 unreadable = Reason.NOT_SUPPORTED, "an update in several chunks; this release takes one message"
@@ -277,9 +285,9 @@ class AggregatorService:
                 staleness = [entry.staleness for entry in record.updates]
                 self._progress("version", loss=record.loss, updates=len(staleness), seconds=record.seconds)
                 log.info(
-                    "version %d: %d updates, loss %s, staleness up to %d, %.2f s",
+                    "version %d: %s, loss %s, staleness up to %d, %.2f s",
                     record.version,
-                    len(staleness),
+                    _senders(record),
                     "unknown" if record.loss is None else f"{record.loss:.4f}",
                     max(staleness),
                     record.seconds,
@@ -291,7 +299,15 @@ class AggregatorService:
                 log.info("version %d evaluated by %s: %s", version, worker, _figures(metrics))
             case do.Rejected(worker, reason, detail, update):
                 self._progress("rejected", worker=worker, reason=reason.value)
-                log.warning("rejected %s of %s: %s: %s", update or "a message", worker or "?", reason, detail)
+                # What was on its way when the last round closed is the end of every healthy run.
+                level = logging.INFO if reason is Reason.RUN_DONE else logging.WARNING
+                log.log(level, "rejected %s of %s: %s: %s", update or "a message", worker or "?", reason, detail)
+            case do.Came(worker, role):
+                log.info("%s %s is here", role, worker)
+            case do.Went(worker, role, ""):
+                log.warning("%s %s has been silent for too long; not waiting for it", role, worker)
+            case do.Went(worker, role, reason):
+                log.info("%s %s has left: %s", role, worker, reason)
             case do.Repeated(update_id):
                 log.debug("update %s came again; it counts once", update_id)
             case do.Warn(text):
@@ -310,6 +326,9 @@ class AggregatorService:
             confirmed=sum(sum(counts.values()) for counts in machine.roster.confirmed().values()),
             metrics=self._metrics[1],
         )
+        log.info("run %s %s at version %d; results in %s", self.run_name, outcome.reason, outcome.version, self.folder)
+        if self._begun_at == (outcome.version, True):
+            return outcome  # the run had been done before: what was written then still stands
         summary = {
             "run": self.run_name,
             "outcome": outcome.reason,
@@ -354,6 +373,14 @@ def _from_aside(message: object) -> on.Happening | None:
             version = data.get("version")
             return on.Evaluated(source, version, evaluation_metrics(message)) if isinstance(version, int) else None
     return None
+
+
+def _senders(record: VersionRecord) -> str:
+    """``4 updates of a, b (2), c``."""
+    counts = Counter(entry.id.worker for entry in record.updates)
+    names = [f"{name} ({n})" if n > 1 else name for name, n in sorted(counts.items())]
+    shown = ", ".join(names[:SHOWN_NAMES]) + (f" and {len(names) - SHOWN_NAMES} more" if names[SHOWN_NAMES:] else "")
+    return f"{len(record.updates)} updates of {shown}"
 
 
 def _figures(metrics: Mapping[str, float]) -> str:

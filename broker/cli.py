@@ -23,7 +23,7 @@ from broker.console import (
     set_up_logging,
     stop_on_signals,
 )
-from broker.errors import BrokerUnreachable
+from broker.errors import BrokerError, BrokerUnreachable
 from broker.settings import load, redacted
 from broker.topology import Topology
 from broker.transport import Failed, Incoming
@@ -69,7 +69,10 @@ def check(
 
 
 def node(*, verbose: VerboseOption = 0) -> None:
-    """Run a private RabbitMQ node with its admin UI on free loopback ports, until Ctrl-C."""
+    """Run a private RabbitMQ node with its admin UI on free loopback ports, until Ctrl-C.
+
+    For trying things out: all that it holds goes with it.
+    """
     with guard():
         set_up_logging(verbose)
         stop = threading.Event()
@@ -83,7 +86,9 @@ def node(*, verbose: VerboseOption = 0) -> None:
                 out.print(
                     f"          user {private.user}, password {private.password}; Ctrl-C ends it", highlight=False
                 )
-                stop.wait()
+                while not stop.wait(0.5):
+                    if not private.is_running:
+                        raise BrokerError("the private RabbitMQ node has ended; its queues are gone with it")
         finally:
             private.stop()
             private.discard()

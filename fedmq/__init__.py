@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from worker_client.context import TrainingContext, TrainingResult
     from worker_client.task import Shard, Task
+    from worker_client.training import load_model
 
-__all__ = ["Shard", "Task", "TrainingContext", "TrainingResult"]
+__all__ = ["Shard", "Task", "TrainingContext", "TrainingResult", "load_model"]
 
 
 def __getattr__(name: str) -> Any:
@@ -20,4 +21,4 @@ def __getattr__(name: str) -> Any:
         raise AttributeError(f"module 'fedmq' has no attribute {name!r}")
     from importlib import import_module  # noqa: PLC0415 (only here is it needed)
 
-    return getattr(import_module("worker_client.task"), name)
+    return getattr(import_module("worker_client.training" if name == "load_model" else "worker_client.task"), name)

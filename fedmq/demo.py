@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import re
 import threading
 import time
 from contextlib import AbstractContextManager, ExitStack
@@ -81,7 +82,9 @@ def demo_settings(file: Path | None, flags: list[tuple[str, Any]]) -> Settings:
     given = load(kinds, file=file, flags=flags)
     missing = [(key, value) for key, value in DEFAULTS.items() if key not in given.origins]
     if "run" not in given.origins:
-        missing.append(("run", time.strftime("digits-%Y%m%d-%H%M%S")))
+        task = dict(missing).get("worker.task") or given.table("worker", WorkerConfig).task
+        name = re.sub(r"[^a-z0-9]+", "-", task.rpartition(":")[2].lower()).strip("-")[:40] or "demo"
+        missing.append(("run", time.strftime(f"{name}-%Y%m%d-%H%M%S")))
     return load(kinds, file=file, flags=[*missing, *flags])
 
 

@@ -9,14 +9,16 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from torch.utils.data import default_collate
 
-from broker.errors import TaskError
+from broker.errors import ModelMismatch, TaskError
 from broker.messages import DTYPES, Array, Mode, ModelSpec, Parameters, Tensors
 from worker_client.batches import Examples, index_batches
 from worker_client.config import WorkerConfig, shard_of
@@ -25,7 +27,7 @@ from worker_client.modelstate import ModelState, as_array
 from worker_client.steps import loss_of
 from worker_client.task import Shard, Task, blamed
 
-__all__ = ["Evaluation", "Trained", "Trainer", "build_model", "evaluate", "initial_parameters"]
+__all__ = ["Evaluation", "Trained", "Trainer", "build_model", "evaluate", "initial_parameters", "load_model"]
 
 # torch's global random state belongs to the process: two models built at once would mix theirs up.
 _building = threading.Lock()
@@ -188,6 +190,32 @@ def build_model(task: Task) -> nn.Module:
         model: Any = task.model()
     if not isinstance(model, nn.Module):
         raise TaskError(f"{type(task).__name__}.model returned a {type(model).__name__}; it must be a torch.nn.Module")
+    return model
+
+
+def load_model(task: Task, file: Path | str) -> nn.Module:
+    """The task's model with the parameters of a run: ``load_model(Mine(), "runs/mine/model.safetensors")``.
+
+    The model is built as the run's workers built it, seeded, so that frozen parameters, which do not travel, are
+    the same; tied parameters stay tied.
+
+    Raises:
+        TaskError: the task raised, or the file cannot be read.
+        ModelMismatch: the file holds another model.
+    """
+    model = build_model(task)
+    state = ModelState(model)
+    try:
+        with safe_open(file, framework="np") as content:
+            tensors = {name: content.get_tensor(name) for name in content.keys()}  # noqa: SIM118 (no mapping)
+    except (OSError, SafetensorError) as error:
+        raise TaskError(f"{file} cannot be read: {error}") from None
+    expected = {t.name: (t.shape, t.dtype) for t in state.spec.tensors}
+    given = {name: (array.shape, array.dtype.name) for name, array in tensors.items()}
+    if expected != given:
+        names = sorted(name for name in expected.keys() | given.keys() if expected.get(name) != given.get(name))
+        raise ModelMismatch(f"{file} holds another model than the task's; they differ in {', '.join(names[:5])}")
+    state.load(tensors)
     return model
 
 

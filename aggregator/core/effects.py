@@ -6,12 +6,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from aggregator.core.snapshot import Entry, Snapshot, VersionRecord
-from broker.messages import ModelSpec, Plan, Reason, Tensors, UpdateId
+from broker.messages import ModelSpec, Plan, Reason, Role, Tensors, UpdateId
 from broker.transport import Token
 
 __all__ = [
     "Ack",
     "Broadcast",
+    "Came",
     "Effect",
     "EvaluationRecord",
     "Fact",
@@ -25,6 +26,7 @@ __all__ = [
     "VersionMade",
     "WakeAt",
     "Warn",
+    "Went",
     "WriteCheckpoint",
 ]
 
@@ -145,7 +147,25 @@ class Warn:
     text: str
 
 
-Fact = Folded | Rejected | Repeated | VersionMade | EvaluationRecord | Warn
+@dataclass(frozen=True, slots=True)
+class Came:
+    """A worker is here (again)."""
+
+    worker: str
+    role: Role
+
+
+@dataclass(frozen=True, slots=True)
+class Went:
+    """A worker has left, or was silent for too long."""
+
+    worker: str
+    role: Role
+    reason: str
+    """What its goodbye said; empty if it said none."""
+
+
+Fact = Came | Went | Folded | Rejected | Repeated | VersionMade | EvaluationRecord | Warn
 
 
 @dataclass(frozen=True, slots=True)

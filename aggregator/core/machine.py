@@ -125,6 +125,7 @@ class RoundMachine:
         self._round = Round(self.version, now, self._plan(0), entries=list(snapshot.entries))
         self._round.plan = replace(self._round.plan, answered=self._answered())
         self._records: list[VersionRecord] = []
+        self._here = self.roster.here(now)
         self._held: dict[UpdateId, _Held] = {}
         self._durable = snapshot
         self._flight: _Flight | None = None
@@ -158,7 +159,7 @@ class RoundMachine:
             case on.Left(goodbye):
                 self.roster.see(goodbye.worker, now, goodbye.role)
                 self.roster.confirm(goodbye.worker, goodbye.incarnation, goodbye.confirmed)
-                self.roster.leave(goodbye.worker, now)
+                self.roster.leave(goodbye.worker, now, goodbye.reason)
             case on.Seen(worker, incarnation, role, confirmed):
                 self.roster.see(worker, now, role)
                 self.roster.confirm(worker, incarnation, confirmed)
@@ -244,7 +245,7 @@ class RoundMachine:
 
     def _advance(self, now: float) -> list[do.Effect]:
         """Whatever follows from the state that an event left behind."""
-        effects: list[do.Effect] = []
+        effects = self._comings_and_goings(now)
         if not self.done and not self._stopping:
             effects += self._advance_round(now)
         if self._flight is None and self._commit_is_due(now):
@@ -254,6 +255,18 @@ class RoundMachine:
         elif (wake := self._next_wake(now)) is not None:
             effects.append(do.WakeAt(wake))
         return effects
+
+    def _comings_and_goings(self, now: float) -> list[do.Effect]:
+        before, self._here = self._here, self.roster.here(now)
+        if before == self._here:
+            return []
+        effects: list[do.Effect] = [
+            do.Record(do.Went(name, role, self.roster.farewell(name)))
+            for name, role in before.items()
+            if name not in self._here
+        ]
+        came = [do.Record(do.Came(name, role)) for name, role in self._here.items() if name not in before]
+        return [*effects, *came]
 
     def _advance_round(self, now: float) -> list[do.Effect]:
         rule, present = self.rules.rounds, self._trainers(now)

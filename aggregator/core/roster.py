@@ -21,6 +21,8 @@ class Member:
     """Newest version that this evaluator has reported on."""
     confirmed: dict[str, int] = field(default_factory=dict)
     """Updates that it knows to be confirmed, by incarnation."""
+    farewell: str = ""
+    """The reason in its goodbye."""
 
 
 class Roster:
@@ -46,7 +48,7 @@ class Roster:
             member = self._members[name] = Member(role or Role.TRAINER, now)
         if role is not None:
             member.role = role
-        member.last_seen, member.present = now, True
+        member.last_seen, member.present, member.farewell = now, True, ""
         return member
 
     def note(self, name: str, now: float) -> None:
@@ -54,11 +56,20 @@ class Roster:
         if name not in self._members or self._members[name].present:
             self.see(name, now)
 
-    def leave(self, name: str, now: float) -> None:
+    def leave(self, name: str, now: float, farewell: str) -> None:
         """``name`` said goodbye."""
         if name in self._members:
             self._members[name].last_seen = now
             self._members[name].present = False
+            self._members[name].farewell = farewell or "left"
+
+    def here(self, now: float) -> dict[str, Role]:
+        """Everybody who is here, with the role."""
+        return {name: m.role for name, m in self._members.items() if m.present and now - m.last_seen < self.timeout}
+
+    def farewell(self, name: str) -> str:
+        """Why ``name`` left; empty if it did not say."""
+        return self._members[name].farewell
 
     def confirm(self, name: str, incarnation: str, count: int) -> None:
         """``name`` says how many updates of ``incarnation`` were confirmed; counts never fall."""

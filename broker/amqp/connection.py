@@ -10,6 +10,7 @@ import asyncio
 import logging
 import random
 import threading
+import time
 from collections.abc import Awaitable, Callable
 from concurrent.futures import Future
 from typing import Any
@@ -27,6 +28,9 @@ log = logging.getLogger("fedmq.broker")
 
 #: Full jitter: a broker that comes back meets its workers one after the other, not all at once.
 BACKOFF = wait_random_exponential(multiplier=0.2, max=10)
+
+#: How often a link that cannot connect says so.
+SAY_SECONDS = 30.0
 
 Use = Callable[[Channel], Awaitable[None]]
 
@@ -67,6 +71,7 @@ class Link:
         self._task: asyncio.Task[None] | None = None
         self._thread: threading.Thread | None = None
         self._stopping = False
+        self._said_at = 0.0
         quiet_pika()
 
     def start(self) -> None:
@@ -205,6 +210,10 @@ class Link:
 
     def _say(self, state: RetryCallState) -> None:
         pause = state.next_action.sleep if state.next_action else 0.0
+        now = time.monotonic()
+        if state.attempt_number > 1 and now - self._said_at < SAY_SECONDS:
+            return
+        self._said_at = now
         log.warning("%s: no connection (%s); next attempt in %.1f s", self.name, self.problem, pause)
 
     def _fail(self, error: BrokerError) -> None:

@@ -173,6 +173,11 @@ class PrivateNode:
                     self.discard()
                 raise
 
+    @property
+    def is_running(self) -> bool:
+        """Whether the node's process is there."""
+        return self._server is not None and self._server.poll() is None
+
     def stop(self) -> None:
         """Stop the node in order; its data stay, for :meth:`start`."""
         with self._lock:

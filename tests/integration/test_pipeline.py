@@ -24,6 +24,7 @@ from aggregator.history import read_history
 from aggregator.service import AggregatorService, Outcome
 from broker.amqp.node import PrivateNode
 from broker.amqp.transport import AmqpAggregatorTransport, AmqpWorkerTransport
+from broker.errors import StaleEpoch
 from broker.memory import MemoryBroker
 from broker.messages import Mode, Parameters, Plan, Reason, Update, UpdateId, parameters_digest
 from broker.topology import Topology
@@ -378,3 +379,41 @@ def test_the_history_tells_every_version_and_its_updates(place: Place, tmp_path:
         for update in line["updates"]:
             assert update["staleness"] == line["version"] - 1 - update["base_version"]
             assert update["weight"] == pytest.approx((1 + update["staleness"]) ** -0.5)
+
+
+def test_an_aggregator_that_was_replaced_leaves_though_it_has_nothing_to_do(place: Place, tmp_path: Path) -> None:
+    """The old one is idle, so no commit of its own tells it; what it holds is given to the new one."""
+    task = Regression()
+    running = Federation(place, tmp_path, task, AggregatorConfig(linger=5.0, buffer_size=2, stop_after_rounds=2))
+    running.start_aggregator()
+    old = running.aggregator_thread
+    inbox = Inbox()
+    watcher = place.worker("watcher")
+    watcher.open(inbox, wait=20.0)
+    inbox.wait_delivery(1, source=Source.PARAMETERS)
+
+    running.start_aggregator()
+    old.join(20)
+    running.start_worker("a", "2/5", batch_size=8)
+    running.aggregator_thread.join(60)
+    watcher.close()
+    running.stop()
+
+    assert [type(error) for error in running.errors] == [StaleEpoch]
+    assert running.outcome is not None
+    assert (running.outcome.version, running.outcome.epoch, place.dead()) == (2, 2, [])
+
+
+def test_a_finished_run_that_is_started_again_keeps_its_summary(place: Place, tmp_path: Path) -> None:
+    with federation(place, tmp_path, Regression(), buffer_size=2, stop_after_rounds=2) as running:
+        running.start_aggregator()
+        running.start_worker("a", "2/5", batch_size=8)
+        running.join()
+        before = (tmp_path / "summary.json").read_bytes()
+
+        running.start_aggregator()
+        running.join()
+
+    assert (tmp_path / "summary.json").read_bytes() == before
+    assert running.outcome is not None
+    assert (running.outcome.reason, running.outcome.version) == ("done", 2)

@@ -337,3 +337,22 @@ def test_a_repeated_update_is_a_fact_but_no_rejection() -> None:
     assert driver.acked[-1] == again
     assert driver.parameters["w"][0] == 1.0
     assert any(isinstance(fact, do.Repeated) for fact in driver.facts)
+
+
+def test_who_comes_leaves_and_falls_silent_is_said_once() -> None:
+    driver = driver_of(worker_timeout=15)
+    driver.hello("a", "b")
+    driver.goodbye("a")
+    driver.tick(16)
+    driver.tick(16)
+    driver.hello("b")
+
+    told = [fact for fact in driver.facts if isinstance(fact, do.Came | do.Went)]
+    trainer = Role.TRAINER
+    assert told == [
+        do.Came("a", trainer),
+        do.Came("b", trainer),
+        do.Went("a", trainer, "left"),
+        do.Went("b", trainer, ""),
+        do.Came("b", trainer),
+    ]

@@ -1,16 +1,21 @@
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import ml_dtypes
 import numpy as np
 import pytest
 import torch
+from safetensors.numpy import save_file
 from torch import nn
 
-from broker.errors import TaskError
+from broker.errors import ModelMismatch, TaskError
 from broker.messages import TensorRole
+from tests.unit.worker_client.models import Points
 from worker_client.modelstate import ModelState
+from worker_client.task import Task
+from worker_client.training import build_model, initial_parameters, load_model
 
 
 class Everything(nn.Module):
@@ -258,3 +263,32 @@ def test_statistics_travel_as_values_and_counters_as_changes() -> None:
     assert int(told["num_batches_tracked"]) == 2
     model(torch.zeros(4, 2))
     assert told["running_mean"].tolist() == pytest.approx([2.62, 2.62])  # a copy
+
+
+def test_a_runs_file_becomes_the_whole_model_again(tmp_path: Path) -> None:
+    """Random frozen weights, tied weights and batch norm: none of it is lost by what travels."""
+
+    class Whole(Task):
+        seed = 3
+
+        def model(self) -> nn.Module:
+            model = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4), nn.Linear(4, 4), nn.Linear(4, 4))
+            model[0].requires_grad_(requires_grad=False)
+            model[3].weight = model[2].weight
+            return model
+
+    _, values = initial_parameters(Whole())
+    trained = {name: np.asarray(array + 1) for name, array in values.items()}
+    save_file(trained, tmp_path / "model.safetensors")
+
+    model = load_model(Whole(), tmp_path / "model.safetensors")
+
+    fresh = build_model(Whole())
+    assert torch.equal(model.get_parameter("0.weight"), fresh.get_parameter("0.weight"))
+    assert model.get_parameter("3.weight") is model.get_parameter("2.weight")
+    assert torch.equal(model.get_parameter("2.weight"), fresh.get_parameter("2.weight") + 1)
+    assert torch.equal(model.get_buffer("1.running_var"), fresh.get_buffer("1.running_var") + 1)
+    with pytest.raises(ModelMismatch, match="another model"):
+        load_model(Points(), tmp_path / "model.safetensors")
+    with pytest.raises(TaskError, match="cannot be read"):
+        load_model(Whole(), tmp_path / "nothing")

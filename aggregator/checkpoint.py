@@ -18,6 +18,7 @@ import fcntl
 import json
 import logging
 import os
+import secrets
 import struct
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, fields, replace
@@ -47,6 +48,8 @@ __all__ = ["CheckpointStore", "write_tensors"]
 log = logging.getLogger("fedmq.checkpoint")
 
 FORMAT = "fedmq-checkpoint-1"
+#: The library's own limit.
+MAX_HEADER = 100_000_000
 KEEP = 2
 
 _SAFETENSORS_DTYPES = {
@@ -91,6 +94,10 @@ _ADAPTER: TypeAdapter[_State] = TypeAdapter(_State)
 _SHARED = {f.name for f in fields(_State)} & {f.name for f in fields(Snapshot)}
 
 
+class _Foreign(CheckpointCorrupt):
+    """Whole, but not for this release: falling back behind it would drop what was acknowledged."""
+
+
 class CheckpointStore:
     """The checkpoints of one run in one folder. One process at a time owns it, by epoch."""
 
@@ -124,6 +131,8 @@ class CheckpointStore:
         for file in files:
             try:
                 snapshot = self._read(file)
+            except _Foreign:
+                raise
             except CheckpointCorrupt as error:
                 problems.append(str(error))
                 continue
@@ -144,18 +153,21 @@ class CheckpointStore:
             with safe_open(file, framework="np") as content:
                 metadata = content.metadata() or {}
                 if metadata.get("format") != FORMAT:
-                    raise CheckpointCorrupt(
+                    raise _Foreign(
                         f"{file}: format {metadata.get('format')!r}, this release reads {FORMAT!r}: upgrade fedmq"
                     )
                 arrays = {name: content.get_tensor(name) for name in content.keys()}  # noqa: SIM118 (no mapping)
-        except (SafetensorError, OSError, ValueError) as error:
+        except (SafetensorError, ValueError) as error:
             raise CheckpointCorrupt(f"{file} cannot be read: {error}") from None
+        except OSError as error:
+            # The disk or a right, not the file: an older generation must not take its place.
+            raise CheckpointError(f"{file} cannot be read: {error.strerror or error}") from None
         if metadata.get("checksum") != _checksum(metadata.get("state", ""), arrays):
             raise CheckpointCorrupt(f"{file}: the checksum does not match, the file was altered or damaged")
         try:
             state = _ADAPTER.validate_json(metadata["state"])
         except ValidationError as error:
-            raise CheckpointCorrupt(f"{file}: {error.error_count()} fields are not as this release expects") from None
+            raise _Foreign(f"{file}: {error.error_count()} fields are not as this release expects") from None
         if state.run != self.run:
             raise WrongRun(f"{self.folder} holds run {state.run!r}, not {self.run!r}: choose another --folder")
         return _snapshot(state, arrays)
@@ -219,10 +231,12 @@ class CheckpointStore:
 
     def _replace(self, target: Path, write: Any, *, epoch: int | None = None) -> None:
         """Write ``target`` so that it is there whole and durable, or as it was before."""
-        temporary = target.with_name(f".{target.name}.{os.getpid()}")
+        # A name that nobody else can have: a replaced aggregator must not write into what its successor renames,
+        # and two containers on one folder often have the same process number.
+        temporary = target.with_name(f".{target.name}.{secrets.token_hex(8)}")
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            with temporary.open("wb") as file:
+            with temporary.open("xb") as file:
                 write(file)
                 file.flush()
                 os.fsync(file.fileno())
@@ -287,6 +301,9 @@ def write_tensors(file: BinaryIO, arrays: Tensors, metadata: Mapping[str, str]) 
         position += array.nbytes
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
+    if len(text) > MAX_HEADER:
+        # Better nothing acknowledged than a file that the library refuses to read.
+        raise CheckpointNotWritten(f"the run's state takes {len(text)} bytes; safetensors reads up to {MAX_HEADER}")
     file.write(struct.pack("<Q", len(text)))
     file.write(text)
     for name in order:

@@ -11,6 +11,7 @@ import logging
 import math
 import os
 import queue
+import re
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping
@@ -24,8 +25,9 @@ from aggregator.core import events as on
 from aggregator.core.machine import RoundMachine, Rules
 from aggregator.core.snapshot import Snapshot, VersionRecord
 from aggregator.history import History
-from broker.errors import BrokerError, CheckpointNotWritten, FedmqError, UnknownFormat, WireError
+from broker.errors import BrokerError, CheckpointCorrupt, CheckpointNotWritten, FedmqError, UnknownFormat, WireError
 from broker.messages import (
+    NAME_PATTERN,
     Event,
     EventKind,
     Goodbye,
@@ -140,8 +142,11 @@ class AggregatorService:
         """About once a second: look whether the run is still ours, and touch ``alive`` for health checks."""
         if time.monotonic() - self._touched > IDLE_SECONDS:
             self._touched = time.monotonic()
-            self._store.require_epoch(self._epoch)
-            (self.folder / "alive").touch()
+            try:
+                self._store.require_epoch(self._epoch)
+                (self.folder / "alive").touch()
+            except (OSError, CheckpointCorrupt) as error:
+                log.warning("the folder %s does not answer as it should: %s", self.folder, error)
 
     def _event(self, item: Incoming | on.Happening) -> on.Happening | None:
         match item:
@@ -170,7 +175,7 @@ class AggregatorService:
             unreadable = Reason.MALFORMED, str(error)
         else:
             if delivery.source is not Source.UPDATE:
-                return _from_aside(message)
+                return self._from_aside(message)
             if isinstance(message, Update):
                 assert delivery.token is not None  # noqa: S101  (updates are always acknowledged by hand)
                 if message.base_epoch > self._epoch:
@@ -187,6 +192,11 @@ class AggregatorService:
         return on.Unreadable(delivery.token, *unreadable, worker)
 
     # ----------------------------------------------------------------------------------------- the deeds
+
+    def _from_aside(self, message: object) -> on.Happening | None:
+        if getattr(message, "run", self.run_name) != self.run_name:
+            return None
+        return _from_aside(message, self._machine.version)
 
     def _perform(self, effect: do.Effect) -> None:
         match effect:
@@ -327,7 +337,8 @@ class AggregatorService:
             metrics=self._metrics[1],
         )
         log.info("run %s %s at version %d; results in %s", self.run_name, outcome.reason, outcome.version, self.folder)
-        if self._begun_at == (outcome.version, True):
+        is_written = all((self.folder / name).exists() for name in ("summary.json", "model.safetensors"))
+        if self._begun_at == (outcome.version, True) and is_written:
             return outcome  # the run had been done before: what was written then still stands
         summary = {
             "run": self.run_name,
@@ -357,8 +368,8 @@ class AggregatorService:
         return outcome
 
 
-def _from_aside(message: object) -> on.Happening | None:
-    """An event from a message that needs no acknowledgement."""
+def _from_aside(message: object, newest: int) -> on.Happening | None:
+    """An event from a message that needs no acknowledgement; None for what makes no sense."""
     match message:
         case Hello():
             return on.Joined(message)
@@ -368,10 +379,13 @@ def _from_aside(message: object) -> on.Happening | None:
             role = Role.EVALUATOR if data.get("role") == Role.EVALUATOR else Role.TRAINER
             confirmed = data.get("confirmed")
             count = confirmed if isinstance(confirmed, int) and not isinstance(confirmed, bool) else 0
-            return on.Seen(source, str(data.get("incarnation", "")), role, max(count, 0))
+            incarnation = str(data.get("incarnation", ""))
+            is_name = re.fullmatch(NAME_PATTERN, incarnation) is not None
+            return on.Seen(source, incarnation, role, min(max(count, 0), 2**53)) if is_name else None
         case Event(kind=EventKind.EVALUATION, source=source, data=data):
             version = data.get("version")
-            return on.Evaluated(source, version, evaluation_metrics(message)) if isinstance(version, int) else None
+            if isinstance(version, int) and not isinstance(version, bool) and 0 <= version <= newest:
+                return on.Evaluated(source, version, evaluation_metrics(message))
     return None
 
 

@@ -6,6 +6,7 @@ they have to say into the mailbox.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import math
 import threading
@@ -335,7 +336,8 @@ class Session:
     def _beat(self) -> None:
         if self._config.folder is not None:
             # For health checks from outside: only a worker that is connected and not stuck comes by here.
-            (self._config.folder / "alive").touch()
+            with contextlib.suppress(OSError):
+                (self._config.folder / "alive").touch()
         loss = self._metrics.get("loss")
         self._event(
             EventKind.HEARTBEAT,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import operator
 import re
 import threading
 import time
@@ -117,7 +118,9 @@ class Trainer:
         started = time.monotonic()
         self._state.load(parameters.tensors)
         self._model.zero_grad(set_to_none=True)
-        seed = derived_seed(self._task.seed, self._config.name, parameters.version, ordinal)
+        seed = derived_seed(
+            self._task.seed, self._config.name, (parameters.epoch, parameters.version, parameters.plan.attempt), ordinal
+        )
         context = TrainingContext(
             mode=parameters.plan.mode,
             settings=self._config,
@@ -133,8 +136,9 @@ class Trainer:
             result = self._task.train(self._model, self._data, context)
         tensors = self._collect(result, parameters)
         metrics = _checked_metrics(result.metrics)
+        examples = _checked_examples(result.examples, type(self._task).__name__)
         self._model.zero_grad(set_to_none=True)
-        return Trained(tensors=tensors, examples=result.examples, metrics=metrics, seconds=time.monotonic() - started)
+        return Trained(tensors=tensors, examples=examples, metrics=metrics, seconds=time.monotonic() - started)
 
     def evaluate(self, parameters: Parameters, should_stop: Callable[[], bool] = lambda: False) -> Evaluation:
         """Loss and metrics of ``parameters`` on the held-out data. Raises as :meth:`train`."""
@@ -271,9 +275,9 @@ def pick_device(name: str) -> torch.device:
     return torch.device(name)
 
 
-def derived_seed(seed: int, worker: str, version: int, ordinal: int) -> int:
+def derived_seed(seed: int, worker: str, base: tuple[int, int, int], ordinal: int) -> int:
     """A seed for one training: the same for the same arguments, on every machine."""
-    text = f"{seed}:{worker}:{version}:{ordinal}".encode()
+    text = f"{seed}:{worker}:{base}:{ordinal}".encode()
     return int.from_bytes(hashlib.sha256(text).digest()[:8], "big") >> 1
 
 
@@ -288,6 +292,16 @@ def _seeded(seed: int, device: torch.device) -> Iterator[None]:
 def _collate_of(task: Task) -> Callable[[list[Any]], Any]:
     # By its own name, so that batches of a TensorDataset can take the short way.
     return default_collate if type(task).collate is Task.collate else task.collate
+
+
+def _checked_examples(examples: Any, who: str) -> int:
+    try:
+        number = operator.index(examples)
+    except TypeError:
+        raise TaskError(f"{who}.train returned examples = {examples!r}; it must be a whole number") from None
+    if not 1 <= number <= 2**53:
+        raise TaskError(f"{who}.train returned examples = {number}; an update needs at least one example")
+    return number
 
 
 def _with_examples(data: Any, complaint: str) -> Examples:

@@ -20,8 +20,6 @@ import math
 from collections import Counter
 from dataclasses import dataclass, field, replace
 
-import numpy as np
-
 from aggregator.core import effects as do
 from aggregator.core import events as on
 from aggregator.core.ledger import Ledger
@@ -132,7 +130,7 @@ class RoundMachine:
         self._commit = 0
         self._retry_at = now
         self._ask_again_at: float | None = None
-        self._stopping = self._finished = self._announced = False
+        self._stopping = self._finished = self._announced = self._linked = False
         self._done_at = now
         self._set_done(now)
 
@@ -146,13 +144,15 @@ class RoundMachine:
         """Updates in the buffer."""
         return len(self._round.entries)
 
-    def handle(self, event: on.Happening, now: float) -> list[do.Effect]:
+    def handle(self, event: on.Happening, now: float) -> list[do.Effect]:  # noqa: PLR0912 - one branch a kind of event
         """Take ``event`` in at time ``now`` (seconds, never falling) and say what is to be done, in order."""
         effects: list[do.Effect] = []
         match event:
             case on.Arrived():
                 effects += self._arrived(event, now)
             case on.Unreadable(token, reason, detail, worker):
+                if worker:
+                    self._round.refused.add(worker)
                 effects += self._reject(token, worker, reason, detail, None)
             case on.Joined(hello):
                 self.roster.see(hello.worker, now, hello.role)
@@ -163,6 +163,11 @@ class RoundMachine:
             case on.Seen(worker, incarnation, role, confirmed):
                 self.roster.see(worker, now, role)
                 self.roster.confirm(worker, incarnation, confirmed)
+                if self.roster.is_doubled(worker, incarnation):
+                    text = (
+                        f"there are two workers called {worker}; give each its own worker.name, or its data count twice"
+                    )
+                    effects.append(do.Record(do.Warn(text)))
             case on.Evaluated(worker, version, metrics):
                 self.roster.evaluated(worker, version, now)
                 effects.append(do.Record(do.EvaluationRecord(worker, version, metrics)))
@@ -171,9 +176,10 @@ class RoundMachine:
             case on.CheckpointFailed(commit, error):
                 effects += self._failed(commit, error, now)
             case on.LinkUp():
-                self._announced = True
+                self._announced = self._linked = True
                 effects.append(self._broadcast())
             case on.LinkLost(generation):
+                self._linked = False
                 self._forget(generation)
             case on.StopRequested():
                 self._stopping = True
@@ -278,7 +284,9 @@ class RoundMachine:
             self._ask_again_at = None
         elif self._ask_again_at is None:
             self._ask_again_at = now if overdue else now + self.rules.retry_seconds
-        if self._ask_again_at is None or now < self._ask_again_at or self._durable.version != self.version:
+        # Without a connection the question would only pile up; the next connection brings the version anyway.
+        ready = self._linked and self._durable.version == self.version
+        if self._ask_again_at is None or now < self._ask_again_at or not ready:
             return []
         return self._ask_again(now, rule.goal(self._round, present))
 
@@ -448,4 +456,5 @@ class RoundMachine:
 def _mean_loss(entries: tuple[Entry, ...]) -> float | None:
     known = [(entry.loss, entry.examples) for entry in entries if entry.loss is not None]
     total = sum(examples for _, examples in known)
-    return float(np.dot([loss for loss, _ in known], [n for _, n in known]) / total) if total else None
+    mean = math.fsum(loss * (n / total) for loss, n in known) if total else math.nan
+    return mean if math.isfinite(mean) else None

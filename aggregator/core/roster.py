@@ -9,6 +9,9 @@ from broker.messages import Role
 
 __all__ = ["Member", "Roster"]
 
+#: Incarnations of one worker whose counts are kept; they are for the summary alone.
+MAX_INCARNATIONS = 100
+
 
 @dataclass(slots=True)
 class Member:
@@ -23,6 +26,12 @@ class Member:
     """Updates that it knows to be confirmed, by incarnation."""
     farewell: str = ""
     """The reason in its goodbye."""
+    incarnation: str = ""
+    """The one that was heard last."""
+    former: set[str] = field(default_factory=set)
+    """Those before it."""
+    doubled: bool = False
+    """Two of them were heard in turn."""
 
 
 class Roster:
@@ -56,6 +65,21 @@ class Roster:
         if name not in self._members or self._members[name].present:
             self.see(name, now)
 
+    def is_doubled(self, name: str, incarnation: str) -> bool:
+        """Note whose heartbeat it was; True, once, if a former incarnation of ``name`` is heard again.
+
+        A worker that was started anew never comes back as what it was: there are two with this name.
+        """
+        member = self._members[name]
+        if incarnation == member.incarnation:
+            return False
+        is_new = incarnation in member.former and not member.doubled
+        member.doubled = member.doubled or is_new
+        if member.incarnation:
+            member.former = {*list(member.former)[-MAX_INCARNATIONS:], member.incarnation}
+        member.incarnation = incarnation
+        return is_new
+
     def leave(self, name: str, now: float, farewell: str) -> None:
         """``name`` said goodbye."""
         if name in self._members:
@@ -75,7 +99,9 @@ class Roster:
         """``name`` says how many updates of ``incarnation`` were confirmed; counts never fall."""
         if name in self._members and count > 0:
             known = self._members[name].confirmed
-            known[incarnation] = max(count, known.get(incarnation, 0))
+            known[incarnation] = max(count, known.pop(incarnation, 0))
+            while len(known) > MAX_INCARNATIONS:
+                del known[next(iter(known))]
 
     def present(self, role: Role, now: float) -> list[str]:
         """Names of those with ``role`` who are here, sorted."""

@@ -90,9 +90,8 @@ class Buffered:
         return self.size
 
     def is_stuck(self, round_: Round, present: Sequence[str]) -> bool:
-        """Never: workers go on by themselves."""
-        del round_, present
-        return False
+        """Workers go on by themselves, but one whose update was rejected may have none left for this version."""
+        return bool(round_.refused & set(present))
 
 
 @dataclass(frozen=True, slots=True)

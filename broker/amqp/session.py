@@ -46,6 +46,29 @@ OLDEST = (3, 9, 0)  # streams
 NEWEST_TESTED_MAJOR = 4
 
 
+def _guard_timestamps() -> None:
+    """Let pika read headers with times that no calendar has, as None.
+
+    It raises in the middle of its parser otherwise, which costs the connection; the message comes again and
+    costs the next one, for ever.
+    """
+    decode_value = pika.data.decode_value
+
+    def guarded(encoded: bytes, offset: int) -> tuple[Any, int]:
+        try:
+            value: tuple[Any, int] = decode_value(encoded, offset)
+        except (OverflowError, OSError, ValueError):
+            if encoded[offset : offset + 1] != b"T":
+                raise
+            return None, offset + 9
+        return value
+
+    pika.data.decode_value = guarded
+
+
+_guard_timestamps()
+
+
 def quiet_pika() -> None:
     """Silence pika's loggers, unless somebody has set a level.
 

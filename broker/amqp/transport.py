@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import re
 import secrets
 import threading
 import time
@@ -23,7 +24,7 @@ from broker.amqp.declare import declare
 from broker.amqp.publisher import Publisher, plain
 from broker.amqp.session import Channel
 from broker.errors import BrokerError, BrokerUnreachable, MessageTooLarge, Unroutable
-from broker.messages import Reason
+from broker.messages import NAME_PATTERN, Reason
 from broker.settings import BrokerConfig
 from broker.topology import CONTROL, DEAD, EVENTS, UPDATES, Topology
 from broker.transport import Connected, Delivery, Disconnected, Failed, Incoming, Outgoing, Sink, Source, Token
@@ -240,8 +241,14 @@ class AmqpAggregatorTransport(_Transport):
         copy = Outgoing(
             body=body, message_id=properties.message_id or "", headers={**plain(properties.headers), **facts}
         )
-        future = self._publisher.publish(DEAD, key, copy, kind=properties.type or "update")
+        future = self._publisher.publish(DEAD, self._dead_key(key), copy, kind=properties.type or "update")
         future.add_done_callback(lambda done: self._buried(done.exception(), token, facts, body))
+
+    def _dead_key(self, key: str) -> str:
+        """Where a copy is bound to arrive. A message that was put into the queue directly has any key."""
+        run, _, worker = key.partition(".")
+        is_ours = run == self._topology.run and re.fullmatch(NAME_PATTERN, worker)
+        return key if is_ours else self._topology.key("unknown")
 
     def _buried(self, error: BaseException | None, token: Token, facts: Mapping[str, str | int], body: bytes) -> None:
         if error is None:

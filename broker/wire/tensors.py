@@ -67,7 +67,11 @@ def _views(model: ModelSpec, data: memoryview) -> Iterator[tuple[str, Array]]:
     for tensor in model.tensors:
         position = aligned(position)
         flat = np.frombuffer(data[position : position + tensor.nbytes], dtype=np.uint8)
-        array = flat.view(DTYPES[tensor.dtype]).reshape(tensor.shape)
+        try:
+            array = flat.view(DTYPES[tensor.dtype]).reshape(tensor.shape)
+        except ValueError as error:
+            # Dimensions that no array has, beside a zero that makes their product small.
+            raise WireError(f"{tensor.name}: {error}") from None
         array.flags.writeable = False
         yield tensor.name, array
         position += tensor.nbytes

@@ -196,5 +196,5 @@ def test_a_folder_that_cannot_be_written_is_named(tmp_path: Path) -> None:
     (tmp_path / "blocked").touch()
     blocked = ("--folder", "blocked")
     assert_one_message(fedmq(tmp_path, "init", *blocked, *LINE), 5, "blocked/checkpoints", "make the folder writable")
-    assert_one_message(fedmq(tmp_path, "aggregator", *blocked), 5, "blocked/checkpoints", "make the folder writable")
+    assert_one_message(fedmq(tmp_path, "aggregator", *blocked), 5, "blocked/checkpoints", "no checkpoint")
     assert_one_message(fedmq(tmp_path, "worker", *blocked, *LINE), 5, "blocked", "must be able to write there")

@@ -45,7 +45,10 @@ class Count:
         return 1.0
 
     def finish(self, accumulator: Accumulator, model: ModelSpec) -> dict[str, Array]:
-        return accumulator.tensors
+        result = {name: total.copy() for name, total in accumulator.tensors.items()}
+        for total in accumulator.tensors.values():
+            total.fill(-1e6)  # used up, as a strategy may
+        return result
 
 
 @dataclass

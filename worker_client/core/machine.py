@@ -66,7 +66,7 @@ class WorkerMachine:
         self._worker = worker
         self._incarnation = incarnation
         self._max_updates = max_updates
-        self._round: tuple[int, int, str] | None = None
+        self._round: tuple[int, int, int] | None = None
         self._trained_in_round = 0
         self._failures = 0
         self._leaving: str | None = None
@@ -126,16 +126,12 @@ class WorkerMachine:
         if head is None:
             return []
         plan = head.plan
-        if plan.rounds is Rounds.SYNCHRONOUS:
-            # Without the epoch: after a restart of the aggregator the answer to this attempt still counts,
-            # and if it was lost, the deadline leads to another attempt.
-            this_round, allowance = (head.version, plan.attempt, "synchronous"), 1
-            if not plan.is_sampled(self._worker, head.version):
-                return []
-        else:
-            # With the epoch: an aggregator that came back from an older copy of its state may have lost what
-            # was folded, and buffered rounds have no deadline that would ask again.
-            this_round, allowance = (head.epoch, head.version, "buffered"), plan.updates_per_version
+        if plan.rounds is Rounds.SYNCHRONOUS and not plan.is_sampled(self._worker, head.version):
+            return []
+        allowance = 1 if plan.rounds is Rounds.SYNCHRONOUS else plan.updates_per_version
+        # With the epoch: an aggregator that came back may not know that it rejected this worker's update, or may
+        # come from an older copy. With the attempt: it asks again. Whose update is in stands in the plan.
+        this_round = (head.epoch, head.version, plan.attempt)
         if this_round != self._round:
             self._round, self._trained_in_round = this_round, 0
         if self._trained_in_round >= allowance:

@@ -62,12 +62,14 @@ def test_an_unusable_update_is_rejected_counted_and_its_worker_told(update: Any,
     assert driver.machine.fill == 0
 
 
-def test_large_finite_values_are_finite_though_their_squares_are_not() -> None:
+def test_values_so_large_that_sums_would_overflow_count_as_infinite() -> None:
     driver = driver_of(rounds=Buffered(size=2, max_staleness=0))
 
-    driver.update(update_of({"w": vector(3e30)}))
+    driver.update(update_of({"w": vector(1e18)}, seq=0))
+    driver.update(update_of({"w": vector(3e30)}, seq=1))
 
     assert driver.machine.fill == 1
+    assert driver.reasons == [Reason.NOT_FINITE]
 
 
 def test_buffered_takes_what_is_within_the_staleness_and_rejects_what_is_not() -> None:
@@ -356,3 +358,15 @@ def test_who_comes_leaves_and_falls_silent_is_said_once() -> None:
         do.Went("b", trainer, ""),
         do.Came("b", trainer),
     ]
+
+
+def test_two_workers_with_one_name_are_noticed_and_a_restarted_one_is_not() -> None:
+    driver = driver_of()
+    for incarnation in ("one", "one", "two", "two"):
+        driver.send(on.Seen("a", incarnation, Role.TRAINER, 0))
+    assert not any(isinstance(fact, do.Warn) for fact in driver.facts)
+
+    for incarnation in ("one", "two", "one"):
+        driver.send(on.Seen("a", incarnation, Role.TRAINER, 0))
+
+    assert ["two workers called a" in fact.text for fact in driver.facts if isinstance(fact, do.Warn)] == [True]

@@ -72,6 +72,9 @@ class Site:
     def version(self) -> int:
         return sum(line["kind"] == "version" for line in self.history)
 
+    def epochs(self) -> list[object]:
+        return [line["epoch"] for line in self.history if line["kind"] == "start"]
+
     def log(self) -> str:
         return (self.folder / "log").read_text()
 
@@ -116,6 +119,7 @@ def test_an_aggregator_killed_again_and_again_neither_loses_nor_repeats_an_updat
 
         for kill in range(3):
             wait_for(lambda seen=2 * (kill + 1): place.version() >= seen, 60, what="progress")  # type: ignore[misc]
+            wait_for(lambda epoch=kill + 1: place.epochs()[-1:] == [epoch], 60, what="its start")  # type: ignore[misc]
             aggregator.kill()
             aggregator.wait()
             aggregator = place.command("aggregator")
@@ -131,7 +135,7 @@ def test_an_aggregator_killed_again_and_again_neither_loses_nor_repeats_an_updat
         ]
         told = [(u["worker"], u["seq"]) for line in place.history if line["kind"] == "version" for u in line["updates"]]  # type: ignore[attr-defined]
         assert len(told) == len(set(told)) == place.version() * BUFFER
-        assert [line["epoch"] for line in place.history if line["kind"] == "start"] == [1, 2, 3, 4]
+        assert place.epochs() == [1, 2, 3, 4]
         assert ready(node, place.topology.dead) == 0
 
 

@@ -10,15 +10,27 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 import msgpack
+import xxhash
 
 from broker.errors import MessageTooLarge, UnknownFormat, WireError
 
-__all__ = ["ALIGNMENT", "FORMAT_VERSION", "MAGIC", "MAX_HEADER", "MAX_TENSORS", "aligned", "pack", "unpack"]
+__all__ = [
+    "ALIGNMENT",
+    "FORMAT_VERSION",
+    "MAGIC",
+    "MAX_HEADER",
+    "MAX_TENSORS",
+    "aligned",
+    "header_check",
+    "pack",
+    "padded",
+    "unpack",
+]
 
 MAGIC = b"FdMQ"
 FORMAT_VERSION = 1
 
-#: magic, format version, three reserved zero bytes, header length; little-endian, 12 bytes.
+#: magic, format version, check of the header, header length; little-endian, 12 bytes.
 PREFIX = struct.Struct("<4sB3sI")
 
 #: Where the data section starts, and each tensor in it: a cache line, and what vector instructions like.
@@ -59,14 +71,27 @@ def pack(header: Mapping[str, Any], data: Iterable[memoryview] = ()) -> bytes:
             f"the description of this model takes {len(packed)} bytes; {MAX_HEADER} is the limit "
             f"(and {MAX_TENSORS} tensors): shorten the parameters' names or merge small ones"
         )
-    pieces: list[bytes | memoryview] = [PREFIX.pack(MAGIC, FORMAT_VERSION, b"\0\0\0", len(packed)), packed]
-    position = PREFIX.size + len(packed)
+    prefix = PREFIX.pack(MAGIC, FORMAT_VERSION, header_check(packed), len(packed))
+    blocks = padded(data)
+    end = PREFIX.size + len(packed)
+    return b"".join([prefix, packed, bytes(aligned(end) - end if blocks else 0), *blocks])
+
+
+def header_check(packed: bytes | memoryview) -> bytes:
+    """The first three bytes of XXH3-64 over the header; the data section has a checksum of its own."""
+    return xxhash.xxh3_64(packed).digest()[:3]
+
+
+def padded(data: Iterable[memoryview]) -> list[memoryview]:
+    """``data`` as it stands in a data section: with the zero bytes that alignment puts between its blocks."""
+    pieces: list[memoryview] = []
+    position = 0
     for block in data:
         if padding := aligned(position) - position:
-            pieces.append(bytes(padding))
+            pieces.append(memoryview(bytes(padding)))
         pieces.append(block)
         position = aligned(position) + block.nbytes
-    return b"".join(pieces)
+    return pieces
 
 
 def unpack(body: bytes | memoryview) -> tuple[dict[str, Any], memoryview]:
@@ -78,7 +103,7 @@ def unpack(body: bytes | memoryview) -> tuple[dict[str, Any], memoryview]:
     view = memoryview(body)
     if view.nbytes < PREFIX.size:
         raise WireError(f"{view.nbytes} bytes are too few for a message")
-    magic, version, _reserved, header_length = PREFIX.unpack_from(view)
+    magic, version, check, header_length = PREFIX.unpack_from(view)
     if magic != MAGIC:
         raise WireError(f"not a fedmq message: it begins with {bytes(magic)!r}, not {MAGIC!r}")
     if version != FORMAT_VERSION:
@@ -86,6 +111,8 @@ def unpack(body: bytes | memoryview) -> tuple[dict[str, Any], memoryview]:
     end = PREFIX.size + header_length
     if header_length > MAX_HEADER or end > view.nbytes:
         raise WireError(f"a header of {header_length} bytes in a message of {view.nbytes}")
+    if check != header_check(view[PREFIX.size : end]):
+        raise WireError("the header does not match its check: the message was damaged on its way")
     try:
         header = msgpack.unpackb(view[PREFIX.size : end], ext_hook=_no_extensions, object_pairs_hook=_map, **_LIMITS)
     except (ValueError, msgpack.UnpackException, RecursionError) as error:

@@ -20,7 +20,7 @@ from broker.messages import (
     Update,
     UpdateHead,
 )
-from broker.wire.envelope import MAX_TENSORS, aligned, pack, unpack
+from broker.wire.envelope import MAX_TENSORS, pack, padded, unpack
 from broker.wire.tensors import blocks, checksum, data_length, read
 
 __all__ = ["Message", "decode", "encode"]
@@ -52,8 +52,7 @@ def encode(message: Message) -> bytes:
     if isinstance(message, Update | Parameters):
         data = blocks(message.model, message.tensors)
         header = _head(message) | {"model": _model(message.model)}
-        padded = _padded(data)
-        header["data"] = {"nbytes": data_length(message.model), "checksum": checksum(padded)}
+        header["data"] = {"nbytes": data_length(message.model), "checksum": checksum(padded(data))}
         return pack(header, data)
     return pack(_head(message))
 
@@ -100,18 +99,6 @@ def _plain(value: Any) -> Any:
     if hasattr(value, "__dataclass_fields__"):
         return {name: _plain(inner) for name, inner in asdict(value).items()}
     return str(value) if isinstance(value, str) else value
-
-
-def _padded(data: list[memoryview]) -> list[memoryview]:
-    """``data`` with the zero bytes that alignment puts between its blocks, as the checksum covers them."""
-    pieces: list[memoryview] = []
-    position = 0
-    for block in data:
-        if padding := aligned(position) - position:
-            pieces.append(memoryview(bytes(padding)))
-        pieces.append(block)
-        position = aligned(position) + block.nbytes
-    return pieces
 
 
 def _model(model: ModelSpec) -> dict[str, Any]:

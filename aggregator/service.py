@@ -9,15 +9,16 @@ from __future__ import annotations
 import json
 import logging
 import math
-import os
 import queue
 import re
+import secrets
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from pathlib import Path
+from typing import BinaryIO
 
 from aggregator.checkpoint import CheckpointStore, write_tensors
 from aggregator.core import effects as do
@@ -356,11 +357,10 @@ class AggregatorService:
             "evaluation": {name: value if math.isfinite(value) else None for name, value in outcome.metrics.items()},
         }
         try:
-            _replace(self.folder / "summary.json", (json.dumps(summary, indent=2) + "\n").encode())
-            temporary = self.folder / f".model.safetensors.{os.getpid()}"
-            with temporary.open("wb") as file:
-                write_tensors(file, machine.parameters, {"format": "pt", "run": self.run_name})
-            temporary.replace(self.folder / "model.safetensors")
+            text = (json.dumps(summary, indent=2) + "\n").encode()
+            _replace(self.folder / "summary.json", lambda file: file.write(text))
+            metadata = {"format": "pt", "run": self.run_name}
+            _replace(self.folder / "model.safetensors", lambda file: write_tensors(file, machine.parameters, metadata))
         except OSError as error:
             raise CheckpointNotWritten(
                 f"{self.folder}: {error.strerror}; the run itself is safe in its checkpoint: make room, start again"
@@ -401,7 +401,8 @@ def _figures(metrics: Mapping[str, float]) -> str:
     return ", ".join(f"{name} {value:.4f}" for name, value in metrics.items())
 
 
-def _replace(target: Path, content: bytes) -> None:
-    temporary = target.with_name(f".{target.name}.{os.getpid()}")
-    temporary.write_bytes(content)
+def _replace(target: Path, write: Callable[[BinaryIO], object]) -> None:
+    temporary = target.with_name(f".{target.name}.{secrets.token_hex(8)}")
+    with temporary.open("xb") as file:
+        write(file)
     temporary.replace(target)

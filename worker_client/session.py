@@ -315,6 +315,7 @@ class Session:
     def _say_goodbye(self, reason: str) -> None:
         if not self._connected:
             return
+        self._beat()  # the last figures: whoever watches a short run would see those of seconds ago
         try:
             self._transport.control(self._sender.goodbye(self._outbox.confirmed, reason)).result(timeout=GOODBYE)
         except (FedmqError, TimeoutError) as error:

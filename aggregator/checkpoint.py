@@ -21,7 +21,7 @@ import os
 import secrets
 import struct
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -30,7 +30,7 @@ import xxhash
 from pydantic import TypeAdapter, ValidationError
 from safetensors import SafetensorError, safe_open
 
-from aggregator.core.snapshot import Entry, Snapshot, VersionRecord
+from aggregator.core.snapshot import Entry, Snapshot, VersionRecord, rolled_back
 from aggregator.optimizers import OptimizerState
 from aggregator.strategies.base import Accumulator
 from broker.errors import (
@@ -38,10 +38,11 @@ from broker.errors import (
     CheckpointError,
     CheckpointMissing,
     CheckpointNotWritten,
+    CheckpointOutdated,
     StaleEpoch,
     WrongRun,
 )
-from broker.messages import DTYPES, Array, ModelSpec, Tensors, as_bytes, parameters_digest
+from broker.messages import DTYPES, Array, ModelSpec, Scalar, Tensors, as_bytes, parameters_digest
 
 __all__ = ["CheckpointStore", "write_tensors"]
 
@@ -88,6 +89,12 @@ class _State:
     mode: str
     started: float
     done: bool
+    # Not in the checkpoints of 0.1.
+    void: tuple[tuple[int, int], ...] = ()
+    changes: dict[str, Scalar] = field(default_factory=dict)
+    pending: dict[str, Scalar] | None = None
+    paused: bool = False
+    commands: tuple[str, ...] = ()
 
 
 _ADAPTER: TypeAdapter[_State] = TypeAdapter(_State)
@@ -101,11 +108,11 @@ class _Foreign(CheckpointCorrupt):
 class CheckpointStore:
     """The checkpoints of one run in one folder. One process at a time owns it, by epoch."""
 
-    def __init__(self, folder: Path, run: str) -> None:
-        """Nothing is touched yet."""
+    def __init__(self, folder: Path, run: str, *, keep: int = KEEP) -> None:
+        """Nothing is touched yet. ``keep`` is how many generations stay, at least 2."""
         self.folder = folder
         self.run = run
-        self._epoch = 0
+        self._keep = max(KEEP, keep)
 
     # --------------------------------------------------------------------------------------------- reading
 
@@ -121,12 +128,21 @@ class CheckpointStore:
             CheckpointCorrupt: there are some, and none of them can be read.
             WrongRun: the folder holds another run's state.
         """
+        return self._load()[0]
+
+    def read(self, file: Path) -> Snapshot:
+        """What stands in ``file``. Raises :class:`CheckpointCorrupt` and the like if it cannot be relied on."""
+        return self._read(file)
+
+    def _load(self) -> tuple[Snapshot, list[Path]]:
+        """The newest snapshot that is whole, and the newer files that are not."""
         files = self.files()
         if not files:
             raise CheckpointMissing(
                 f"no checkpoint of run {self.run!r} in {self.folder}: make the first with "
                 f"'fedmq init --run {self.run} --task PACKAGE.MODULE:ATTRIBUTE', with the same --folder"
             )
+        damaged: list[Path] = []
         problems: list[str] = []
         for file in files:
             try:
@@ -134,6 +150,7 @@ class CheckpointStore:
             except _Foreign:
                 raise
             except CheckpointCorrupt as error:
+                damaged.append(file)
                 problems.append(str(error))
                 continue
             if problems:
@@ -143,7 +160,7 @@ class CheckpointStore:
                     file.name,
                     snapshot.version,
                 )
-            return snapshot
+            return snapshot, damaged
         raise CheckpointCorrupt(
             "; ".join(problems) + ": restore one from a backup, or move the folder away to start anew"
         )
@@ -197,19 +214,53 @@ class CheckpointStore:
         self.write(snapshot)
         return snapshot
 
-    def claim(self) -> Snapshot:
+    def claim(self, *, epoch: int = 0, version: int = 0, now: float = 0.0, accept_older: bool = False) -> Snapshot:
         """Load the newest snapshot and own the run from now on, under an epoch higher than any before.
 
-        Whoever owned it before can write no more. Raises what :meth:`load` raises, and
-        :class:`CheckpointNotWritten` if the epoch cannot be made durable.
+        Whoever owned it before can write no more. If the state is older than what was seen of the run, its
+        version becomes the newest under a number of its own (:func:`rolled_back`), durable before this returns.
+
+        Args:
+            epoch: the highest that anybody has seen, apart from this folder.
+            version: the newest that anybody has seen, apart from this folder.
+            now: seconds since 1970.
+            accept_older: take the state even if it is older than that.
+
+        Raises what :meth:`load` raises, and:
+            CheckpointOutdated: the state is older, and no damaged file explains that.
+            CheckpointNotWritten: the epoch cannot be made durable.
         """
         if not self.files():
             self.load()  # says what is missing, before anything is made in a folder that may be a typing error
         with self._locked():
-            snapshot = self.load()
-            self._epoch = max(self._stored_epoch(), snapshot.epoch) + 1
-            self._replace(self.folder / "epoch", lambda file: file.write(f"{self._epoch}\n".encode()))
-        return replace(snapshot, epoch=self._epoch)
+            snapshot, damaged = self._load()
+            known = max(self._stored_epoch(), snapshot.epoch)
+            if (epoch > known or version > snapshot.version) and not (damaged or accept_older):
+                raise CheckpointOutdated(
+                    f"{self.folder} holds version {snapshot.version} (epoch {known}) of run {self.run!r}, and version "
+                    f"{version} (epoch {epoch}) has been there: was an old copy restored, or is it another folder? "
+                    "Start with the newest state, or give up what came after it with 'fedmq aggregator --accept-older'"
+                )
+            claimed = max(known, epoch) + 1
+            self._replace(self.folder / "epoch", lambda file: file.write(f"{claimed}\n".encode()))
+            for file in damaged:
+                # Out of the way of KEEP, which would rather delete the whole one before it.
+                with contextlib.suppress(OSError):
+                    file.replace(file.with_name(f"{file.name}.damaged"))
+        snapshot = replace(snapshot, epoch=claimed)
+        if version > snapshot.version:
+            log.error("version %d goes on as version %d; those in between are void", snapshot.version, version + 1)
+            snapshot = rolled_back(
+                snapshot,
+                to=snapshot.version,
+                head=version,
+                parameters=snapshot.parameters,
+                optimizer=snapshot.optimizer,
+                now=now,
+                drop=False,
+            )
+            self.write(snapshot)
+        return snapshot
 
     def write(self, snapshot: Snapshot) -> Path:
         """Make ``snapshot`` durable; when this returns, it will survive a crash of this machine.
@@ -224,7 +275,7 @@ class CheckpointStore:
         state = _ADAPTER.dump_json(_state(snapshot)).decode()
         metadata = {"format": FORMAT, "state": state, "checksum": _checksum(state, arrays)}
         self._replace(target, lambda file: write_tensors(file, arrays, metadata), epoch=snapshot.epoch)
-        for old in self.files()[KEEP:]:
+        for old in self.files()[self._keep :]:
             with contextlib.suppress(OSError):
                 old.unlink()
         return target

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import logging
+import os
+import socket
 import threading
+import time
 from pathlib import Path
 from typing import Annotated
 
@@ -11,7 +15,8 @@ import typer
 
 from aggregator.checkpoint import CheckpointStore
 from aggregator.config import AggregatorConfig
-from aggregator.service import AggregatorService, Outcome
+from aggregator.results import Outcome
+from aggregator.service import AggregatorService
 from broker.amqp.transport import AmqpAggregatorTransport
 from broker.console import (
     BrokerOption,
@@ -24,11 +29,17 @@ from broker.console import (
     set_up_logging,
     stop_on_signals,
 )
-from broker.errors import CheckpointNotWritten
+from broker.errors import CheckpointNotWritten, StaleEpoch
 from broker.settings import Settings, load, plain
 from broker.topology import Topology
 
 __all__ = ["aggregator", "checkpoint_folder", "main", "run_folder", "serve"]
+
+log = logging.getLogger("fedmq.aggregator")
+
+#: Being superseded more often than this in so many seconds is no takeover, but two that do not know each other.
+RIVAL_TIMES = 3
+RIVAL_SECONDS = 60.0
 
 FolderOption = Annotated[Path | None, typer.Option("--folder", help="Where checkpoints are kept; runs/<run>.")]
 
@@ -40,11 +51,18 @@ def aggregator(
     broker: BrokerOption = None,
     folder: FolderOption = None,
     settings: SetOption = None,
+    accept_older: Annotated[
+        bool, typer.Option("--accept-older", help="Go on from an older checkpoint than the run has seen.")
+    ] = False,
+    drop_changes: Annotated[
+        bool, typer.Option("--drop-changes", help="Forget what 'fedmq set' and 'fedmq stop' have changed.")
+    ] = False,
     verbose: VerboseOption = 0,
 ) -> None:
     """Buffer updates, apply them, make them durable, broadcast new versions, until the run is done.
 
-    Goes on where the run's newest checkpoint stands. SIGTERM commits what is folded and exits 0; updates that
+    Goes on where the run's newest checkpoint stands. A second one of the same run, with the same folder, stands by
+    and takes over when the first is gone or hangs. SIGTERM commits what is folded and exits 0; updates that
     are not in a checkpoint go back to the queue.
 
     Example: fedmq aggregator --run digits --set aggregator.buffer_size=4
@@ -52,7 +70,8 @@ def aggregator(
     with guard():
         set_up_logging(verbose)
         flags = parse_flags(settings or [], run=run, broker__url=broker, aggregator__folder=folder)
-        serve(load({"aggregator": AggregatorConfig}, file=config, flags=flags))
+        read = load({"aggregator": AggregatorConfig}, file=config, flags=flags)
+        serve(read, accept_older=accept_older, drop_changes=drop_changes)
 
 
 def run_folder(settings: Settings) -> Path:
@@ -65,29 +84,75 @@ def checkpoint_folder(settings: Settings) -> Path:
     return run_folder(settings) / "checkpoints"
 
 
-def serve(settings: Settings) -> Outcome:
-    """Run the aggregator that ``settings`` describe until it is done or a signal comes."""
+def serve(settings: Settings, *, accept_older: bool = False, drop_changes: bool = False) -> Outcome | None:
+    """Run the aggregator that ``settings`` describe until it is done or a signal comes; None if it only stood by.
+
+    One that is superseded stands by again, under the newest state.
+    """
     config = settings.table("aggregator", AggregatorConfig)
     folder = run_folder(settings)
-    store = CheckpointStore(checkpoint_folder(settings), settings.run)
-    snapshot = store.claim()
-    size = snapshot.model.nbytes
-    try:
-        (folder / "config.toml").write_text(tomli_w.dumps(plain(settings)))
-    except OSError as error:
-        raise CheckpointNotWritten(f"{folder}: {error.strerror}; make the folder writable") from None
-    service = AggregatorService(
-        folder=folder, run=settings.run, rules=config.rules(size), store=store, snapshot=snapshot
-    )
-    transport = AmqpAggregatorTransport(
+    store = CheckpointStore(checkpoint_folder(settings), settings.run, keep=config.keep_checkpoints)
+    size = store.load().model.nbytes
+    _write_settings(settings, folder)
+    stop = threading.Event()
+    serving: list[AggregatorService] = []
+    ousted: list[float] = []
+
+    def stop_serving() -> None:
+        for service in serving:
+            service.stop()
+
+    with stop_on_signals(stop, also=stop_serving):
+        while not stop.is_set():
+            service = AggregatorService(
+                folder=folder,
+                run=settings.run,
+                config=config,
+                store=store,
+                accept_older=accept_older,
+                drop_changes=drop_changes,
+            )
+            serving[:] = [service]
+            if stop.is_set():
+                break
+            try:
+                return service.run(_transport(settings, config, size))
+            except StaleEpoch as error:
+                log.warning("%s", error)
+                if service.leads:
+                    ousted.append(time.monotonic())
+                    _require_no_rival(ousted, folder)
+            accept_older = drop_changes = False
+    return None
+
+
+def _transport(settings: Settings, config: AggregatorConfig, size: int) -> AmqpAggregatorTransport:
+    return AmqpAggregatorTransport(
         settings.broker,
         Topology(settings.run),
         model_bytes=size,
         prefetch=config.prefetch(size),
-        consumer_tag=f"aggregator/epoch {snapshot.epoch}",
+        consumer_tag=f"aggregator/{socket.gethostname()}/{os.getpid()}",
     )
-    with stop_on_signals(threading.Event(), also=service.stop):
-        return service.run(transport)
+
+
+def _write_settings(settings: Settings, folder: Path) -> None:
+    try:
+        (folder / "config.toml").write_text(tomli_w.dumps(plain(settings)))
+    except OSError as error:
+        raise CheckpointNotWritten(f"{folder}: {error.strerror}; make the folder writable") from None
+
+
+def _require_no_rival(ousted: list[float], folder: Path) -> None:
+    """Raise :class:`StaleEpoch` if this aggregator was superseded again and again while it had the turn.
+
+    Who takes over on the same broker has the turn itself. A command like ``fedmq rollback`` does it once.
+    """
+    if len([moment for moment in ousted if moment > time.monotonic() - RIVAL_SECONDS]) > RIVAL_TIMES:
+        raise StaleEpoch(
+            f"an aggregator that uses another broker (or virtual host) works in {folder} as well: both would undo "
+            "each other's work. Give each run its own folder, and its aggregators one broker.url"
+        )
 
 
 def main() -> None:

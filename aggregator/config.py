@@ -2,23 +2,49 @@
 
 from __future__ import annotations
 
+import difflib
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, ValidationError, model_validator
 
-from aggregator.core.machine import CommitPolicy, Rules
 from aggregator.core.rounds import Buffered, RoundRule, Synchronous
+from aggregator.core.rules import CommitPolicy, Rules
+from aggregator.core.snapshot import Changes
 from aggregator.optimizers import OPTIMIZERS
 from aggregator.staleness import STALENESS
 from aggregator.strategies import STRATEGIES
-from broker.messages import Mode, Rounds
+from broker.errors import ConfigError
+from broker.messages import Mode, Rounds, Scalar
 from broker.settings import Table
 
-__all__ = ["AggregatorConfig"]
+__all__ = ["LIVE", "AggregatorConfig"]
 
 Positive = Annotated[int, Field(ge=1)]
 Seconds = Annotated[float, Field(gt=0)]
+
+#: What ``fedmq set`` may change on a running run. Not what workers have taken for granted (the mode, the kind of
+#: rounds), and not what the connection was made with (commits, which the prefetch follows).
+LIVE = frozenset(
+    {
+        "buffer_size",
+        "deadline",
+        "fraction",
+        "learning_rate",
+        "linger",
+        "max_staleness",
+        "minimum_updates",
+        "momentum",
+        "optimizer",
+        "staleness",
+        "staleness_exponent",
+        "stop_after_rounds",
+        "strategy",
+        "updates_per_version",
+        "weighting",
+        "worker_timeout",
+    }
+)
 
 
 class AggregatorConfig(Table):
@@ -31,7 +57,7 @@ class AggregatorConfig(Table):
     """What workers send: ``delta`` after local training, or ``gradient`` at the version."""
     rounds: Rounds = Rounds.BUFFERED
     """When a round closes: ``buffered`` at ``buffer_size`` updates, ``synchronous`` when all have answered."""
-    stop_after_rounds: Positive | None = None
+    stop_after_rounds: Annotated[int, Field(ge=0)] | None = None
     """The run is done at this version; without it, it goes on until it is stopped."""
 
     buffer_size: Positive = 10
@@ -79,6 +105,11 @@ class AggregatorConfig(Table):
     ``heartbeat_seconds``."""
     linger: Annotated[float, Field(ge=0)] = 30.0
     """Seconds that a finished run waits for goodbyes and last evaluations."""
+    keep_checkpoints: Annotated[int, Field(ge=2)] = 2
+    """Checkpoint files that stay: the newest, and those to fall back to or to go back to."""
+    keep_updates: bool = False
+    """Keep every applied update on disk, so that ``fedmq replay`` can rebuild any version. Takes the size of the
+    model for each update."""
 
     @model_validator(mode="after")
     def _consistent(self) -> AggregatorConfig:
@@ -133,4 +164,41 @@ class AggregatorConfig(Table):
             commit=CommitPolicy(self.in_flight(model_bytes), self.commit_bytes, self.commit_seconds),
             worker_timeout=self.worker_timeout,
             linger_seconds=self.linger,
+            settings={
+                "mode": self.mode.value,
+                "rounds": self.rounds.value,
+                "strategy": self.strategy,
+                "weighting": weighting,
+                "staleness": self.staleness,
+                "staleness_exponent": self.staleness_exponent,
+                "optimizer": self.optimizer,
+                "learning_rate": self.effective_learning_rate,
+                "momentum": self.momentum,
+            },
         )
+
+    def normal(self, changes: Changes) -> dict[str, Scalar]:
+        """``changes`` as the types that the settings have, without those that are None, which takes one back.
+
+        Raises as :meth:`changed`.
+        """
+        kept = {name: value for name, value in changes.items() if value is not None or name not in LIVE}
+        values = self.changed(kept).model_dump(mode="json")
+        return {name: values[name] for name in kept}
+
+    def changed(self, changes: Changes) -> AggregatorConfig:
+        """This table with ``changes`` made on the running run.
+
+        Raises :class:`ConfigError` for a setting that cannot be changed then, or to this value.
+        """
+        for name in changes:
+            if name not in LIVE:
+                near = difflib.get_close_matches(name, LIVE, 1)
+                known = f"did you mean {near[0]}?" if near else f"these can: {', '.join(sorted(LIVE))}"
+                raise ConfigError(f"aggregator.{name} cannot be changed while the run goes on; {known}")
+        try:
+            return AggregatorConfig.model_validate({**self.model_dump(), **changes})
+        except ValidationError as error:
+            first = error.errors(include_url=False, include_input=False)[0]
+            where = ".".join(str(part) for part in first["loc"]) or "these changes"
+            raise ConfigError(f"aggregator.{where}: {first['msg']}") from None

@@ -7,7 +7,10 @@ holds it is durable, and made up for at the next start if a crash came in betwee
 from __future__ import annotations
 
 import json
+import logging
 import math
+import os
+import threading
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -18,32 +21,59 @@ from broker.errors import CheckpointNotWritten
 
 __all__ = ["History", "read_history"]
 
+log = logging.getLogger("fedmq.history")
+
+#: Bytes at the end of the file that are looked at first.
+TAIL = 1 << 20
+
 
 class History:
-    """Appends to the history file of a run."""
+    """Appends to the history file of a run. What the disk does not take is kept and tried again."""
 
     def __init__(self, file: Path) -> None:
         """Nothing is touched yet."""
         self.file = file
-        self._last_version = 0
+        self.last_version = 0
+        """The newest version that the file has."""
+        self._late: list[str] = []
+        self._lock = threading.Lock()
 
-    def open(self, records: tuple[VersionRecord, ...], *, epoch: int, version: int, now: float) -> None:
-        """Mend the end of the file, add the versions in ``records`` that it lacks, and note the start."""
+    def mend(self) -> None:
+        """Cut half a line at the end, which a crash may have left, and see which version was told last.
+
+        Raises :class:`CheckpointNotWritten`.
+        """
         try:
-            self._cut_torn_line()
+            if self.file.exists():
+                self._mend()
         except OSError as error:
             raise CheckpointNotWritten(f"{self.file}: {error.strerror}") from None
-        lines = [line for line in read_history(self.file) if line.get("kind") == "version"]
-        self._last_version = min(max((line["version"] for line in lines), default=0), version)
+
+    def open(self, records: tuple[VersionRecord, ...], *, epoch: int, version: int, now: float) -> None:
+        """Add the versions in ``records`` that the file lacks, and note the start. After :meth:`mend`."""
         for record in records:
             self.version(record)
         self._append({"kind": "start", "epoch": epoch, "version": version, "time": round(now, 3)})
 
+    def sync(self) -> None:
+        """Make durable what was appended, so that the checkpoint need not repeat it.
+
+        Raises :class:`CheckpointNotWritten`.
+        """
+        try:
+            with self._lock:
+                self._write()
+            with self.file.open("ab") as file:
+                os.fsync(file.fileno())
+        except OSError as error:
+            raise CheckpointNotWritten(f"{self.file}: {error.strerror}; make room") from None
+
     def version(self, record: VersionRecord) -> None:
         """A version is durable. One that the file has already is passed over."""
-        if record.version <= self._last_version:
+        if record.version <= self.last_version:
             return
-        self._last_version = record.version
+        self.last_version = record.version
+        back = {} if record.source is None else {"source": record.source, "dropped": list(map(_entry, record.dropped))}
         self._append(
             {
                 "kind": "version",
@@ -54,7 +84,9 @@ class History:
                 "loss": record.loss,
                 "before": record.before,
                 "after": record.after,
+                "settings": dict(record.settings),
                 "updates": [_entry(entry) for entry in record.updates],
+                **back,
             }
         )
 
@@ -71,33 +103,72 @@ class History:
             }
         )
 
-    def _append(self, line: Mapping[str, Any]) -> None:
-        try:
-            with self.file.open("a") as file:
-                file.write(json.dumps(line, allow_nan=False) + "\n")
-        except OSError as error:
-            raise CheckpointNotWritten(
-                f"{self.file}: {error.strerror}; make room or make the folder writable"
-            ) from None
+    def command(self, text: str, *, version: int, is_pending: bool, now: float) -> None:
+        """An operator's command was executed."""
+        line = {"kind": "command", "what": text, "version": version, "pending": is_pending, "time": round(now, 3)}
+        self._append(line)
 
-    def _cut_torn_line(self) -> None:
-        """A crash may have left half a line at the end."""
-        if not self.file.exists():
+    def _append(self, line: Mapping[str, Any]) -> None:
+        with self._lock:
+            self._late.append(json.dumps(line, allow_nan=False) + "\n")
+            try:
+                self._write()
+            except OSError as error:
+                log.warning("%s: %s; kept in memory, make room", self.file, error.strerror)
+
+    def _write(self) -> None:
+        if not self._late:
             return
-        content = self.file.read_bytes()
-        if content and not content.endswith(b"\n"):
-            with self.file.open("r+b") as file:
-                file.truncate(content.rfind(b"\n") + 1)
+        with self.file.open("ab") as file:
+            end = file.tell()
+            try:
+                file.write("".join(self._late).encode())
+                file.flush()
+            except OSError:
+                os.ftruncate(file.fileno(), end)
+                raise
+        self._late.clear()
+
+    def _mend(self) -> None:
+        with self.file.open("r+b") as file:
+            end = file.seek(0, os.SEEK_END)
+            length = TAIL
+            # From the end, in growing pieces: the history of a long run is large.
+            while True:
+                start = max(0, end - length)
+                file.seek(start)
+                tail = file.read(end - start)
+                whole = tail[: tail.rfind(b"\n") + 1]
+                versions = [line["version"] for line in _lines(whole) if line.get("kind") == "version"]
+                if start == 0 or (versions and whole):
+                    break
+                length *= 8
+            self.last_version = max(versions, default=0)
+            file.truncate(start + len(whole))
 
 
 def read_history(file: Path) -> Iterator[dict[str, Any]]:
-    """The lines of a history file as dictionaries; an unfinished last line is passed over."""
+    """The lines of a history file as dictionaries; an unfinished last line and damaged ones are passed over."""
     if not file.exists():
         return
-    with file.open() as lines:
-        for line in lines:
-            if line.endswith("\n"):
-                yield json.loads(line)
+    with file.open("rb") as lines:
+        for number, line in enumerate(lines, 1):
+            if line.endswith(b"\n"):
+                found = list(_lines(line))
+                if not found:
+                    log.warning("%s: line %d is damaged and passed over", file, number)
+                yield from found
+
+
+def _lines(content: bytes) -> Iterator[dict[str, Any]]:
+    """Those lines in ``content`` that are JSON objects."""
+    for line in content.splitlines():
+        try:
+            value = json.loads(line)
+        except ValueError:
+            continue
+        if isinstance(value, dict):
+            yield value
 
 
 def _entry(entry: Entry) -> dict[str, Any]:

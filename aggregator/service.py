@@ -6,44 +6,48 @@ queue, the inbox, so that the machine sees one event after the other.
 
 from __future__ import annotations
 
-import json
 import logging
-import math
 import queue
-import re
-import secrets
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor, wait
-from dataclasses import dataclass
+from dataclasses import replace
 from pathlib import Path
-from typing import BinaryIO
 
-from aggregator.checkpoint import CheckpointStore, write_tensors
+from aggregator.archive import UpdateArchive
+from aggregator.checkpoint import CheckpointStore
+from aggregator.config import AggregatorConfig
 from aggregator.core import effects as do
 from aggregator.core import events as on
-from aggregator.core.machine import RoundMachine, Rules
-from aggregator.core.snapshot import Snapshot, VersionRecord
+from aggregator.core.controls import Order
+from aggregator.core.machine import RoundMachine
+from aggregator.core.rules import Rules
+from aggregator.core.snapshot import Changes, Snapshot, VersionRecord
 from aggregator.history import History
-from broker.errors import BrokerError, CheckpointCorrupt, CheckpointNotWritten, FedmqError, UnknownFormat, WireError
-from broker.messages import (
-    NAME_PATTERN,
-    Event,
-    EventKind,
-    Goodbye,
-    Hello,
-    Manifest,
-    Parameters,
-    Reason,
-    Role,
-    Scalar,
-    Update,
-    UpdateId,
-    evaluation_metrics,
+from aggregator.reading import from_aside, read_update
+from aggregator.results import Outcome, write_results
+from broker.errors import (
+    BrokerError,
+    CheckpointCorrupt,
+    CheckpointNotWritten,
+    ConfigError,
+    FedmqError,
+    WireError,
 )
-from broker.transport import AggregatorTransport, Connected, Delivery, Disconnected, Failed, Incoming, Outgoing, Source
-from broker.wire import decode, encode
+from broker.messages import Action, Command, Event, EventKind, Parameters, Reason, Scalar, Update, UpdateId
+from broker.transport import (
+    AggregatorTransport,
+    Connected,
+    Delivery,
+    Disconnected,
+    Failed,
+    Incoming,
+    Outgoing,
+    Source,
+    Standby,
+)
+from broker.wire import encode
 
 __all__ = ["AggregatorService", "Outcome"]
 
@@ -57,35 +61,39 @@ SHOWN_NAMES = 8
 DRAIN_SECONDS = 0.3
 
 
-@dataclass(frozen=True, slots=True)
-class Outcome:
-    """How an aggregator's work ended."""
-
-    reason: str
-    version: int
-    epoch: int
-    applied: int
-    rejected: Mapping[str, int]
-    confirmed: int
-    metrics: Mapping[str, float]
-    """The newest evaluation's."""
-
-
 class AggregatorService:
-    """Runs one run's aggregator until it is done or stopped."""
+    """Runs one run's aggregator: waits for its turn, then leads the run until it is done, stopped or superseded."""
 
-    def __init__(self, *, folder: Path, run: str, rules: Rules, store: CheckpointStore, snapshot: Snapshot) -> None:
-        """``snapshot`` is what ``store.claim`` gave."""
+    def __init__(
+        self,
+        *,
+        folder: Path,
+        run: str,
+        config: AggregatorConfig,
+        store: CheckpointStore,
+        accept_older: bool = False,
+        drop_changes: bool = False,
+    ) -> None:
+        """Nothing is claimed before it is this aggregator's turn.
+
+        Args:
+            folder: where results and the history are written.
+            run: the run's name.
+            config: the settings; what was changed on the running run goes on top of them.
+            store: the run's checkpoints.
+            accept_older: begin with the newest checkpoint even if newer versions have been seen.
+            drop_changes: forget what was changed on the running run.
+        """
         self.folder = folder
         self.run_name = run
+        self.leads = False
+        """Whether the broker has this aggregator for the active one, as far as it knows."""
+        self._config = config
         self._store = store
+        self._accept_older, self._drop_changes = accept_older, drop_changes
         self._wall = time.time() - time.monotonic()
-        self._machine = RoundMachine(rules, snapshot, self._now())
-        self._epoch = snapshot.epoch
-        self._started = snapshot.started
-        self._begun_at = (snapshot.version, snapshot.done)
+        self._led: _Reign | None = None
         self._history = History(folder / "history.jsonl")
-        self._history.open(snapshot.records, epoch=snapshot.epoch, version=snapshot.version, now=self._now())
         self._inbox: queue.SimpleQueue[Incoming | on.Happening] = queue.SimpleQueue()
         self._writer = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._broadcasts: set[Future[None]] = set()
@@ -94,16 +102,19 @@ class AggregatorService:
         self._finish: str | None = None
         self._metrics: tuple[int, Mapping[str, float]] = (-1, {})
         self._delivery: Delivery | None = None
+        self._answers: dict[str, str] = {}
+        self._stands_by = False
 
     def stop(self) -> None:
         """Ask the service to commit what is folded and to leave. May be called from any thread, or a signal."""
         self._inbox.put(on.StopRequested())
 
-    def run(self, transport: AggregatorTransport) -> Outcome:
-        """Work until the run is done or :meth:`stop` was called.
+    def run(self, transport: AggregatorTransport) -> Outcome | None:
+        """Work until the run is done or :meth:`stop` was called; None if it never was this one's turn.
 
         Raises:
-            FedmqError: what no waiting will cure: refused access, a newer aggregator, a strategy that fails.
+            StaleEpoch: another aggregator, or a command, owns the run's state now.
+            FedmqError: what no waiting will cure: refused access, a strategy that fails.
         """
         self._transport = transport
         try:
@@ -115,6 +126,8 @@ class AggregatorService:
         finally:
             transport.close()
             self._writer.shutdown()
+            if self._led is not None and self._led.archive is not None:
+                self._led.archive.close()
         return self._write_results()
 
     # ------------------------------------------------------------------------------------------ the loop
@@ -131,7 +144,11 @@ class AggregatorService:
             event = self._event(item)
             if event is None:
                 continue
-            for effect in self._machine.handle(event, self._now()):
+            if self._led is None:
+                if isinstance(event, on.StopRequested):
+                    self._finish = "stopped"
+                continue
+            for effect in self._led.machine.handle(event, self._now()):
                 self._perform(effect)
             self._delivery = None
 
@@ -144,8 +161,10 @@ class AggregatorService:
         if time.monotonic() - self._touched > IDLE_SECONDS:
             self._touched = time.monotonic()
             try:
-                self._store.require_epoch(self._epoch)
-                (self.folder / "alive").touch()
+                if self._led is not None:
+                    self._store.require_epoch(self._led.epoch)
+                if not self._stands_by:  # the file is the active one's, whose health it shows
+                    (self.folder / "alive").touch()
             except (OSError, CheckpointCorrupt) as error:
                 log.warning("the folder %s does not answer as it should: %s", self.folder, error)
 
@@ -153,10 +172,20 @@ class AggregatorService:
         match item:
             case Delivery():
                 return self._read(item)
-            case Connected(generation):
-                log.info("connected to the broker; run %s at version %d", self.run_name, self._machine.version)
+            case Connected(generation, newest):
+                self.leads, self._stands_by = True, False
+                if self._led is None:
+                    self._led = self._claim(newest)
+                self._store.require_epoch(self._led.epoch)
+                version = self._led.machine.version
+                log.info("leads run %s at version %d, epoch %d", self.run_name, version, self._led.epoch)
                 return on.LinkUp(generation)
+            case Standby():
+                self.leads, self._stands_by = False, True
+                log.info("another aggregator leads run %s; standing by", self.run_name)
+                return None
             case Disconnected(generation, error):
+                self.leads = False
                 log.warning("connection to the broker lost (%s); connecting again", error)
                 return on.LinkLost(generation)
             case Failed(error):
@@ -164,40 +193,83 @@ class AggregatorService:
             case _:
                 return item
 
-    def _read(self, delivery: Delivery) -> on.Happening | None:
-        self._delivery = delivery
-        worker = str(delivery.headers.get("worker", ""))
-        unreadable: tuple[Reason, str] | None = None
+    def _claim(self, newest: tuple[int, int] | None) -> _Reign:
+        """Own the run from now on. ``newest`` are epoch and version of the newest broadcast."""
+        now = self._now()
+        self._history.mend()
+        told = self._history.last_version
+        epoch, version = newest or (0, 0)
+        snapshot = self._store.claim(epoch=epoch, version=max(version, told), now=now, accept_older=self._accept_older)
+        if self._drop_changes:
+            snapshot = replace(snapshot, changes={}, pending=None)
+        elif snapshot.changes:
+            log.info("changed while the run went on, and still in force: %s", _shown(snapshot.changes))
+        latest = max([snapshot.started, *(record.time for record in snapshot.records)])
+        if now < latest - 60:
+            log.warning("the clock says %.0f s before the run's last version: times in the history fall", latest - now)
+        rules = self._rules(snapshot, snapshot.changes)
+        pending = None if snapshot.pending is None else self._rules(snapshot, snapshot.pending)
+        machine = RoundMachine(rules, snapshot, now, pending=pending)
+        self._history.open(snapshot.records, epoch=snapshot.epoch, version=snapshot.version, now=now)
+        archive = UpdateArchive(self.folder / "updates", snapshot.epoch) if self._config.keep_updates else None
+        return _Reign(machine, snapshot, archive)
+
+    def _rules(self, snapshot: Snapshot, changes: Changes) -> Rules:
         try:
-            message = decode(delivery.body)
-        except UnknownFormat as error:
-            unreadable = Reason.UNKNOWN_FORMAT, str(error)
-        except WireError as error:
-            unreadable = Reason.MALFORMED, str(error)
-        else:
-            if delivery.source is not Source.UPDATE:
-                return self._from_aside(message)
-            if isinstance(message, Update):
-                assert delivery.token is not None  # noqa: S101  (updates are always acknowledged by hand)
-                if message.base_epoch > self._epoch:
+            return self._config.changed(changes).rules(snapshot.model.nbytes)
+        except ConfigError as error:
+            raise ConfigError(
+                f"{error}: it was changed while the run went on, and does not go with the settings of now; mend "
+                "these, or start with --drop-changes"
+            ) from None
+
+    def _read(self, delivery: Delivery) -> on.Happening | None:
+        assert self._led is not None  # noqa: S101  (nothing is delivered before the turn)
+        self._delivery = delivery
+        if delivery.source is not Source.UPDATE:
+            return self._read_aside(delivery, self._led.machine)
+        assert delivery.token is not None  # noqa: S101  (updates are always acknowledged by hand)
+        match read_update(delivery):
+            case Update() as update:
+                if update.base_epoch > self._led.epoch:
                     # A newer aggregator has spoken to this worker: the update is for it, and goes back to the queue.
-                    self._store.require_epoch(self._epoch)
-                return on.Arrived(delivery.token, message, len(delivery.body))
-            if isinstance(message, Manifest):
-                unreadable = Reason.NOT_SUPPORTED, "an update in several chunks; this release takes one message"
-            else:
-                unreadable = Reason.MALFORMED, f"a {type(message).__name__.lower()} in the queue of updates"
-        if delivery.token is None:
-            log.warning("ignored a %s message that cannot be read: %s", delivery.source, unreadable[1])
-            return None
-        return on.Unreadable(delivery.token, *unreadable, worker)
+                    self._store.require_epoch(self._led.epoch)
+                return on.Arrived(delivery.token, update, len(delivery.body))
+            case reason, detail:
+                return on.Unreadable(delivery.token, reason, detail, str(delivery.headers.get("worker", "")))
+
+    def _read_aside(self, delivery: Delivery, machine: RoundMachine) -> on.Happening | None:
+        try:
+            message = from_aside(delivery, self.run_name, machine.version)
+        except WireError as error:
+            log.warning("ignored a %s message that cannot be read: %s", delivery.source, error)
+            message = None
+        if isinstance(message, Command) and delivery.token is not None:
+            event = self._ordered(message, delivery, machine)
+            if event is not None:
+                return event
+        elif message is not None and not isinstance(message, Command):
+            return message
+        if delivery.token is not None:
+            self._transport.ack(delivery.token)
+        return None
+
+    def _ordered(self, command: Command, delivery: Delivery, machine: RoundMachine) -> on.Ordered | None:
+        assert delivery.token is not None  # noqa: S101  (the caller has looked)
+        order = None
+        if command.action is Action.SET:
+            try:
+                changes = self._config.normal({**machine.controls.newest, **command.changes})
+                order = Order(changes, self._config.changed(changes).rules(machine.model.nbytes))
+            except ConfigError as error:
+                log.warning("refused a command: %s", error)
+                self._progress("command", id=command.id, accepted=False, text=str(error)[:500])
+                return None
+        shown = _shown(command.changes) if command.changes else ""
+        self._answers[command.id] = f"{command.action} {shown}".strip()
+        return on.Ordered(delivery.token, command.id, command.action, order)
 
     # ----------------------------------------------------------------------------------------- the deeds
-
-    def _from_aside(self, message: object) -> on.Happening | None:
-        if getattr(message, "run", self.run_name) != self.run_name:
-            return None
-        return _from_aside(message, self._machine.version)
 
     def _perform(self, effect: do.Effect) -> None:
         match effect:
@@ -221,6 +293,9 @@ class AggregatorService:
 
     def _write(self, commit: int, snapshot: Snapshot) -> None:
         try:
+            self._history.sync()
+            if self._led is not None and self._led.archive is not None:
+                self._led.archive.sync()
             self._store.write(snapshot)
         except CheckpointNotWritten as error:
             self._inbox.put(on.CheckpointFailed(commit, str(error)))
@@ -270,18 +345,21 @@ class AggregatorService:
         self._transport.notify(worker, Outgoing(body=encode(event), headers={"run": self.run_name}))
 
     def _progress(self, what: str, **data: float | str | None) -> None:
+        version = 0 if self._led is None else self._led.machine.version
         event = Event(
             run=self.run_name,
             kind=EventKind.PROGRESS,
             source="aggregator",
             time=self._now(),
-            data={"what": what, "version": self._machine.version, **data},
+            data={"what": what, "version": version, **data},
         )
         self._transport.event("progress", Outgoing(body=encode(event), headers={"run": self.run_name, "what": what}))
 
     def _record(self, fact: do.Fact) -> None:
         match fact:
             case do.Folded(entry, fill, goal, seconds):
+                if self._led is not None and self._led.archive is not None and self._delivery is not None:
+                    self._led.archive.add(self._delivery.body)
                 self._progress(
                     "folded",
                     worker=entry.id.worker,
@@ -321,72 +399,49 @@ class AggregatorService:
                 log.info("%s %s has left: %s", role, worker, reason)
             case do.Repeated(update_id):
                 log.debug("update %s came again; it counts once", update_id)
+            case do.Executed(command, version, is_pending):
+                text = self._answers.pop(command, "a command")
+                when = f"from version {version + 1} on" if is_pending else f"at version {version}"
+                log.info("%s: in force %s", text, when)
+                self._history.command(text, version=version, is_pending=is_pending, now=self._now())
+                self._progress("command", id=command, accepted=True, text=f"{text}: in force {when}"[:500])
             case do.Warn(text):
                 log.warning("%s", text)
 
     # ---------------------------------------------------------------------------------------- the results
 
-    def _write_results(self) -> Outcome:
-        machine = self._machine
+    def _write_results(self) -> Outcome | None:
+        if self._led is None:
+            return None
+        machine = self._led.machine
         outcome = Outcome(
             reason=self._finish or "",
             version=machine.version,
-            epoch=self._epoch,
+            epoch=self._led.epoch,
             applied=machine.applied,
             rejected=dict(machine.rejected),
             confirmed=sum(sum(counts.values()) for counts in machine.roster.confirmed().values()),
             metrics=self._metrics[1],
+            evaluated=self._metrics[0],
         )
         log.info("run %s %s at version %d; results in %s", self.run_name, outcome.reason, outcome.version, self.folder)
         is_written = all((self.folder / name).exists() for name in ("summary.json", "model.safetensors"))
-        if self._begun_at == (outcome.version, True) and is_written:
+        if self._led.begun_at == (outcome.version, True) and is_written:
             return outcome  # the run had been done before: what was written then still stands
-        summary = {
-            "run": self.run_name,
-            "outcome": outcome.reason,
-            "rounds": outcome.version,
-            "epoch": outcome.epoch,
-            "seconds": round(self._now() - self._started, 3),
-            "updates": {
-                "confirmed": outcome.confirmed,
-                "applied": outcome.applied,
-                "rejected": sum(outcome.rejected.values()),
-                "rejected_by_reason": dict(outcome.rejected),
-            },
-            "evaluated_version": self._metrics[0] if self._metrics[0] >= 0 else None,
-            "evaluation": {name: value if math.isfinite(value) else None for name, value in outcome.metrics.items()},
-        }
-        try:
-            text = (json.dumps(summary, indent=2) + "\n").encode()
-            _replace(self.folder / "summary.json", lambda file: file.write(text))
-            metadata = {"format": "pt", "run": self.run_name}
-            _replace(self.folder / "model.safetensors", lambda file: write_tensors(file, machine.parameters, metadata))
-        except OSError as error:
-            raise CheckpointNotWritten(
-                f"{self.folder}: {error.strerror}; the run itself is safe in its checkpoint: make room, start again"
-            ) from None
+        seconds = self._now() - self._led.started
+        write_results(self.folder, self.run_name, outcome, machine.parameters, seconds=seconds)
         return outcome
 
 
-def _from_aside(message: object, newest: int) -> on.Happening | None:
-    """An event from a message that needs no acknowledgement; None for what makes no sense."""
-    match message:
-        case Hello():
-            return on.Joined(message)
-        case Goodbye():
-            return on.Left(message)
-        case Event(kind=EventKind.HEARTBEAT, source=source, data=data):
-            role = Role.EVALUATOR if data.get("role") == Role.EVALUATOR else Role.TRAINER
-            confirmed = data.get("confirmed")
-            count = confirmed if isinstance(confirmed, int) and not isinstance(confirmed, bool) else 0
-            incarnation = str(data.get("incarnation", ""))
-            is_name = re.fullmatch(NAME_PATTERN, incarnation) is not None
-            return on.Seen(source, incarnation, role, min(max(count, 0), 2**53)) if is_name else None
-        case Event(kind=EventKind.EVALUATION, source=source, data=data):
-            version = data.get("version")
-            if isinstance(version, int) and not isinstance(version, bool) and 0 <= version <= newest:
-                return on.Evaluated(source, version, evaluation_metrics(message))
-    return None
+class _Reign:
+    """What an aggregator has from its turn on."""
+
+    def __init__(self, machine: RoundMachine, snapshot: Snapshot, archive: UpdateArchive | None) -> None:
+        self.machine = machine
+        self.archive = archive
+        self.epoch = snapshot.epoch
+        self.started = snapshot.started
+        self.begun_at = (snapshot.version, snapshot.done)
 
 
 def _senders(record: VersionRecord) -> str:
@@ -401,8 +456,5 @@ def _figures(metrics: Mapping[str, float]) -> str:
     return ", ".join(f"{name} {value:.4f}" for name, value in metrics.items())
 
 
-def _replace(target: Path, write: Callable[[BinaryIO], object]) -> None:
-    temporary = target.with_name(f".{target.name}.{secrets.token_hex(8)}")
-    with temporary.open("xb") as file:
-        write(file)
-    temporary.replace(target)
+def _shown(changes: Mapping[str, Scalar]) -> str:
+    return ", ".join(f"{name}={value}" for name, value in sorted(changes.items()))

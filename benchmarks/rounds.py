@@ -76,13 +76,10 @@ def fedmq_rounds(config: BrokerConfig, model: ModelSpec, workers: int, rounds: i
     with tempfile.TemporaryDirectory() as folder:
         store = CheckpointStore(Path(folder) / "checkpoints", topology.run)
         store.create(model, {t.name: np.zeros(t.shape, np.float32) for t in model.tensors}, now=0.0)
-        snapshot = store.claim()
         settings = AggregatorConfig(
             rounds="synchronous", minimum_updates=workers, stop_after_rounds=rounds, linger=0.0, weighting="uniform"
         )
-        service = AggregatorService(
-            folder=Path(folder), run=topology.run, rules=settings.rules(model.nbytes), store=store, snapshot=snapshot
-        )
+        service = AggregatorService(folder=Path(folder), run=topology.run, config=settings, store=store)
         stop = threading.Event()
         threads = [
             threading.Thread(target=echo, args=(config, topology, f"w{i}", model, stop), daemon=True)

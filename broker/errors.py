@@ -18,6 +18,7 @@
     ├── CheckpointError             the state folder
     │   ├── CheckpointMissing       nothing to start from
     │   ├── CheckpointCorrupt       torn, truncated, altered, or of a newer format
+    │   ├── CheckpointOutdated      older than what the run has broadcast: a restored copy, another folder
     │   ├── CheckpointNotWritten    disk full, folder read-only
     │   ├── WrongRun                the folder belongs to another run
     │   └── StaleEpoch              another aggregator has taken over this run
@@ -37,6 +38,7 @@ __all__ = [
     "CheckpointError",
     "CheckpointMissing",
     "CheckpointNotWritten",
+    "CheckpointOutdated",
     "ConfigError",
     "ConnectionLost",
     "FedmqError",
@@ -148,6 +150,10 @@ class CheckpointCorrupt(CheckpointError):
     """A checkpoint is torn, truncated, altered, or written by a newer release."""
 
 
+class CheckpointOutdated(CheckpointError):
+    """The newest checkpoint here is older than what was broadcast: a restored copy, or another folder."""
+
+
 class CheckpointNotWritten(CheckpointError):
     """A checkpoint could not be made durable; nothing that depends on it was acknowledged."""
 
@@ -157,7 +163,7 @@ class WrongRun(CheckpointError):
 
 
 class StaleEpoch(CheckpointError):
-    """A newer aggregator owns this run's state; this one must stop."""
+    """The run's state has a newer owner; this aggregator has nothing to say any more."""
 
 
 class StrategyError(FedmqError):

@@ -17,7 +17,7 @@ from dataclasses import dataclass, field, replace
 from broker.errors import BrokerUnreachable, MessageTooLarge, PublishRefused, Unroutable
 from broker.messages import Reason
 from broker.topology import Topology
-from broker.transport import Connected, Delivery, Disconnected, Incoming, Outgoing, Sink, Source, Token
+from broker.transport import Connected, Delivery, Disconnected, Incoming, Outgoing, Sink, Source, Standby, Token
 
 __all__ = ["DeadLetter", "MemoryAggregatorTransport", "MemoryBroker", "MemoryWorkerTransport"]
 
@@ -40,6 +40,7 @@ class _Run:
 
     waiting: deque[Delivery] = field(default_factory=deque)
     control: deque[Delivery] = field(default_factory=deque)
+    commands: deque[Delivery] = field(default_factory=deque)
     dead: list[DeadLetter] = field(default_factory=list)
     newest: Outgoing | None = None
     aggregators: list[MemoryAggregatorTransport] = field(default_factory=list)
@@ -72,6 +73,12 @@ class MemoryBroker:
         """Hand every event of ``run`` to ``sink``, for displays."""
         with self.turn():
             self._runs.setdefault(run, _Run()).watchers.append(sink)
+
+    def command(self, run: str, message: Outgoing) -> None:
+        """What an operator asks of the run's aggregator, now or later."""
+        with self.turn():
+            self.run(run).commands.append(Delivery(source=Source.CONTROL, body=message.body, headers=message.headers))
+            self.pump(self.run(run))
 
     def dead_letters(self, run: str) -> list[DeadLetter]:
         """What was rejected so far."""
@@ -112,6 +119,8 @@ class MemoryBroker:
             active.take(run.waiting.popleft())
         while run.control:
             self.hand(active.sink, run.control.popleft())
+        while run.commands:
+            active.take(run.commands.popleft())
 
     def send_event(self, topology: Topology, message: Outgoing, *, notice_to: str | None = None) -> None:
         """Events go to the active aggregator and to watchers, notices to the one worker."""
@@ -162,6 +171,7 @@ class MemoryAggregatorTransport(_Endpoint):
         self.prefetch = prefetch
         self.unacked: dict[int, Delivery] = {}
         self._next_tag = 0
+        self._has_led = False
 
     def open(self, sink: Sink, *, wait: float = 0.0) -> None:
         """See the port. Never waits."""
@@ -226,20 +236,33 @@ class MemoryAggregatorTransport(_Endpoint):
         self.unacked[self._next_tag] = mine
         self._broker.hand(self.sink, mine)
 
-    def _connect(self) -> None:
+    def lead(self) -> None:
+        """It is this one's turn. The broker calls this."""
         self.generation += 1
+        newest = self._run.newest
+        known = None if newest is None or self._has_led else (_int(newest, "epoch"), _int(newest, "version"))
+        self._has_led = True
+        self._broker.hand(self.sink, Connected(self.generation, known))
+        self._broker.pump(self._run)
+
+    def _connect(self) -> None:
         self._run.declared = True
         self._run.aggregators.append(self)
-        self._broker.hand(self.sink, Connected(self.generation))
-        self._broker.pump(self._run)
+        if self._run.aggregators[0] is self:
+            self.lead()
+        else:
+            self._broker.hand(self.sink, Standby())
 
     def _disconnect(self) -> None:
         if self in self._run.aggregators:
+            led = self._run.aggregators[0] is self
             self._run.aggregators.remove(self)
             back = [replace(d, token=None, redelivered=True) for d in self.unacked.values()]
-            self._run.waiting.extendleft(reversed(back))
+            self._run.waiting.extendleft(d for d in reversed(back) if d.source is Source.UPDATE)
+            self._run.commands.extendleft(d for d in reversed(back) if d.source is Source.CONTROL)
             self.unacked.clear()
-            self._broker.pump(self._run)
+            if led and self._run.aggregators:
+                self._run.aggregators[0].lead()
 
 
 class MemoryWorkerTransport(_Endpoint):

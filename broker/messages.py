@@ -24,6 +24,8 @@ from broker.errors import ModelMismatch
 __all__ = [
     "DTYPES",
     "EVALUATION_FACTS",
+    "Action",
+    "Command",
     "Event",
     "EventKind",
     "Goodbye",
@@ -37,6 +39,7 @@ __all__ = [
     "Reason",
     "Role",
     "Rounds",
+    "Scalar",
     "TensorRole",
     "TensorSpec",
     "Tensors",
@@ -137,10 +140,24 @@ class Reason(StrEnum):
     NO_EXAMPLES = "no-examples"
     NOT_FINITE = "not-finite"
     FUTURE_VERSION = "future-version"
+    ROLLED_BACK = "rolled-back"
+    """It starts from a version that was taken back."""
     TOO_STALE = "too-stale"
     ROUND_CLOSED = "round-closed"
     SECOND_IN_ROUND = "second-in-round"
     RUN_DONE = "run-done"
+
+
+class Action(StrEnum):
+    """What an operator can ask of a running aggregator."""
+
+    SET = "set"
+    """Other settings, from the next round on."""
+    PAUSE = "pause"
+    """Workers stop training; no round closes."""
+    RESUME = "resume"
+    STOP = "stop"
+    """The run is done: with the version that the updates in the buffer make."""
 
 
 class EventKind(StrEnum):
@@ -298,6 +315,8 @@ class Plan:
     """How many updates one worker may publish for one version before it waits for the next."""
     done: bool = False
     """This is the run's last version: workers stop."""
+    paused: bool = False
+    """Nobody trains until a plan comes that is not paused."""
 
     def is_sampled(self, worker: str, version: int) -> bool:
         """Whether ``worker`` takes part in the round of ``version``: the same answer on both sides.
@@ -373,6 +392,20 @@ class Goodbye:
     confirmed: Count = 0
     """Updates of this incarnation whose publish the broker confirmed."""
     reason: Text = ""
+
+
+@strict
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Command:
+    """An operator asks the aggregator for something. Executed once, however often it arrives."""
+
+    run: Name
+    id: Name
+    action: Action
+    changes: Annotated[dict[Label, Scalar], Field(max_length=64)] = field(default_factory=dict)
+    """For ``set``: settings of the table ``[aggregator]``; None takes back an earlier change."""
+    time: Number = 0.0
+    """Seconds since 1970, by the sender's clock."""
 
 
 @strict

@@ -32,7 +32,8 @@ QueueType = Literal["classic", "quorum", "stream"]
 #: Topic exchange that workers publish updates to, with the key ``<run>.<worker>``. Topic, because its
 #: permissions are the only ones that RabbitMQ can bind to the user's name.
 UPDATES = "fedmq.updates"
-#: Topic exchange for hello and goodbye, key ``<run>.<worker>``.
+#: Topic exchange for hello and goodbye, key ``<run>.<worker>``; and for what only operators and aggregators may
+#: say, keys ``<run>.aggregator.command`` and ``<run>.aggregator.turn``, which no worker's permission covers.
 CONTROL = "fedmq.control"
 #: Topic exchange for events, key ``<run>.<kind>.<source>``. Lossy on purpose.
 EVENTS = "fedmq.events"
@@ -60,7 +61,7 @@ class Queue:
     name: str
     type: QueueType
     exchange: str
-    binding: str
+    bindings: tuple[str, ...]
     arguments: Mapping[str, str | int | bool] = field(default_factory=dict)
 
 
@@ -99,6 +100,11 @@ class Topology:
         return f"fedmq.{self.run}.parameters"
 
     @property
+    def turn(self) -> str:
+        """Queue whose one message says which aggregator is the active one: who holds it, unacknowledged."""
+        return f"fedmq.{self.run}.turn"
+
+    @property
     def dead(self) -> str:
         """Queue of rejected updates with their reasons."""
         return f"fedmq.{self.run}.dead"
@@ -106,6 +112,16 @@ class Topology:
     def key(self, worker: str) -> str:
         """Routing key of what ``worker`` publishes."""
         return f"{self.run}.{worker}"
+
+    @property
+    def turn_key(self) -> str:
+        """Routing key of the message that makes an aggregator the active one."""
+        return f"{self.run}.aggregator.turn"
+
+    @property
+    def command_key(self) -> str:
+        """Routing key of what operators ask of the aggregator."""
+        return f"{self.run}.aggregator.command"
 
     def event_key(self, kind: str, source: str) -> str:
         """Routing key of an event."""
@@ -145,9 +161,10 @@ class Topology:
             # Like the updates: a standby must not take half of the hellos.
             "x-single-active-consumer": True,
         }
+        turn: dict[str, str | int | bool] = {"x-single-active-consumer": True}
         dead: dict[str, str | int | bool] = {}
         if queue_type == "quorum":
-            control["x-delivery-limit"] = dead["x-delivery-limit"] = KEEP
+            control["x-delivery-limit"] = turn["x-delivery-limit"] = dead["x-delivery-limit"] = KEEP
             # Each crash of an aggregator counts as a failed delivery of every update it held; the default
             # limit of RabbitMQ 4 (20) would bury good updates after a bad afternoon.
             updates |= {
@@ -157,14 +174,15 @@ class Topology:
             }
         segment = max(2 * model_bytes, 1_000_000)
         return (
-            Queue(self.updates, queue_type, UPDATES, f"{self.run}.*", updates),
-            Queue(self.control, queue_type, CONTROL, f"{self.run}.*", control),
-            Queue(self.dead, queue_type, DEAD, f"{self.run}.*", dead),
+            Queue(self.updates, queue_type, UPDATES, (f"{self.run}.*",), updates),
+            Queue(self.control, queue_type, CONTROL, (f"{self.run}.*", self.command_key), control),
+            Queue(self.turn, queue_type, CONTROL, (self.turn_key,), turn),
+            Queue(self.dead, queue_type, DEAD, (f"{self.run}.*",), dead),
             Queue(
                 self.parameters,
                 "stream",
                 self.parameters,
-                "",
+                ("",),
                 {"x-max-length-bytes": 4 * segment, "x-stream-max-segment-size-bytes": segment},
             ),
         )

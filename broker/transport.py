@@ -30,6 +30,7 @@ __all__ = [
     "Outgoing",
     "Sink",
     "Source",
+    "Standby",
     "Token",
     "WorkerTransport",
 ]
@@ -54,7 +55,10 @@ class Token:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Delivery:
-    """A message that arrived. ``token`` is None where nothing has to be acknowledged."""
+    """A message that arrived. ``token`` is None where nothing has to be acknowledged.
+
+    Updates have one, and of the control messages those that came under the operators' key.
+    """
 
     source: Source
     body: bytes
@@ -65,9 +69,20 @@ class Delivery:
 
 @dataclass(frozen=True, slots=True)
 class Connected:
-    """A connection stands (again); deliveries carry this generation from now on."""
+    """A connection stands (again); deliveries carry this generation from now on.
+
+    An aggregator hears it when it is the run's active one (again).
+    """
 
     generation: int
+    newest: tuple[int, int] | None = None
+    """For an aggregator that hears it for the first time: epoch and version of the newest broadcast that the
+    broker holds, None if there is none."""
+
+
+@dataclass(frozen=True, slots=True)
+class Standby:
+    """A connection stands, and another aggregator is the active one. :class:`Connected` follows when it goes."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,7 +100,7 @@ class Failed:
     error: FedmqError
 
 
-Incoming = Delivery | Connected | Disconnected | Failed
+Incoming = Delivery | Connected | Standby | Disconnected | Failed
 Sink = Callable[[Incoming], None]
 
 
@@ -107,6 +122,9 @@ class AggregatorTransport(Protocol):
 
     def open(self, sink: Sink, *, wait: float = 0.0) -> None:
         """Start connecting, declare what the run needs, start consuming.
+
+        Of several aggregators of one run one is active: the first, and when it goes or hangs, the next. Only the
+        active one hears :class:`Connected` and is given anything.
 
         Returns at once; the sink is told of connections and refusals. With ``wait`` it first waits so many
         seconds for a connection, then raises :class:`BrokerUnreachable`, or what made connecting pointless.

@@ -165,15 +165,10 @@ class Threads:
     def _aggregator(self, _member: Member) -> None:
         config = self._settings.table("aggregator", AggregatorConfig)
         store = CheckpointStore(checkpoint_folder(self._settings), self._settings.run)
-        snapshot = store.claim()
+        prefetch = config.prefetch(store.load().model.nbytes)
         self._service = AggregatorService(
-            folder=run_folder(self._settings),
-            run=self._settings.run,
-            rules=config.rules(snapshot.model.nbytes),
-            store=store,
-            snapshot=snapshot,
+            folder=run_folder(self._settings), run=self._settings.run, config=config, store=store
         )
-        prefetch = config.prefetch(snapshot.model.nbytes)
         self._service.run(self.broker.aggregator(self._settings.run, prefetch=prefetch))
 
     def _worker(self, member: Member) -> None:

@@ -19,6 +19,7 @@ MEANINGS: Mapping[Reason, str] = {
     Reason.NO_EXAMPLES: "no examples stand behind it; check the shard",
     Reason.NOT_FINITE: "it holds NaN or infinity: training diverged; lower learning_rate or set clip_norm",
     Reason.FUTURE_VERSION: "the aggregator does not have the version it starts from: was an older checkpoint restored?",
+    Reason.ROLLED_BACK: "the run was taken back to before the version it starts from; the newest is taken next",
     Reason.TOO_STALE: "training took too long, the version is past; the newest is taken next",
     Reason.ROUND_CLOSED: "the round closed before it came; the newest version is taken next",
     Reason.SECOND_IN_ROUND: "this worker has answered the round already; the next version is waited for",

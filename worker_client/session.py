@@ -18,7 +18,7 @@ from typing import Any, Protocol, assert_never
 
 from broker.errors import BrokerError, ConnectionLost, FedmqError, WireError
 from broker.messages import Event, EventKind, Parameters, ParametersHead, Reason, Role, UpdateId
-from broker.transport import Connected, Delivery, Disconnected, Failed, Outgoing, Source, WorkerTransport
+from broker.transport import Connected, Delivery, Disconnected, Failed, Outgoing, Source, Standby, WorkerTransport
 from broker.wire import decode
 from worker_client.config import WorkerConfig
 from worker_client.context import Abandoned
@@ -164,6 +164,8 @@ class Session:
                 self._finished(result, error)
             case Published(error):
                 self._published(error)
+            case Standby():
+                raise RuntimeError("only aggregators stand by")
             case _:
                 assert_never(item)
 

@@ -15,6 +15,7 @@ __all__ = [
     "Came",
     "Effect",
     "EvaluationRecord",
+    "Executed",
     "Fact",
     "Finish",
     "Folded",
@@ -141,6 +142,15 @@ class EvaluationRecord:
 
 
 @dataclass(frozen=True, slots=True)
+class Executed:
+    """An operator's command is durable, and in force unless a round must close first."""
+
+    command: str
+    version: int
+    is_pending: bool
+
+
+@dataclass(frozen=True, slots=True)
 class Warn:
     """Something that an operator should know."""
 
@@ -165,7 +175,7 @@ class Went:
     """What its goodbye said; empty if it said none."""
 
 
-Fact = Came | Went | Folded | Rejected | Repeated | VersionMade | EvaluationRecord | Warn
+Fact = Came | Went | Folded | Rejected | Repeated | VersionMade | EvaluationRecord | Executed | Warn
 
 
 @dataclass(frozen=True, slots=True)

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from broker.messages import Goodbye, Hello, Reason, Role, Update
+from aggregator.core.controls import Order
+from broker.messages import Action, Goodbye, Hello, Reason, Role, Update
 from broker.transport import Token
 
 __all__ = [
@@ -18,6 +19,7 @@ __all__ = [
     "Left",
     "LinkLost",
     "LinkUp",
+    "Ordered",
     "Seen",
     "StopRequested",
     "Tick",
@@ -66,6 +68,17 @@ class Seen:
     incarnation: str
     role: Role
     confirmed: int
+
+
+@dataclass(frozen=True, slots=True)
+class Ordered:
+    """An operator's command that makes sense. ``order`` comes with ``set``."""
+
+    token: Token
+    command: str
+    """Its id."""
+    action: Action
+    order: Order | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,6 +135,7 @@ Happening = (
     | Joined
     | Left
     | Seen
+    | Ordered
     | Evaluated
     | CheckpointWritten
     | CheckpointFailed

@@ -18,57 +18,26 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 
 from aggregator.core import effects as do
 from aggregator.core import events as on
+from aggregator.core.controls import Controls, Order
 from aggregator.core.ledger import Ledger
 from aggregator.core.roster import Roster
-from aggregator.core.rounds import Round, RoundRule
+from aggregator.core.rounds import Round
+from aggregator.core.rules import Rules
 from aggregator.core.screen import refusal
 from aggregator.core.snapshot import Entry, Snapshot, VersionRecord
 from aggregator.core.step import next_parameters
-from aggregator.optimizers import Optimizer
-from aggregator.strategies.base import Strategy
 from broker.errors import ConfigError
-from broker.messages import Mode, Plan, Reason, Role, Update, UpdateId, parameters_digest
+from broker.messages import Action, Plan, Reason, Role, Update, UpdateId, parameters_digest
 from broker.transport import Token
 
-__all__ = ["CommitPolicy", "RoundMachine", "Rules"]
+__all__ = ["RoundMachine"]
 
 #: Names that a plan lists; workers beyond them train once more than needed, and their second update is refused.
 MAX_ANSWERED = 1000
-
-
-@dataclass(frozen=True, slots=True)
-class CommitPolicy:
-    """When to commit in the middle of a round, so that long rounds pile up nothing unacknowledged."""
-
-    count: int = 32
-    """Unacknowledged updates. Must stay below the consumer's prefetch, or a round could never fill."""
-    nbytes: int = 256 * 2**20
-    """Bytes of unacknowledged updates."""
-    seconds: float = 60.0
-    """Age of the oldest unacknowledged update; far below RabbitMQ's acknowledgement timeout of 30 minutes."""
-
-
-@dataclass(frozen=True, slots=True)
-class Rules:
-    """What a run is like. Values only; the same rules and events give the same effects."""
-
-    mode: Mode
-    rounds: RoundRule
-    strategy: Strategy
-    optimizer: Optimizer
-    seed: int = 0
-    stop_after_rounds: int | None = None
-    commit: CommitPolicy = field(default_factory=CommitPolicy)
-    worker_timeout: float = 15.0
-    """Seconds of silence after which a worker counts as gone."""
-    retry_seconds: float = 5.0
-    """Before workers are asked again for a round that cannot complete, and before a failed commit is repeated."""
-    linger_seconds: float = 30.0
-    """How long a finished run waits for its workers' goodbyes and its evaluators' last figures."""
 
 
 @dataclass(slots=True)
@@ -88,13 +57,20 @@ class _Flight:
     commit: int
     snapshot: Snapshot
     ids: frozenset[UpdateId]
+    commands: frozenset[str]
 
 
 class RoundMachine:
     """The state of a run, moved by :meth:`handle`."""
 
-    def __init__(self, rules: Rules, snapshot: Snapshot, now: float) -> None:
+    def __init__(self, rules: Rules, snapshot: Snapshot, now: float, *, pending: Rules | None = None) -> None:
         """Start from ``snapshot``, which is durable, under the epoch that it holds.
+
+        Args:
+            rules: those in force, ``snapshot.changes`` included.
+            snapshot: what :meth:`CheckpointStore.claim` gave.
+            now: seconds; never falls from here on.
+            pending: the rules that ``snapshot.pending`` makes, if it is not None.
 
         Raises:
             ConfigError: the run has been going on with another mode than ``rules`` say.
@@ -112,6 +88,8 @@ class RoundMachine:
         self.roster = Roster(rules.worker_timeout)
         self.roster.restore(snapshot.trainers, snapshot.confirmed, now)
         self.rejected = Counter(snapshot.rejected)
+        self.controls = Controls.of(snapshot, pending)
+        self._void = snapshot.void
         self._run, self._epoch, self._started = snapshot.run, snapshot.epoch, snapshot.started
         self._digest = snapshot.digest
         fresh = rules.optimizer.init()
@@ -168,6 +146,8 @@ class RoundMachine:
                         f"there are two workers called {worker}; give each its own worker.name, or its data count twice"
                     )
                     effects.append(do.Record(do.Warn(text)))
+            case on.Ordered():
+                effects += self._ordered(event, now)
             case on.Evaluated(worker, version, metrics):
                 self.roster.evaluated(worker, version, now)
                 effects.append(do.Record(do.EvaluationRecord(worker, version, metrics)))
@@ -181,6 +161,7 @@ class RoundMachine:
             case on.LinkLost(generation):
                 self._linked = False
                 self._forget(generation)
+                self.controls.forget(generation)
             case on.StopRequested():
                 self._stopping = True
             case on.Tick():
@@ -202,7 +183,13 @@ class RoundMachine:
         if self._stopping:
             return []  # unacknowledged, so it goes back to the queue when this aggregator leaves
         refused = refusal(
-            update, run=self._run, model=self.model, mode=self.rules.mode, epoch=self._epoch, version=self.version
+            update,
+            run=self._run,
+            model=self.model,
+            mode=self.rules.mode,
+            epoch=self._epoch,
+            version=self.version,
+            void=self._void,
         )
         if refused is None and self.done:
             refused = Reason.RUN_DONE, f"the run ended with version {self.version}"
@@ -247,12 +234,62 @@ class RoundMachine:
         for held in self._held.values():
             held.tokens = [token for token in held.tokens if token.generation != generation]
 
+    # -------------------------------------------------------------------------------------------- commands
+
+    def _ordered(self, event: on.Ordered, now: float) -> list[do.Effect]:
+        controls, command = self.controls, event.command
+        if command in controls.held:
+            controls.held[command].append(event.token)
+            return []
+        if command in controls.commands:
+            return [do.Ack(event.token)]
+        controls.hold(command, event.token)
+        match event.action:
+            case Action.SET:
+                controls.pending = event.order
+                return []
+            case Action.PAUSE | Action.RESUME:
+                controls.paused = event.action is Action.PAUSE
+                self._round.opened = now
+            case Action.STOP:
+                controls.paused = False
+                if self._round.entries:
+                    self._close(now)
+                newest = controls.pending.rules if controls.pending else self.rules
+                changes = {**controls.newest, "stop_after_rounds": self.version}
+                controls.pending = Order(changes, replace(newest, stop_after_rounds=self.version))
+                return []
+        return self._renew_plan()
+
+    def _take_up(self, now: float) -> None:
+        """What was ordered is in force; only between two rounds."""
+        order, self.controls.pending = self.controls.pending, None
+        if order is None:
+            return
+        self.controls.changes, self.rules = order.changes, order.rules
+        self.roster.timeout = order.rules.worker_timeout
+        fresh = order.rules.optimizer.init()
+        if self._optimizer_state.slots.keys() != fresh.slots.keys():
+            self._optimizer_state = fresh
+        self._accumulator = order.rules.strategy.init(self.model)
+        self._set_done(now)
+
+    def _renew_plan(self) -> list[do.Effect]:
+        """Tell the workers of another plan for the version that they have."""
+        self._round.plan = replace(self._plan(self._round.plan.attempt + 1), answered=self._answered())
+        # A version that is not durable, or a connection that is not there, will bring the plan with it.
+        ready = self._linked and self._durable.version == self.version
+        return [self._broadcast()] if ready else []
+
     # --------------------------------------------------------------------------------------------- rounds
 
     def _advance(self, now: float) -> list[do.Effect]:
         """Whatever follows from the state that an event left behind."""
         effects = self._comings_and_goings(now)
-        if not self.done and not self._stopping:
+        if self.controls.pending is not None and not self._round.entries:
+            self._take_up(now)
+            effects += self._renew_plan()
+        if not self.done and not self._stopping and not self.controls.paused:
             effects += self._advance_round(now)
         if self._flight is None and self._commit_is_due(now):
             effects.append(self._start_commit(now))
@@ -326,9 +363,11 @@ class RoundMachine:
                 loss=_mean_loss(entries),
                 before=before,
                 after=self._digest,
+                settings=rules.settings,
             )
         )
         self._accumulator = rules.strategy.init(self.model)
+        self._take_up(now)
         self._set_done(now)
         self._round = Round(self.version, now, self._plan(0))
 
@@ -338,7 +377,7 @@ class RoundMachine:
         self._done_at = now
 
     def _plan(self, attempt: int) -> Plan:
-        base = Plan(mode=self.rules.mode, seed=self.rules.seed, attempt=attempt)
+        base = Plan(mode=self.rules.mode, seed=self.rules.seed, attempt=attempt, paused=self.controls.paused)
         return self.rules.rounds.plan(base)
 
     def _answered(self) -> tuple[str, ...]:
@@ -352,7 +391,7 @@ class RoundMachine:
     def _commit_is_due(self, now: float) -> bool:
         if now < self._retry_at:
             return False
-        if self._records or (self._stopping and self._held):
+        if self._records or self.controls.held or (self._stopping and self._held):
             return True
         policy, held = self.rules.commit, self._held.values()
         return bool(held) and (
@@ -364,7 +403,7 @@ class RoundMachine:
     def _start_commit(self, now: float) -> do.Effect:
         self._commit += 1
         snapshot = self.snapshot(now)
-        self._flight = _Flight(self._commit, snapshot, frozenset(self._held))
+        self._flight = _Flight(self._commit, snapshot, frozenset(self._held), frozenset(self.controls.held))
         return do.WriteCheckpoint(self._commit, snapshot)
 
     def snapshot(self, now: float) -> Snapshot:
@@ -387,6 +426,11 @@ class RoundMachine:
             mode=self.rules.mode.value,
             started=self._started,
             done=self.done,
+            void=self._void,
+            changes=self.controls.changes,
+            pending=None if self.controls.pending is None else self.controls.pending.changes,
+            paused=self.controls.paused,
+            commands=self.controls.commands,
         )
 
     def _written(self, commit: int, now: float) -> list[do.Effect]:
@@ -399,6 +443,9 @@ class RoundMachine:
         effects: list[do.Effect] = []
         for update_id in sorted(flight.ids):
             effects += [do.Ack(token) for token in self._held.pop(update_id).tokens]
+        for command in sorted(flight.commands):
+            effects += [do.Ack(token) for token in self.controls.held.pop(command)]
+            effects.append(do.Record(do.Executed(command, self.version, is_pending=self.controls.pending is not None)))
         written = len(flight.snapshot.records)
         effects += [do.Record(do.VersionMade(record)) for record in self._records[:written]]
         del self._records[:written]
@@ -424,7 +471,7 @@ class RoundMachine:
     # ------------------------------------------------------------------------------------------- the end
 
     def _finish(self, now: float) -> do.Finish | None:
-        if self._finished or self._flight is not None or self._held or self._records:
+        if self._finished or self._flight is not None or self._held or self._records or self.controls.held:
             return None
         reason = None
         if self.done:
@@ -444,7 +491,7 @@ class RoundMachine:
             times.append(min(h.since for h in self._held.values()) + self.rules.commit.seconds)
         if self._ask_again_at is not None:
             times.append(self._ask_again_at)
-        if self.rules.rounds.deadline is not None and not self.done:
+        if self.rules.rounds.deadline is not None and not self.done and not self.controls.paused:
             times.append(self._round.opened + self.rules.rounds.deadline)
         if self.done:
             times.append(self._done_at + self.rules.linger_seconds)

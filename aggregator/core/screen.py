@@ -10,9 +10,19 @@ __all__ = ["is_finite", "refusal"]
 
 
 def refusal(
-    update: Update, *, run: str, model: ModelSpec, mode: Mode, epoch: int, version: int
+    update: Update,
+    *,
+    run: str,
+    model: ModelSpec,
+    mode: Mode,
+    epoch: int,
+    version: int,
+    void: tuple[tuple[int, int], ...] = (),
 ) -> tuple[Reason, str] | None:
-    """Why ``update`` cannot be used at all by ``run`` at ``version``, or None."""
+    """Why ``update`` cannot be used at all by ``run`` at ``version``, or None.
+
+    ``void`` holds the versions that were taken back, as first and last.
+    """
     refused = None
     if update.run != run:
         refused = Reason.WRONG_RUN, f"it belongs to run {update.run!r}; this is {run!r}"
@@ -25,6 +35,8 @@ def refusal(
     elif update.base_version > version or update.base_epoch > epoch:
         started = f"it starts from version {update.base_version} of epoch {update.base_epoch}"
         refused = Reason.FUTURE_VERSION, f"{started}; the newest is {version} of epoch {epoch}"
+    elif any(first <= update.base_version <= last for first, last in void):
+        refused = Reason.ROLLED_BACK, f"version {update.base_version}, from which it starts, was taken back"
     else:
         for name, array in update.tensors.items():
             if not is_finite(array):

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from aggregator.optimizers import OptimizerState
 from aggregator.strategies.base import Accumulator
-from broker.messages import ModelSpec, Tensors, UpdateId
+from broker.messages import ModelSpec, Scalar, Tensors, UpdateId, parameters_digest
 
-__all__ = ["Entry", "Snapshot", "VersionRecord"]
+__all__ = ["Changes", "Entry", "Snapshot", "VersionRecord", "rolled_back"]
+
+#: Settings of the table ``[aggregator]`` that were changed while the run went on.
+Changes = Mapping[str, Scalar]
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,6 +44,12 @@ class VersionRecord:
     """Digest of the parameters that the round started from."""
     after: str
     """Digest of this version's parameters."""
+    settings: Mapping[str, Scalar] = field(default_factory=dict)
+    """What made it: strategy, weights, optimiser and the like."""
+    source: int | None = None
+    """The earlier version whose parameters these are, if the run was taken back; there are no updates then."""
+    dropped: tuple[Entry, ...] = ()
+    """Updates that were in the buffer when the run was taken back. They count nowhere, now or later."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -75,3 +84,63 @@ class Snapshot:
     started: float = 0.0
     """When the run began, seconds since 1970."""
     done: bool = False
+    void: tuple[tuple[int, int], ...] = ()
+    """Versions that were taken back, as first and last."""
+    changes: Changes = field(default_factory=dict)
+    """What was changed on the running run and is in force."""
+    pending: Changes | None = None
+    """What is to be in force from the next round on instead; None if that is ``changes``."""
+    paused: bool = False
+    commands: tuple[str, ...] = ()
+    """The newest commands that were executed, by id."""
+
+
+def rolled_back(
+    snapshot: Snapshot,
+    *,
+    to: int,
+    head: int,
+    parameters: Tensors,
+    optimizer: OptimizerState,
+    now: float,
+    drop: bool = True,
+) -> Snapshot:
+    """``snapshot`` with version ``to``'s state as its newest version, number ``head + 1``.
+
+    Version numbers never come twice, so nobody can take one state for another. Updates that start from a
+    version in between are void, and what was applied in between stays in the ledger: it does not count again.
+
+    Args:
+        snapshot: the newest durable state.
+        to: the version that comes back.
+        head: the newest version that anyone can have seen.
+        parameters: those of version ``to``.
+        optimizer: the optimiser's state at version ``to``.
+        now: seconds since 1970.
+        drop: leave out what is in the buffer, which may come from versions in between.
+    """
+    digest = parameters_digest(parameters)
+    record = VersionRecord(
+        version=head + 1,
+        epoch=snapshot.epoch,
+        time=now,
+        seconds=0.0,
+        updates=(),
+        loss=None,
+        before=snapshot.digest,
+        after=digest,
+        source=to,
+        dropped=snapshot.entries if drop else (),
+    )
+    return replace(
+        snapshot,
+        version=head + 1,
+        parameters=parameters,
+        digest=digest,
+        optimizer=optimizer,
+        accumulator=Accumulator() if drop else snapshot.accumulator,
+        entries=() if drop else snapshot.entries,
+        records=(*snapshot.records, record),
+        void=(*snapshot.void, (to + 1, head)) if head > to else snapshot.void,
+        done=False,
+    )

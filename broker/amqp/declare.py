@@ -31,7 +31,8 @@ async def declare(channel: Channel, topology: Topology, config: BrokerConfig, mo
         await channel.declare_exchange(exchange.name, exchange.type)
     for queue in topology.queues(queue_type(channel, config), model_bytes):
         await _declare(channel, queue)
-        await channel.bind(queue.name, queue.exchange, queue.binding)
+        for key in queue.bindings:
+            await channel.bind(queue.name, queue.exchange, key)
 
 
 def queue_type(channel: Channel, config: BrokerConfig) -> Literal["classic", "quorum"]:

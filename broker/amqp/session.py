@@ -210,7 +210,18 @@ class Session:
         return channel
 
     async def exists(self, *, queues: tuple[str, ...] = (), exchanges: tuple[str, ...] = ()) -> bool:
-        """Whether all of these are there, asked on a channel of its own because RabbitMQ closes it if not."""
+        """Whether all of these are there."""
+        try:
+            await self.require(queues=queues, exchanges=exchanges)
+        except Unroutable:
+            return False
+        return True
+
+    async def require(self, *, queues: tuple[str, ...] = (), exchanges: tuple[str, ...] = ()) -> None:
+        """Raise :class:`Unroutable` if one of these is not there.
+
+        Asked on a channel of its own, because RabbitMQ closes it if not.
+        """
         probe = await self.channel()
         try:
             for name in exchanges:
@@ -221,11 +232,8 @@ class Session:
                 await probe.call(
                     "queue_declare", Operation(f"look at queue {name!r}", "read"), queue=name, passive=True
                 )
-        except Unroutable:
-            return False
         finally:
             await probe.close()
-        return True
 
     async def close(self) -> None:
         """Close in order; if that is not answered, cut."""
@@ -345,6 +353,13 @@ class Channel:
         if reply.done():
             return reply.result()
         raise self.closed.result()
+
+    async def wait(self, future: asyncio.Future[Any], timeout: float) -> bool:
+        """Whether ``future`` is done after ``timeout`` seconds at the latest; raises the channel's end."""
+        await _first(future, self.closed, timeout=timeout)
+        if self.closed.done():
+            raise self.closed.result()
+        return future.done()
 
     async def ended(self) -> BrokerError:
         """Wait until the channel has ended; the reason."""

@@ -23,11 +23,13 @@ from broker.amqp.connection import Link
 from broker.amqp.declare import declare
 from broker.amqp.publisher import Publisher, plain
 from broker.amqp.session import Channel
+from broker.amqp.turn import Turn
+from broker.amqp.versions import newest_broadcast, order_of
 from broker.errors import BrokerError, BrokerUnreachable, MessageTooLarge, Unroutable
 from broker.messages import NAME_PATTERN, Reason
 from broker.settings import BrokerConfig
 from broker.topology import CONTROL, DEAD, EVENTS, UPDATES, Topology
-from broker.transport import Connected, Delivery, Disconnected, Failed, Incoming, Outgoing, Sink, Source, Token
+from broker.transport import Connected, Delivery, Disconnected, Failed, Incoming, Outgoing, Sink, Source, Standby, Token
 
 __all__ = ["AmqpAggregatorTransport", "AmqpWorkerTransport"]
 
@@ -110,11 +112,11 @@ class _Transport:
             if self._sink is not None:
                 self._sink(item)
 
-    def _stand(self) -> int:
+    def _stand(self, newest: tuple[int, int] | None = None) -> int:
         """A new generation; call it before the first delivery can come."""
         self._generation += 1
         self._connected = True
-        self._hand(Connected(self._generation))
+        self._hand(Connected(self._generation, newest))
         return self._generation
 
     def _down(self, reason: BrokerError) -> None:
@@ -163,6 +165,7 @@ class AmqpAggregatorTransport(_Transport):
         # Of this generation, by delivery tag: the routing key and properties, for a copy in the dead letters.
         self._unacked: dict[int, tuple[str, pika.BasicProperties]] = {}
         self._newest: Outgoing | None = None
+        self._turn = Turn(topology, self._publisher, standby=self._stand_by)
 
     def ack(self, token: Token) -> None:
         """See the port."""
@@ -196,13 +199,15 @@ class AmqpAggregatorTransport(_Transport):
 
     async def _consume(self, channel: Channel) -> None:
         await declare(channel, self._topology, self._config, self._model_bytes)
+        tag = self._consumer_tag
+        await self._turn.take(channel, tag)
+        newest = None if self._generation else await newest_broadcast(channel, self._topology.parameters)
         events = self._topology.own_queue("events", secrets.token_hex(4))
         await channel.declare_own_queue(events, OWN_QUEUE_LENGTH)
         for kind in ("heartbeat", "progress", "evaluation"):
             await channel.bind(events, EVENTS, self._topology.event_key(kind, "*"))
-        generation = self._stand()
+        generation = self._stand(newest)
         self._channel = channel
-        tag = self._consumer_tag
 
         def on_update(method: pika.spec.Basic.Deliver, properties: pika.BasicProperties, body: bytes) -> None:
             self._unacked[method.delivery_tag] = (method.routing_key, properties)
@@ -210,6 +215,11 @@ class AmqpAggregatorTransport(_Transport):
             self._hand(_delivery(Source.UPDATE, body, properties, token=token, redelivered=method.redelivered))
 
         def on_control(method: pika.spec.Basic.Deliver, properties: pika.BasicProperties, body: bytes) -> None:
+            if method.routing_key == self._topology.command_key:
+                self._unacked[method.delivery_tag] = (method.routing_key, properties)
+                token = Token(generation, method.delivery_tag)
+                self._hand(_delivery(Source.CONTROL, body, properties, token=token, redelivered=method.redelivered))
+                return
             self._hand(_delivery(Source.CONTROL, body, properties, redelivered=method.redelivered))
             channel.raw.basic_ack(method.delivery_tag)
 
@@ -219,6 +229,12 @@ class AmqpAggregatorTransport(_Transport):
         await channel.consume(events, on_event, tag=f"{tag}-events")
         await channel.consume(self._topology.control, on_control, tag=f"{tag}-control", prefetch=CONTROL_PREFETCH)
         await channel.consume(self._topology.updates, on_update, tag=tag, prefetch=self._prefetch)
+        self._consumer.mark_up()
+        await self._turn.keep(channel)
+
+    def _stand_by(self) -> None:
+        self._consumer.mark_up()
+        self._hand(Standby())
 
     def _down(self, reason: BrokerError) -> None:
         self._channel = None
@@ -364,8 +380,7 @@ class AmqpWorkerTransport(_Transport):
     def _take(self, properties: pika.BasicProperties, body: bytes) -> None:
         # A stream begins to read at its last block, which may hold several versions, and after a reconnect
         # it begins there again.
-        headers = plain(properties.headers)
-        order = (_int(headers, "epoch"), _int(headers, "version"), _int(headers, "attempt"))
+        order = order_of(properties)
         if order > self._last:
             self._last = order
             self._hand(_delivery(Source.PARAMETERS, body, properties))
@@ -383,8 +398,3 @@ def _delivery(source: Source, body: bytes, properties: pika.BasicProperties, **m
     if properties.message_id:
         delivery = replace(delivery, headers={**delivery.headers, "message_id": properties.message_id})
     return delivery
-
-
-def _int(headers: Mapping[str, str | int], name: str) -> int:
-    value = headers.get(name, 0)
-    return value if isinstance(value, int) else 0

@@ -10,6 +10,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from broker.errors import WireError
 from broker.messages import (
+    Command,
     Event,
     Goodbye,
     Hello,
@@ -25,7 +26,7 @@ from broker.wire.tensors import blocks, checksum, data_length, read
 
 __all__ = ["Message", "decode", "encode"]
 
-Message = Update | Parameters | Manifest | Hello | Goodbye | Event
+Message = Update | Parameters | Manifest | Hello | Goodbye | Command | Event
 
 #: The word in the header's ``type`` field, and the class that holds the small facts. One line a message.
 _HEADS: dict[str, type] = {
@@ -33,6 +34,7 @@ _HEADS: dict[str, type] = {
     "parameters": ParametersHead,
     "hello": Hello,
     "goodbye": Goodbye,
+    "command": Command,
     "event": Event,
 }
 _TYPES = {head: word for word, head in _HEADS.items()} | {Update: "update", Parameters: "parameters"}

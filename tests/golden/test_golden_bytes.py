@@ -9,6 +9,8 @@ import numpy as np
 import pytest
 
 from broker.messages import (
+    Action,
+    Command,
     Event,
     EventKind,
     Goodbye,
@@ -80,6 +82,9 @@ MESSAGES: dict[str, Message] = {
     "manifest": Manifest(head=HEAD, model=MODEL, nbytes=200, chunks=((128, "0" * 32), (72, "f" * 32))),
     "hello": Hello(run="digits", worker="w1", incarnation="a1b2", role=Role.EVALUATOR, version=-1),
     "goodbye": Goodbye(run="digits", worker="w1", incarnation="a1b2", confirmed=12, reason="done"),
+    "command": Command(
+        run="digits", id="c0ffee", action=Action.SET, changes={"buffer_size": 16, "deadline": None}, time=1.5
+    ),
     "event": Event(
         run="digits",
         kind=EventKind.HEARTBEAT,

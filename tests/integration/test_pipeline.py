@@ -119,15 +119,8 @@ class Federation:
 
     def start_aggregator(self) -> AggregatorService:
         store = CheckpointStore(self.store.folder, self.place.run)
-        snapshot = store.claim()
-        size = snapshot.model.nbytes
-        service = AggregatorService(
-            folder=self.folder,
-            run=self.place.run,
-            rules=self.config.rules(size),
-            store=store,
-            snapshot=snapshot,
-        )
+        size = store.load().model.nbytes
+        service = AggregatorService(folder=self.folder, run=self.place.run, config=self.config, store=store)
 
         def work() -> None:
             self.outcome = service.run(self.place.aggregator(size, self.config.prefetch(size)))
@@ -381,27 +374,50 @@ def test_the_history_tells_every_version_and_its_updates(place: Place, tmp_path:
             assert update["weight"] == pytest.approx((1 + update["staleness"]) ** -0.5)
 
 
-def test_an_aggregator_that_was_replaced_leaves_though_it_has_nothing_to_do(place: Place, tmp_path: Path) -> None:
-    """The old one is idle, so no commit of its own tells it; what it holds is given to the new one."""
-    task = Regression()
-    running = Federation(place, tmp_path, task, AggregatorConfig(linger=5.0, buffer_size=2, stop_after_rounds=2))
-    running.start_aggregator()
-    old = running.aggregator_thread
-    inbox = Inbox()
-    watcher = place.worker("watcher")
-    watcher.open(inbox, wait=20.0)
-    inbox.wait_delivery(1, source=Source.PARAMETERS)
-
-    running.start_aggregator()
-    old.join(20)
+def test_a_second_aggregator_stands_by_and_takes_over_when_the_first_leaves(place: Place, tmp_path: Path) -> None:
+    running = Federation(place, tmp_path, Regression(), AggregatorConfig(linger=5.0, buffer_size=2))
+    first = running.start_aggregator()
+    thread = running.aggregator_thread
+    wait_for(lambda: first.leads, what="the first leads")
+    running.config = AggregatorConfig(linger=5.0, buffer_size=2, stop_after_rounds=4)
+    second = running.start_aggregator()
     running.start_worker("a", "2/5", batch_size=8)
+    wait_for(lambda: running.store.load().version >= 2, 30, what="two versions")
+    assert first.leads
+    assert not second.leads
+
+    first.stop()
+    thread.join(30)
     running.aggregator_thread.join(60)
-    watcher.close()
     running.stop()
+    running.join()
+
+    assert not thread.is_alive()
+    assert running.outcome is not None
+    assert (running.outcome.reason, running.outcome.epoch) == ("done", 2)
+    assert running.outcome.version >= 4
+    assert {reason for reason, _ in place.dead()} <= {"run-done"}
+
+
+def test_an_aggregator_whose_state_has_a_newer_owner_leaves_though_it_has_nothing_to_do(
+    place: Place, tmp_path: Path
+) -> None:
+    """It is idle, so no commit of its own tells it; what it holds is given to the next one."""
+    running = Federation(place, tmp_path, Regression(), AggregatorConfig(linger=5.0, buffer_size=2))
+    service = running.start_aggregator()
+    wait_for(lambda: service.leads, what="it leads")
+
+    CheckpointStore(running.store.folder, place.run).claim()
+    running.aggregator_thread.join(30)
 
     assert [type(error) for error in running.errors] == [StaleEpoch]
+    running.errors.clear()
+    running.config = AggregatorConfig(linger=5.0, buffer_size=2, stop_after_rounds=2)
+    running.start_aggregator()
+    running.start_worker("a", "2/5", batch_size=8)
+    running.join()
     assert running.outcome is not None
-    assert (running.outcome.version, running.outcome.epoch, place.dead()) == (2, 2, [])
+    assert (running.outcome.version, running.outcome.epoch) == (2, 3)
 
 
 def test_a_finished_run_that_is_started_again_keeps_its_summary(place: Place, tmp_path: Path) -> None:

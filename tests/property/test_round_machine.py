@@ -20,8 +20,9 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 from aggregator.core import effects as do
 from aggregator.core import events as on
 from aggregator.core.ledger import Ledger
-from aggregator.core.machine import CommitPolicy, RoundMachine
+from aggregator.core.machine import RoundMachine
 from aggregator.core.rounds import Buffered
+from aggregator.core.rules import CommitPolicy
 from aggregator.core.snapshot import Snapshot, VersionRecord
 from aggregator.optimizers import Sgd
 from aggregator.strategies import Accumulator

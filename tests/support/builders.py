@@ -7,8 +7,8 @@ from typing import Any
 
 import numpy as np
 
-from aggregator.core.machine import Rules
 from aggregator.core.rounds import Buffered, RoundRule
+from aggregator.core.rules import Rules
 from aggregator.core.snapshot import Snapshot
 from aggregator.optimizers import Optimizer, OptimizerState, Sgd
 from aggregator.staleness import polynomial

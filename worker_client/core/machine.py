@@ -126,6 +126,8 @@ class WorkerMachine:
         if head is None:
             return []
         plan = head.plan
+        if plan.paused:
+            return []
         if plan.rounds is Rounds.SYNCHRONOUS and not plan.is_sampled(self._worker, head.version):
             return []
         allowance = 1 if plan.rounds is Rounds.SYNCHRONOUS else plan.updates_per_version

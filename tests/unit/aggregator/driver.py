@@ -6,7 +6,8 @@ from typing import Any
 
 from aggregator.core import effects as do
 from aggregator.core import events as on
-from aggregator.core.machine import RoundMachine, Rules
+from aggregator.core.machine import RoundMachine
+from aggregator.core.rules import Rules
 from aggregator.core.snapshot import Snapshot, VersionRecord
 from broker.messages import Goodbye, Hello, Reason, Role, Update
 from broker.transport import Token

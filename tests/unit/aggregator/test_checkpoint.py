@@ -22,8 +22,8 @@ from safetensors.torch import load_file
 from aggregator.checkpoint import CheckpointStore, write_tensors
 from aggregator.core.effects import EvaluationRecord
 from aggregator.core.ledger import Ledger
-from aggregator.core.machine import CommitPolicy
 from aggregator.core.rounds import Buffered
+from aggregator.core.rules import CommitPolicy
 from aggregator.core.snapshot import Snapshot
 from aggregator.history import History, read_history
 from aggregator.optimizers import Sgd

@@ -10,8 +10,9 @@ import pytest
 
 from aggregator.core import effects as do
 from aggregator.core import events as on
-from aggregator.core.machine import CommitPolicy, RoundMachine
+from aggregator.core.machine import RoundMachine
 from aggregator.core.rounds import Buffered, Synchronous
+from aggregator.core.rules import CommitPolicy
 from broker.errors import ConfigError
 from broker.messages import Mode, Plan, Reason, Role
 from broker.transport import Token

@@ -1,0 +1,79 @@
+"""From what arrives to what the round machine knows."""
+
+from __future__ import annotations
+
+import re
+
+from aggregator.core import events as on
+from broker.errors import UnknownFormat, WireError
+from broker.messages import (
+    NAME_PATTERN,
+    Command,
+    Event,
+    EventKind,
+    Goodbye,
+    Hello,
+    Manifest,
+    Reason,
+    Role,
+    Update,
+    evaluation_metrics,
+)
+from broker.transport import Delivery, Source
+from broker.wire import Message, decode
+
+__all__ = ["from_aside", "read_update"]
+
+
+def read_update(delivery: Delivery) -> Update | tuple[Reason, str]:
+    """The update in ``delivery``, or why it is none that can be used."""
+    try:
+        message = decode(delivery.body)
+    except UnknownFormat as error:
+        return Reason.UNKNOWN_FORMAT, str(error)
+    except WireError as error:
+        return Reason.MALFORMED, str(error)
+    if isinstance(message, Update):
+        return message
+    if isinstance(message, Manifest):
+        return Reason.NOT_SUPPORTED, "an update in several chunks; this release takes one message"
+    return Reason.MALFORMED, f"a {type(message).__name__.lower()} in the queue of updates"
+
+
+def from_aside(delivery: Delivery, run: str, newest: int) -> on.Happening | Command | None:
+    """What a message that is no update says; None for what makes no sense or is of another run.
+
+    Args:
+        delivery: of the control queue or an event.
+        run: this run.
+        newest: its newest version; nobody can have evaluated a later one.
+
+    Raises :class:`WireError`.
+    """
+    message = decode(delivery.body)
+    if isinstance(message, Manifest | Update) or message.run != run:
+        return None
+    if isinstance(message, Command):
+        # Only the queue that operators may write to; anybody's event may look like one.
+        return message if delivery.source is Source.CONTROL and delivery.token is not None else None
+    return _happening(message, newest)
+
+
+def _happening(message: Message, newest: int) -> on.Happening | None:
+    match message:
+        case Hello():
+            return on.Joined(message)
+        case Goodbye():
+            return on.Left(message)
+        case Event(kind=EventKind.HEARTBEAT, source=source, data=data):
+            role = Role.EVALUATOR if data.get("role") == Role.EVALUATOR else Role.TRAINER
+            confirmed = data.get("confirmed")
+            count = confirmed if isinstance(confirmed, int) and not isinstance(confirmed, bool) else 0
+            incarnation = str(data.get("incarnation", ""))
+            is_name = re.fullmatch(NAME_PATTERN, incarnation) is not None
+            return on.Seen(source, incarnation, role, min(max(count, 0), 2**53)) if is_name else None
+        case Event(kind=EventKind.EVALUATION, source=source, data=data):
+            version = data.get("version")
+            if isinstance(version, int) and not isinstance(version, bool) and 0 <= version <= newest:
+                return on.Evaluated(source, version, evaluation_metrics(message))
+    return None

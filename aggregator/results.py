@@ -1,0 +1,76 @@
+"""What a run leaves behind besides its checkpoints: ``summary.json`` and ``model.safetensors``."""
+
+from __future__ import annotations
+
+import json
+import math
+import secrets
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import BinaryIO
+
+from aggregator.checkpoint import write_tensors
+from broker.errors import CheckpointNotWritten
+from broker.messages import Tensors
+
+__all__ = ["Outcome", "write_model", "write_results"]
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """How an aggregator's work ended."""
+
+    reason: str
+    version: int
+    epoch: int
+    applied: int
+    rejected: Mapping[str, int]
+    confirmed: int
+    metrics: Mapping[str, float]
+    """The newest evaluation's."""
+    evaluated: int = -1
+    """The version that was evaluated last; -1 for none."""
+
+
+def write_results(folder: Path, run: str, outcome: Outcome, parameters: Tensors, *, seconds: float) -> None:
+    """Write both files, each whole or not at all. Raises :class:`CheckpointNotWritten`."""
+    summary = {
+        "run": run,
+        "outcome": outcome.reason,
+        "rounds": outcome.version,
+        "epoch": outcome.epoch,
+        "seconds": round(seconds, 3),
+        "updates": {
+            "confirmed": outcome.confirmed,
+            "applied": outcome.applied,
+            "rejected": sum(outcome.rejected.values()),
+            "rejected_by_reason": dict(outcome.rejected),
+        },
+        "evaluated_version": outcome.evaluated if outcome.evaluated >= 0 else None,
+        "evaluation": {name: value if math.isfinite(value) else None for name, value in outcome.metrics.items()},
+    }
+    try:
+        text = (json.dumps(summary, indent=2) + "\n").encode()
+        _replace(folder / "summary.json", lambda file: file.write(text))
+        write_model(folder / "model.safetensors", run, parameters)
+    except OSError as error:
+        raise CheckpointNotWritten(
+            f"{folder}: {error.strerror}; the run itself is safe in its checkpoint: make room, start again"
+        ) from None
+
+
+def write_model(target: Path, run: str, parameters: Tensors, **facts: str) -> None:
+    """``parameters`` as a file that ``safetensors.torch.load_file`` reads. Raises :class:`OSError`."""
+    metadata = {"format": "pt", "run": run, **facts}
+    _replace(target, lambda file: write_tensors(file, parameters, metadata))
+
+
+def _replace(target: Path, write: Callable[[BinaryIO], object]) -> None:
+    temporary = target.with_name(f".{target.name}.{secrets.token_hex(8)}")
+    try:
+        with temporary.open("xb") as file:
+            write(file)
+        temporary.replace(target)
+    finally:
+        temporary.unlink(missing_ok=True)

@@ -24,8 +24,10 @@ from broker.console import (
     parse_flags,
     set_up_logging,
 )
+from broker.dead import app as dead_app
 from broker.errors import CheckpointError, TaskError
 from broker.settings import Settings, Table, load, plain
+from fedmq.control import register as register_controls
 from worker_client.cli import TaskOption, evaluate, worker
 from worker_client.config import WorkerConfig
 
@@ -185,6 +187,8 @@ def _require_torch() -> None:
 app.command("aggregator")(aggregator)
 app.command("worker")(worker)
 app.command("evaluate")(evaluate)
+register_controls(app)
+app.add_typer(dead_app, name="dead")
 app.add_typer(broker_app, name="broker")
 
 

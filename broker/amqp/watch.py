@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import secrets
+from concurrent.futures import Future
 
 import pika
 
@@ -33,6 +34,8 @@ class AmqpWatch:
         name = f"fedmq watch · run {topology.run}"
         self._link = Link(config, name, use=self._use, down=self._down, failed=self._failed)
         self._sink: Sink = lambda _item: None
+        #: Done when events are watched for the first time.
+        self.watching: Future[None] = Future()
 
     def open(self, sink: Sink) -> None:
         """Start watching; returns at once. ``sink`` is called on the connection's thread."""
@@ -55,6 +58,8 @@ class AmqpWatch:
             self._sink(Delivery(source=Source.EVENT, body=body, headers=plain(properties.headers)))
 
         await channel.consume(queue, on_event, tag="watch")
+        if not self.watching.done():
+            self.watching.set_result(None)
 
     def _down(self, _reason: BrokerError) -> None:
         log.debug("watching paused until the connection stands again")

@@ -1,0 +1,133 @@
+"""``fedmq set | pause | resume | stop``: change a run while it goes on, through the broker."""
+
+from __future__ import annotations
+
+import secrets
+import time
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from aggregator.config import LIVE
+from broker.amqp.operator import Operator
+from broker.console import BrokerOption, ConfigOption, RunOption, VerboseOption, guard, parse_flags, set_up_logging
+from broker.errors import ConfigError
+from broker.messages import Action, Command, Scalar
+from broker.settings import Settings, load
+from broker.topology import Topology
+
+__all__ = ["pause", "register", "resume", "set_", "stop"]
+
+#: What the field calls it, and what it is called here.
+ALIASES = {"server_lr": "learning_rate", "lr": "learning_rate"}
+
+out = Console()
+
+WaitOption = Annotated[float, typer.Option("--wait", min=0.0, help="Seconds to wait for the aggregator's answer.")]
+ChangesArgument = Annotated[list[str], typer.Argument(metavar="NAME=VALUE...", help="Settings of [aggregator].")]
+
+
+def set_(
+    changes: ChangesArgument,
+    *,
+    config: ConfigOption = None,
+    run: RunOption = None,
+    broker: BrokerOption = None,
+    wait: WaitOption = 10.0,
+    verbose: VerboseOption = 0,
+) -> None:
+    """Change settings of a running run, from its next round on.
+
+    They stay over restarts and go before the settings file, until they are changed again; NAME= with nothing
+    behind it takes a change back. The run's history says which settings made which version.
+
+    Example: fedmq set --run digits buffer_size=16 learning_rate=0.5
+    """
+    with guard():
+        set_up_logging(verbose, quiet=not verbose)
+        _give(Action.SET, _settings(config, run, broker), wait, _parsed(changes))
+
+
+def pause(
+    *,
+    config: ConfigOption = None,
+    run: RunOption = None,
+    broker: BrokerOption = None,
+    wait: WaitOption = 10.0,
+    verbose: VerboseOption = 0,
+) -> None:
+    """Have the workers stop training after what they have in hand; no round closes until 'fedmq resume'."""
+    with guard():
+        set_up_logging(verbose, quiet=not verbose)
+        _give(Action.PAUSE, _settings(config, run, broker), wait)
+
+
+def resume(
+    *,
+    config: ConfigOption = None,
+    run: RunOption = None,
+    broker: BrokerOption = None,
+    wait: WaitOption = 10.0,
+    verbose: VerboseOption = 0,
+) -> None:
+    """Go on after 'fedmq pause'."""
+    with guard():
+        set_up_logging(verbose, quiet=not verbose)
+        _give(Action.RESUME, _settings(config, run, broker), wait)
+
+
+def stop(
+    *,
+    config: ConfigOption = None,
+    run: RunOption = None,
+    broker: BrokerOption = None,
+    wait: WaitOption = 10.0,
+    verbose: VerboseOption = 0,
+) -> None:
+    """End the run: what is in the buffer makes its last version, workers leave, the aggregator exits.
+
+    To go on with it later: 'fedmq aggregator --drop-changes', and then the workers.
+    """
+    with guard():
+        set_up_logging(verbose, quiet=not verbose)
+        _give(Action.STOP, _settings(config, run, broker), wait)
+
+
+def register(app: typer.Typer) -> None:
+    """Add the commands to ``app``."""
+    app.command("set")(set_)
+    for command in (pause, resume, stop):
+        app.command()(command)
+
+
+def _settings(config: ConfigOption, run: RunOption, broker: BrokerOption) -> Settings:
+    return load({}, file=config, flags=parse_flags([], run=run, broker__url=broker))
+
+
+def _parsed(pairs: list[str]) -> dict[str, Scalar]:
+    changes: dict[str, Scalar] = {}
+    for pair in pairs:
+        name, equals, value = pair.partition("=")
+        name = name.strip().removeprefix("aggregator.")
+        name = ALIASES.get(name, name)
+        if not equals:
+            raise ConfigError(f"{pair!r}: give it as NAME=VALUE, like buffer_size=16; NAME= takes a change back")
+        if name not in LIVE:
+            known = ", ".join(sorted(LIVE))
+            raise ConfigError(f"aggregator.{name} cannot be changed while the run goes on; these can: {known}")
+        changes[name] = value.strip() or None
+    return changes
+
+
+def _give(action: Action, settings: Settings, wait: float, changes: dict[str, Scalar] | None = None) -> None:
+    command = Command(run=settings.run, id=secrets.token_hex(8), action=action, changes=changes or {}, time=time.time())
+    with Operator(settings.broker, Topology(settings.run)) as operator:
+        answer = operator.give(command, wait=wait)
+    if answer is None:
+        text = f"no aggregator of run {settings.run!r} has answered in {wait:g} s; it will do so when it is back"
+        out.print(f"[yellow]{text}[/]", highlight=False, soft_wrap=True)
+    elif answer.accepted:
+        out.print(answer.text, highlight=False, soft_wrap=True)
+    else:
+        raise ConfigError(f"refused: {answer.text}")

@@ -6,89 +6,27 @@ The task counts: update n of worker i adds 1 to cell i, so the parameters say ho
 
 from __future__ import annotations
 
-import json
-import os
 import signal
 import subprocess
-import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from aggregator.checkpoint import CheckpointStore
 from aggregator.core.ledger import Ledger
-from aggregator.history import read_history
 from broker.amqp.node import PrivateNode
-from tests.support.node import fresh_topology, ready
+from tests.support.node import ready
+from tests.support.site import BUFFER, Site
 from tests.support.waiting import wait_for
 
-ROOT = Path(__file__).parents[2]
 WORKERS = 3
 UPDATES = 24
-BUFFER = 4
 
 pytestmark = pytest.mark.broker
 
 
-class Site:
-    """A folder with a run in it, and the processes that work there."""
-
-    def __init__(self, folder: Path, node: PrivateNode) -> None:
-        self.folder, self.node = folder, node
-        self.topology = fresh_topology("kill")
-        self.store = CheckpointStore(folder / "runs" / self.topology.run / "checkpoints", self.topology.run)
-        self.processes: list[subprocess.Popen[bytes]] = []
-        (folder / "fedmq.toml").write_text(
-            f'run = "{self.topology.run}"\n'
-            f'[aggregator]\nbuffer_size = {BUFFER}\nlearning_rate = {BUFFER}.0\nstaleness = "constant"\n'
-            f"max_staleness = 1000\ncommit_count = 2\nlinger = 1.0\n"
-            f'[worker]\ntask = "tests.support.tasks:Counting"\nmax_updates = {UPDATES}\ndevice = "cpu"\n'
-            "heartbeat_seconds = 0.5\ndelay = 0.02\n[broker]\nheartbeat = 10\n"
-        )
-
-    def command(self, *arguments: str) -> subprocess.Popen[bytes]:
-        environment = {**os.environ, "PYTHONPATH": str(ROOT), "FEDMQ_BROKER_URL": self.node.url}
-        with (self.folder / "log").open("ab") as log:
-            process = subprocess.Popen(
-                [sys.executable, "-m", "fedmq", *arguments], cwd=self.folder, env=environment, stdout=log, stderr=log
-            )
-        self.processes.append(process)
-        return process
-
-    def worker(self, index: int) -> subprocess.Popen[bytes]:
-        return self.command("worker", "--name", f"w{index}", "--shard", f"{index}/{WORKERS}")
-
-    def confirmed(self, index: int) -> int:
-        outbox = self.folder / "runs" / self.topology.run / "workers" / f"w{index}" / "outbox.json"
-        return int(json.loads(outbox.read_text())["confirmed"]) if outbox.exists() else 0
-
-    @property
-    def history(self) -> list[dict[str, object]]:
-        return list(read_history(self.store.folder.parent / "history.jsonl"))
-
-    def version(self) -> int:
-        return sum(line["kind"] == "version" for line in self.history)
-
-    def epochs(self) -> list[object]:
-        return [line["epoch"] for line in self.history if line["kind"] == "start"]
-
-    def log(self) -> str:
-        return (self.folder / "log").read_text()
-
-
-@contextmanager
-def site(folder: Path, node: PrivateNode) -> Iterator[Site]:
-    place = Site(folder, node)
-    try:
-        yield place
-    finally:
-        for process in place.processes:
-            if process.poll() is None:
-                process.kill()
-            process.wait()
+def site(folder: Path, node: PrivateNode) -> Site:
+    return Site(folder, node.url, workers=WORKERS, settings={"worker": {"max_updates": UPDATES}}, prefix="kill")
 
 
 def counts(place: Site) -> list[int]:
@@ -98,10 +36,10 @@ def counts(place: Site) -> list[int]:
     return [int(n) for n in snapshot.parameters["cells"] + partial][:WORKERS]
 
 
-def finish(place: Site, aggregator: subprocess.Popen[bytes]) -> None:
+def finish(place: Site, node: PrivateNode, aggregator: subprocess.Popen[bytes]) -> None:
     """Everything that was confirmed is taken in; then the aggregator is asked to stop."""
     wait_for(
-        lambda: ready(place.node, place.topology.updates) == 0 and sum(counts(place)) >= WORKERS * UPDATES,
+        lambda: ready(node, place.topology.updates) == 0 and sum(counts(place)) >= WORKERS * UPDATES,
         60,
         what=f"{WORKERS * UPDATES} applied updates; there are {counts(place)}; the log:\n{place.log()[-3000:]}",
     )
@@ -125,7 +63,7 @@ def test_an_aggregator_killed_again_and_again_neither_loses_nor_repeats_an_updat
             aggregator = place.command("aggregator")
         for worker in workers:
             assert worker.wait(90) == 0, place.log()[-3000:]
-        finish(place, aggregator)
+        finish(place, node, aggregator)
 
         assert [place.confirmed(index) for index in range(WORKERS)] == [UPDATES] * WORKERS
         assert counts(place) == [UPDATES] * WORKERS
@@ -133,7 +71,7 @@ def test_an_aggregator_killed_again_and_again_neither_loses_nor_repeats_an_updat
         assert sorted((i.worker, i.seq) for i in ledger) == [
             (f"w{index}", seq) for index in range(WORKERS) for seq in range(UPDATES)
         ]
-        told = [(u["worker"], u["seq"]) for line in place.history if line["kind"] == "version" for u in line["updates"]]  # type: ignore[attr-defined]
+        told = [(u["worker"], u["seq"]) for line in place.history if line["kind"] == "version" for u in line["updates"]]
         assert len(told) == len(set(told)) == place.version() * BUFFER
         assert place.epochs() == [1, 2, 3, 4]
         assert ready(node, place.topology.dead) == 0

@@ -12,10 +12,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from enum import StrEnum
+from math import isfinite, sqrt
 from typing import Any
 
+import numpy as np
+
 from broker.errors import ConfigError, WireError
-from broker.messages import NAME_PATTERN, Update, UpdateId
+from broker.messages import NAME_PATTERN, Array, Update, UpdateId
 from broker.wire import decode
 
 __all__ = [
@@ -24,6 +27,8 @@ __all__ = [
     "Origin",
     "RawLetter",
     "Selection",
+    "contents",
+    "facts",
     "letter_of",
     "original_headers",
     "parse_age",
@@ -40,6 +45,9 @@ REASON_HEADERS = frozenset({"reason", "detail", "time", "body"})
 #: What the header ``body`` says if a rejection had to leave the body out.
 LEFT_OUT = re.compile(r"(\d{1,12}) bytes, left out", re.ASCII)
 REASON_LENGTH = 100
+
+#: Elements that are looked at together: tensors are widened to float64 for it, piece by piece.
+PIECE = 2**20
 
 _AGE_UNITS = {"s": 1, "m": 60, "h": 3600, "d": 86400, "w": 604800}
 
@@ -179,6 +187,78 @@ def printable(text: str, limit: int = 1000) -> str:
     """``text`` on one line, without what a terminal would obey, cut after ``limit`` characters."""
     shown = "".join(character if character.isprintable() else "\ufffd" for character in text[:limit])
     return f"{shown}…" if len(text) > limit else shown
+
+
+def facts(letter: DeadLetter) -> dict[str, Any]:
+    """``letter`` as JSON knows it."""
+    return {
+        "number": letter.number,
+        "id": None if letter.id is None else str(letter.id),
+        "worker": letter.worker,
+        "reason": letter.reason,
+        "detail": letter.detail,
+        "time": None if letter.time is None else letter.time.isoformat(),
+        "origin": letter.origin.value,
+        "base_version": letter.base_version,
+        "examples": letter.examples,
+        "bytes": letter.bytes,
+        "left_out": letter.left_out,
+    }
+
+
+def contents(raw: RawLetter) -> dict[str, Any]:
+    """What is in ``raw``, as JSON knows it: all headers, and what its body says and holds.
+
+    Of an update that is its head, and for each tensor shape, dtype, Euclidean norm (of its finite elements) and
+    the number of elements that are not finite; of anything else why it is none.
+    """
+    result: dict[str, Any] = {"message_id": printable(raw.message_id), "headers": _as_json(raw.headers)}
+    try:
+        message = decode(raw.body)
+    except WireError as error:
+        return result | {"unreadable": printable(str(error)), "begins": raw.body[:32].hex(" ")}
+    if not isinstance(message, Update):
+        return result | {"unreadable": f"a message of type {type(message).__name__}, not an update"}
+    return result | {
+        "update": {
+            "run": message.run,
+            "base_version": message.base_version,
+            "base_epoch": message.base_epoch,
+            "mode": message.mode.value,
+            "examples": message.examples,
+            "seconds": _as_json(message.seconds),
+            "metrics": _as_json(message.metrics),
+        },
+        "tensors": [_tensor(name, array) for name, array in message.tensors.items()],
+    }
+
+
+def _tensor(name: str, array: Array) -> dict[str, Any]:
+    flat = array.reshape(-1)
+    squares, broken = 0.0, 0
+    for start in range(0, flat.size, PIECE):
+        piece = flat[start : start + PIECE].astype(np.float64)
+        finite = piece[np.isfinite(piece)]
+        squares += float(np.dot(finite, finite))
+        broken += piece.size - finite.size
+    return {
+        "name": printable(name, 256),
+        "shape": list(array.shape),
+        "dtype": array.dtype.name,
+        "norm": _as_json(sqrt(squares)),
+        "not_finite": broken,
+    }
+
+
+def _as_json(value: Any) -> Any:
+    """``value`` in JSON's types; text is made printable, and what JSON has no word for becomes text."""
+    if isinstance(value, Mapping):
+        return {printable(str(key)): _as_json(inner) for key, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [_as_json(inner) for inner in value]
+    if value is None or isinstance(value, bool | int) or (isinstance(value, float) and isfinite(value)):
+        return value
+    return printable(value.isoformat() if isinstance(value, datetime) else str(value))
 
 
 def _update_of(body: bytes) -> Update | None:

@@ -51,8 +51,12 @@ ON_WAY = 64
 ON_WAY_BYTES = 64 * 2**20
 #: How long the broker may stay silent, within what a heartbeat allows.
 PATIENCE_SECONDS = 30.0
-#: How often to ask whether anything is left in the queue when nothing comes.
+#: How often to ask whether anything is left in the queue when nothing comes. The answer may overtake a letter
+#: that is on its way, so it counts only if the line has been silent since the one before.
 LOOK_SECONDS = 0.25
+SILENCE_BYTES = 4096
+#: What AMQP has room for.
+LARGEST_PREFETCH = 65535
 
 
 class Wish(StrEnum):
@@ -175,6 +179,7 @@ class _Reading:
         self, topology: Topology, channel: Channel, publisher: Publisher, decide: Decide, report: Report
     ) -> None:
         self.seen = 0
+        self._expected = 0
         self._topology = topology
         self._channel = channel
         self._publisher = publisher
@@ -191,24 +196,25 @@ class _Reading:
 
     async def run(self, waiting: int, what: str) -> None:
         """Meet ``waiting`` letters, or fewer if somebody else takes some; until all is confirmed."""
-        share = max(SHARE, -(-waiting // CONSUMERS))
+        self._expected = waiting
+        share = min(max(SHARE, -(-waiting // CONSUMERS)), LARGEST_PREFETCH)
         for number in itertools.count():
             # By their tags in this order they give back what they hold.
-            if self.seen >= waiting or not await self._consume(f"fedmq dead {what} {number:03d}", share, waiting):
+            if self.seen >= waiting or not await self._consume(f"fedmq dead {what} {number:03d}", share):
                 break
         while self._on_way:
             await self._next_change()
         self._tell()
 
-    async def _consume(self, tag: str, share: int, waiting: int) -> bool:
+    async def _consume(self, tag: str, share: int) -> bool:
         """Read through one consumer until it has its share in hand; False if the queue is empty."""
         self._in_hand.clear()
         queue = self._topology.dead
-        await self._channel.consume(queue, self._on_message, tag=tag, prefetch=min(share, 65535))
-        while self.seen < waiting and len(self._in_hand) < share:
+        await self._channel.consume(queue, self._on_message, tag=tag, prefetch=share)
+        while self.seen < self._expected and len(self._in_hand) < share:
             if not self._arrived and not await self._more(queue):
                 return False
-            while self._arrived and self.seen < waiting:
+            while self._arrived:
                 self._meet(*self._arrived.popleft())
             self._tell()
         await self._channel.cancel(tag)
@@ -216,13 +222,13 @@ class _Reading:
 
     async def _more(self, queue: str) -> bool:
         """Wait until something has arrived; False if nothing will."""
+        heard = -SILENCE_BYTES
         for _ in range(int(PATIENCE_SECONDS / LOOK_SECONDS)):
             if await self._next_change(LOOK_SECONDS):
                 return True
             left, _others = await _look(self._channel, queue)
-            if self._arrived:
-                return True
-            if not left and not self._on_way:
+            before, heard = heard, self._channel.session.received_bytes
+            if not left and not self._arrived and heard - before < SILENCE_BYTES:
                 return False
         raise BrokerUnreachable(
             f"letters wait in {queue!r}, and RabbitMQ has handed out none for {PATIENCE_SECONDS:.0f} s: try again later"
@@ -241,6 +247,8 @@ class _Reading:
 
     def _on_message(self, method: pika.spec.Basic.Deliver, properties: pika.BasicProperties, body: bytes) -> None:
         self._in_hand.add(method.delivery_tag)
+        if self.seen + len(self._arrived) >= self._expected:
+            return  # came into the queue later; it goes back with the others
         raw = RawLetter(
             key=method.routing_key,
             message_id=properties.message_id or "",

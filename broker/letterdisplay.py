@@ -1,0 +1,122 @@
+"""Dead letters as text: a table with a summary by reason, and one letter in full."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping
+from typing import Any
+
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table as Grid
+
+from broker.letters import DeadLetter, Selection
+
+__all__ = ["Summary", "letter_table", "row_of", "say", "say_letter", "say_table"]
+
+out = Console()
+
+#: In a pipe there is no width: a line a letter, for grep.
+PIPE_WIDTH = 1000
+#: Reasons that the summary tells apart; strangers may bring any number.
+REASONS = 100
+
+COLUMNS = ("#", "rejected (UTC)", "update", "version", "examples", "bytes", "reason", "detail")
+NUMBERS = {"#", "version", "examples", "bytes", "norm", "not finite"}
+
+
+class Summary:
+    """Counts letters by reason: those that are meant, and all, to say what there is if none is."""
+
+    def __init__(self, wanted: Selection) -> None:
+        self.meant = 0
+        self._wanted = wanted
+        self._reasons: Counter[str] = Counter()
+        self._all: Counter[str] = Counter()
+
+    def counts(self, letter: DeadLetter) -> bool:
+        """Count ``letter``; whether it is meant."""
+        _add(self._all, letter.reason)
+        is_meant = self._wanted.matches(letter)
+        if is_meant:
+            self.meant += 1
+            _add(self._reasons, letter.reason)
+        return is_meant
+
+    def text(self, run: str) -> str:
+        """One line."""
+        if not self._all:
+            return f"run {run!r}: no rejected updates"
+        if not self.meant:
+            return f"run {run!r}: none of the {self._all.total():,} rejected updates is meant ({_by_reason(self._all)})"
+        return f"run {run!r}: {self.meant:,} rejected updates: {_by_reason(self._reasons)}"
+
+
+def _add(counter: Counter[str], reason: str) -> None:
+    counter[reason if reason in counter or len(counter) < REASONS else "(others)"] += 1
+
+
+def _by_reason(counter: Counter[str]) -> str:
+    return ", ".join(f"{reason} {count:,}" for reason, count in counter.most_common())
+
+
+def say(text: str) -> None:
+    """A line of the command's result, as it is."""
+    out.print(text, highlight=False, markup=False, soft_wrap=True)
+
+
+def letter_table() -> Grid:
+    """An empty table of letters."""
+    return _table(*COLUMNS)
+
+
+def _table(*names: str) -> Grid:
+    table = Grid(box=None, pad_edge=False, header_style="bold")
+    for name in names:
+        wide = name in {"update", "detail", "tensor"}
+        table.add_column(name, justify="right" if name in NUMBERS else "left", no_wrap=not wide, overflow="fold")
+    return table
+
+
+def say_table(table: Grid) -> None:
+    """``table``, in full width if the result goes into a pipe."""
+    (out if out.is_terminal else Console(width=PIPE_WIDTH)).print(table)
+
+
+def row_of(letter: DeadLetter) -> list[str]:
+    """A row of :func:`letter_table`."""
+    cells = (
+        letter.number,
+        None if letter.time is None else f"{letter.time:%Y-%m-%d %H:%M:%S}",
+        _who(letter),
+        letter.base_version,
+        letter.examples,
+        f"{letter.bytes:,}",
+        letter.reason,
+        letter.detail,
+    )
+    return ["-" if cell is None else escape(str(cell)) for cell in cells]
+
+
+def _who(letter: DeadLetter) -> str:
+    """The update's id; and who published it, if that is somebody else, or all that is known."""
+    if letter.id is None:
+        return f"{letter.worker}/?"
+    return str(letter.id) if letter.id.worker == letter.worker else f"{letter.id} (from {letter.worker})"
+
+
+def say_letter(found: Mapping[str, Any]) -> None:
+    """One letter: a line a fact, then its tensors as a table."""
+    for key, value in found.items():
+        if key == "tensors":
+            continue
+        inner = value if isinstance(value, dict) else {"": value}
+        for name, one in inner.items():
+            say(f"{f'{key} {name}'.strip():24} {'-' if one is None or one == '' else one}")
+    if tensors := found.get("tensors"):
+        table = _table("tensor", "shape", "dtype", "norm", "not finite")
+        for tensor in tensors:
+            norm = tensor["norm"] if isinstance(tensor["norm"], str) else f"{tensor['norm']:.6g}"
+            cells = (tensor["name"], tensor["shape"], tensor["dtype"], norm, tensor["not_finite"])
+            table.add_row(*(escape(str(cell)) for cell in cells))
+        say_table(table)

@@ -71,7 +71,10 @@ def _happening(message: Message, newest: int) -> on.Happening | None:
             count = confirmed if isinstance(confirmed, int) and not isinstance(confirmed, bool) else 0
             incarnation = str(data.get("incarnation", ""))
             is_name = re.fullmatch(NAME_PATTERN, incarnation) is not None
-            return on.Seen(source, incarnation, role, min(max(count, 0), 2**53)) if is_name else None
+            version = data.get("version")
+            is_waiting = data.get("state") == "waiting" and isinstance(version, int)
+            waiting = version if is_waiting and isinstance(version, int) else None
+            return on.Seen(source, incarnation, role, min(max(count, 0), 2**53), waiting) if is_name else None
         case Event(kind=EventKind.EVALUATION, source=source, data=data):
             version = data.get("version")
             if isinstance(version, int) and not isinstance(version, bool) and 0 <= version <= newest:

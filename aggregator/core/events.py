@@ -68,6 +68,8 @@ class Seen:
     incarnation: str
     role: Role
     confirmed: int
+    waiting: int | None = None
+    """The version that it has and whose successor it waits for; None if it has something to do."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -106,7 +106,7 @@ class RoundMachine:
         self._durable = snapshot
         self._flight: _Flight | None = None
         self._commit = 0
-        self._retry_at = now
+        self._retry_at = self._last_arrival = now
         self._ask_again_at: float | None = None
         self._stopping = self._finished = self._announced = self._linked = False
         self._done_at = now
@@ -138,8 +138,9 @@ class RoundMachine:
                 self.roster.see(goodbye.worker, now, goodbye.role)
                 self.roster.confirm(goodbye.worker, goodbye.incarnation, goodbye.confirmed)
                 self.roster.leave(goodbye.worker, now, goodbye.reason)
-            case on.Seen(worker, incarnation, role, confirmed):
+            case on.Seen(worker, incarnation, role, confirmed, waiting):
                 self.roster.see(worker, now, role)
+                self.roster.wait(worker, waiting, now)
                 self.roster.confirm(worker, incarnation, confirmed)
                 if self.roster.is_doubled(worker, incarnation):
                     text = (
@@ -173,6 +174,7 @@ class RoundMachine:
 
     def _arrived(self, event: on.Arrived, now: float) -> list[do.Effect]:
         update, token = event.update, event.token
+        self._last_arrival = now
         self.roster.note(update.id.worker, now)
         if update.id in self._held:
             held = self._held[update.id]
@@ -317,7 +319,7 @@ class RoundMachine:
         if self.fill and (rule.is_complete(self._round, present) or (overdue and self.fill >= rule.minimum)):
             self._close(now)
             return []
-        if not overdue and not rule.is_stuck(self._round, present):
+        if not overdue and not rule.is_stuck(self._round, present) and not self._is_starved(present, now):
             self._ask_again_at = None
         elif self._ask_again_at is None:
             self._ask_again_at = now if overdue else now + self.rules.retry_seconds
@@ -326,6 +328,17 @@ class RoundMachine:
         if self._ask_again_at is None or now < self._ask_again_at or not ready:
             return []
         return self._ask_again(now, rule.goal(self._round, present))
+
+    def _is_starved(self, present: list[str], now: float) -> bool:
+        """Whether a worker waits for the next version, and what it was asked for never came.
+
+        As after a queue that was deleted with updates in it. What is still on its way gets some time.
+        """
+        patience = self.rules.retry_seconds
+        return now - self._last_arrival >= patience and any(
+            self.roster.waited(name, self.version) >= patience and self.rules.rounds.is_owed(self._round, name)
+            for name in present
+        )
 
     def _ask_again(self, now: float, goal: int) -> list[do.Effect]:
         text = f"round of version {self.version}: {self.fill} of {goal} updates; asking the workers again"

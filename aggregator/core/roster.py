@@ -32,6 +32,9 @@ class Member:
     """Those before it."""
     doubled: bool = False
     """Two of them were heard in turn."""
+    waiting: int | None = None
+    """The version whose successor it waits for."""
+    waiting_since: float = 0.0
 
 
 class Roster:
@@ -79,6 +82,17 @@ class Roster:
             member.former = {*list(member.former)[-MAX_INCARNATIONS:], member.incarnation}
         member.incarnation = incarnation
         return is_new
+
+    def wait(self, name: str, version: int | None, now: float) -> None:
+        """``name`` says that it waits for the successor of ``version``, or, with None, that it does not wait."""
+        member = self._members[name]
+        if version != member.waiting:
+            member.waiting, member.waiting_since = version, now
+
+    def waited(self, name: str, version: int) -> float:
+        """For how many seconds ``name`` has been saying that it waits for the successor of ``version``."""
+        member = self._members[name]
+        return member.last_seen - member.waiting_since if member.waiting == version else 0.0
 
     def leave(self, name: str, now: float, farewell: str) -> None:
         """``name`` said goodbye."""

@@ -49,6 +49,9 @@ class RoundRule(Protocol):
     def is_stuck(self, round_: Round, present: Sequence[str]) -> bool:
         """Whether the round cannot complete unless workers are asked again."""
 
+    def is_owed(self, round_: Round, worker: str) -> bool:
+        """Whether ``worker`` was asked for more than has come from it."""
+
     @property
     def minimum(self) -> int:
         """Updates that a deadline needs to close the round."""
@@ -92,6 +95,11 @@ class Buffered:
     def is_stuck(self, round_: Round, present: Sequence[str]) -> bool:
         """Workers go on by themselves, but one whose update was rejected may have none left for this version."""
         return bool(round_.refused & set(present))
+
+    def is_owed(self, round_: Round, worker: str) -> bool:
+        """It may send more from this version."""
+        sent = sum(e.id.worker == worker and e.base_version == round_.version for e in round_.entries)
+        return sent < round_.plan.updates_per_version
 
 
 @dataclass(frozen=True, slots=True)
@@ -137,3 +145,7 @@ class Synchronous:
         if len(round_.entries) >= self.minimum or not self.expected(round_, present) <= answered:
             return False
         return bool(round_.refused & set(present)) or any(worker not in round_.folded for worker in present)
+
+    def is_owed(self, round_: Round, worker: str) -> bool:
+        """It was sampled and has not answered."""
+        return worker in self.expected(round_, [worker]) - round_.folded - round_.refused

@@ -378,7 +378,7 @@ class AggregatorService:
                     record.version,
                     _senders(record),
                     "unknown" if record.loss is None else f"{record.loss:.4f}",
-                    max(staleness),
+                    max(staleness, default=0),
                     record.seconds,
                 )
             case do.EvaluationRecord(worker, version, metrics):

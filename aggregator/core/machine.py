@@ -30,7 +30,7 @@ from aggregator.core.rules import Rules
 from aggregator.core.screen import refusal
 from aggregator.core.snapshot import Entry, Snapshot, VersionRecord
 from aggregator.core.step import next_parameters
-from broker.errors import ConfigError
+from broker.errors import ConfigError, StrategyError
 from broker.messages import Action, Plan, Reason, Role, Update, UpdateId, parameters_digest
 from broker.transport import Token
 
@@ -38,6 +38,9 @@ __all__ = ["RoundMachine"]
 
 #: Names that a plan lists; workers beyond them train once more than needed, and their second update is refused.
 MAX_ANSWERED = 1000
+
+#: So many rounds in a row without a finite step are no accident of one update.
+MAX_SPOILED = 5
 
 
 @dataclass(slots=True)
@@ -108,6 +111,7 @@ class RoundMachine:
         self._commit = 0
         self._retry_at = self._last_arrival = now
         self._ask_again_at: float | None = None
+        self._spoiled = 0
         self._stopping = self._finished = self._announced = self._linked = False
         self._done_at = now
         self._set_done(now)
@@ -255,12 +259,11 @@ class RoundMachine:
                 self._round.opened = now
             case Action.STOP:
                 controls.paused = False
-                if self._round.entries:
-                    self._close(now)
+                closed = self._close(now) if self._round.entries else []
                 newest = controls.pending.rules if controls.pending else self.rules
                 changes = {**controls.newest, "stop_after_rounds": self.version}
                 controls.pending = Order(changes, replace(newest, stop_after_rounds=self.version))
-                return []
+                return closed
         return self._renew_plan()
 
     def _take_up(self, now: float) -> None:
@@ -317,8 +320,7 @@ class RoundMachine:
         rule, present = self.rules.rounds, self._trainers(now)
         overdue = rule.deadline is not None and now >= self._round.opened + rule.deadline
         if self.fill and (rule.is_complete(self._round, present) or (overdue and self.fill >= rule.minimum)):
-            self._close(now)
-            return []
+            return self._close(now)
         if not overdue and not rule.is_stuck(self._round, present) and not self._is_starved(present, now):
             self._ask_again_at = None
         elif self._ask_again_at is None:
@@ -349,22 +351,35 @@ class RoundMachine:
         self._round.plan = replace(plan, attempt=plan.attempt + 1, answered=self._answered())
         return [do.Record(do.Warn(text)), self._broadcast()]
 
-    def _close(self, now: float) -> None:
-        """The averaged update becomes the next version; it is not durable yet."""
+    def _close(self, now: float) -> list[do.Effect]:
+        """The averaged update becomes the next version; it is not durable yet.
+
+        A step that is not finite becomes a version with the parameters of the one before: the run goes on, and
+        its history tells which updates were left out. Raises :class:`StrategyError` if that goes on and on.
+        """
         if self._flight is not None and self._flight.snapshot.accumulator is self._accumulator:
             self._accumulator = self._accumulator.copy()
-        rules, entries = self.rules, tuple(self._round.entries)
-        aggregate = rules.strategy.finish(self._accumulator, self.model)
-        parameters, self._optimizer_state = next_parameters(
-            self.model,
-            self.parameters,
-            aggregate,
-            mode=rules.mode,
-            optimizer=rules.optimizer,
-            state=self._optimizer_state,
-        )
-        before, self._digest = self._digest, parameters_digest(parameters)
-        self.parameters = parameters
+        rules, entries, before = self.rules, tuple(self._round.entries), self._digest
+        is_spoiled = False
+        effects: list[do.Effect] = []
+        try:
+            self.parameters, self._optimizer_state = next_parameters(
+                self.model,
+                self.parameters,
+                rules.strategy.finish(self._accumulator, self.model),
+                mode=rules.mode,
+                optimizer=rules.optimizer,
+                state=self._optimizer_state,
+            )
+        except StrategyError as error:
+            self._spoiled += 1
+            if self._spoiled == MAX_SPOILED:
+                raise
+            effects.append(do.Record(do.Warn(f"{error}; the {len(entries)} updates of this round are left out")))
+            is_spoiled = True
+        else:
+            self._spoiled = 0
+            self._digest = parameters_digest(self.parameters)
         self.version += 1
         self._records.append(
             VersionRecord(
@@ -372,17 +387,20 @@ class RoundMachine:
                 epoch=self._epoch,
                 time=now,
                 seconds=now - self._round.opened,
-                updates=entries,
-                loss=_mean_loss(entries),
+                updates=() if is_spoiled else entries,
+                loss=None if is_spoiled else _mean_loss(entries),
                 before=before,
                 after=self._digest,
                 settings=rules.settings,
+                source=self.version - 1 if is_spoiled else None,
+                dropped=entries if is_spoiled else (),
             )
         )
         self._accumulator = rules.strategy.init(self.model)
         self._take_up(now)
         self._set_done(now)
         self._round = Round(self.version, now, self._plan(0))
+        return effects
 
     def _set_done(self, now: float) -> None:
         limit = self.rules.stop_after_rounds

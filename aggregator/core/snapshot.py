@@ -47,9 +47,10 @@ class VersionRecord:
     settings: Mapping[str, Scalar] = field(default_factory=dict)
     """What made it: strategy, weights, optimiser and the like."""
     source: int | None = None
-    """The earlier version whose parameters these are, if the run was taken back; there are no updates then."""
+    """The earlier version whose parameters these are, if the run was taken back or the step was not finite; there
+    are no updates then."""
     dropped: tuple[Entry, ...] = ()
-    """Updates that were in the buffer when the run was taken back. They count nowhere, now or later."""
+    """Updates that were in the buffer then. They count nowhere, now or later."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

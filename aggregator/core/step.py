@@ -45,7 +45,7 @@ def next_parameters(
             raise StrategyError(f"{tensor.name} became {array.dtype.name}{list(array.shape)}; the model has {tensor}")
         if not is_finite(array):
             raise StrategyError(
-                f"{tensor.name} is not finite after the step, so there is no new version; lower "
+                f"{tensor.name} is not finite after the step, so there is no step; lower "
                 "aggregator.learning_rate, or look for a worker whose updates explode"
             )
         array.flags.writeable = False

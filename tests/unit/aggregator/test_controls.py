@@ -17,7 +17,7 @@ from aggregator.core.rounds import Buffered
 from aggregator.core.snapshot import Snapshot, rolled_back
 from aggregator.optimizers import Adam, OptimizerState, Sgd
 from aggregator.strategies import Accumulator
-from broker.errors import ConfigError
+from broker.errors import ConfigError, StrategyError
 from broker.messages import Action, Reason
 from broker.transport import Token
 from tests.support.builders import rules_of, snapshot_of, update_of, vector
@@ -225,6 +225,43 @@ def test_what_is_in_the_buffer_stays_if_it_comes_from_before() -> None:
 
     assert taken.accumulator is accumulator
     assert taken.records[-1].dropped == ()
+
+
+# ------------------------------------------------------------------------------------------- a round that is spoiled
+
+HALF = {"w": vector(40000, dtype=np.float16)}
+
+
+def test_a_step_that_is_not_finite_leaves_its_round_out_and_the_run_goes_on() -> None:
+    driver = Driver(rules_of(), snapshot_of({"w": vector(60000, dtype=np.float16)}))
+    for seq in range(2):
+        driver.update(update_of(HALF, seq=seq))
+
+    assert driver.machine.version == 1
+    record = driver.records[-1]
+    assert (record.updates, record.source, record.before) == ((), 0, record.after)
+    assert [entry.id.seq for entry in record.dropped] == [0, 1]
+    assert any(isinstance(fact, do.Warn) and "not finite" in fact.text for fact in driver.facts)
+    np.testing.assert_array_equal(driver.disk.parameters["w"], [60000])
+    assert len(driver.acked) == 2
+
+    small = {"w": vector(-1000, dtype=np.float16)}
+    for seq in range(2, 4):
+        driver.update(update_of(small, seq=seq, base_version=1))
+    np.testing.assert_array_equal(driver.disk.parameters["w"], vector(59000, dtype=np.float16))
+
+
+def test_a_run_in_which_no_step_is_finite_stops_with_the_reason() -> None:
+    driver = Driver(
+        rules_of(rounds=Buffered(size=1, max_staleness=0)), snapshot_of({"w": vector(6e4, dtype=np.float16)})
+    )
+
+    for seq in range(4):
+        driver.update(update_of(HALF, seq=seq, base_version=seq))
+    with pytest.raises(StrategyError, match="learning_rate"):
+        driver.update(update_of(HALF, seq=4, base_version=4))
+
+    assert driver.disk.version == 4
 
 
 # -------------------------------------------------------------------------------------------------- the settings

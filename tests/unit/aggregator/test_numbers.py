@@ -17,7 +17,6 @@ from aggregator.core.rounds import Buffered, Synchronous
 from aggregator.optimizers import Adam, Optimizer, Sgd
 from aggregator.staleness import constant, polynomial
 from aggregator.strategies import Mean
-from broker.errors import StrategyError
 from broker.messages import Array, Mode
 from tests.support.builders import rules_of, snapshot_of, update_of, vector
 from tests.unit.aggregator.driver import Driver
@@ -193,18 +192,6 @@ def test_statistics_take_the_mean_of_the_values_and_counters_the_mean_of_the_cha
     assert driver.parameters["var"][0] == pytest.approx(0.1)
     assert driver.parameters["batches"] == 110
     assert driver.parameters["batches"].dtype == np.int64
-
-
-def test_a_step_that_overflows_is_no_version() -> None:
-    driver = Driver(
-        rules_of(rounds=Buffered(size=1, max_staleness=0), optimizer=Sgd(3e20)), snapshot_of({"w": vector(1)})
-    )
-
-    with pytest.raises(StrategyError, match="learning_rate"):
-        driver.update(update_of({"w": vector(1e19)}))
-
-    assert driver.disk.version == 0
-    assert driver.acked == []
 
 
 def test_defaults_of_the_server_learning_rate() -> None:

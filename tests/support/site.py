@@ -35,6 +35,7 @@ SETTINGS: Mapping[str, Mapping[str, Any]] = {
         "staleness": "constant",
         "max_staleness": 1_000_000,
         "commit_count": 2,
+        "commit_seconds": 0.5,
         "linger": 1.0,
     },
     "worker": {

@@ -1,0 +1,1 @@
+"""Kill everything, at any moment, and count afterwards. ``make chaos``, or ``python -m tests.chaos``."""

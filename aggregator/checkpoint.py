@@ -20,7 +20,7 @@ import logging
 import os
 import secrets
 import struct
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -30,7 +30,7 @@ import xxhash
 from pydantic import TypeAdapter, ValidationError
 from safetensors import SafetensorError, safe_open
 
-from aggregator.core.snapshot import Entry, Snapshot, VersionRecord, rolled_back
+from aggregator.core.snapshot import Entry, Folds, Snapshot, VersionRecord, rolled_back
 from aggregator.optimizers import OptimizerState
 from aggregator.strategies.base import Accumulator
 from broker.errors import (
@@ -95,6 +95,8 @@ class _State:
     pending: dict[str, Scalar] | None = None
     paused: bool = False
     commands: tuple[str, ...] = ()
+    folds: Folds = ()
+    kept_from: int | None = None
 
 
 _ADAPTER: TypeAdapter[_State] = TypeAdapter(_State)
@@ -242,7 +244,7 @@ class CheckpointStore:
                     "Start with the newest state, or give up what came after it with 'fedmq aggregator --accept-older'"
                 )
             claimed = max(known, epoch) + 1
-            self._replace(self.folder / "epoch", lambda file: file.write(f"{claimed}\n".encode()))
+            self._store_epoch(claimed)
             for file in damaged:
                 # Out of the way of KEEP, which would rather delete the whole one before it.
                 with contextlib.suppress(OSError):
@@ -269,16 +271,51 @@ class CheckpointStore:
             StaleEpoch: another aggregator has claimed the run.
             CheckpointNotWritten: disk full, folder read-only and the like; the older checkpoints are untouched.
         """
-        number = max((int(file.stem) for file in self.files()), default=0) + 1
-        target = self.folder / f"{number:010d}.safetensors"
-        arrays = _arrays(snapshot)
-        state = _ADAPTER.dump_json(_state(snapshot)).decode()
-        metadata = {"format": FORMAT, "state": state, "checksum": _checksum(state, arrays)}
-        self._replace(target, lambda file: write_tensors(file, arrays, metadata), epoch=snapshot.epoch)
+        target = self._next_file()
+        self._put(snapshot, target, epoch=snapshot.epoch)
         for old in self.files()[self._keep :]:
             with contextlib.suppress(OSError):
                 old.unlink()
         return target
+
+    def save(self, snapshot: Snapshot, target: Path) -> None:
+        """Make ``snapshot`` durable in a file of its own, which nothing deletes. Raises as :meth:`write`."""
+        self._put(snapshot, target, epoch=snapshot.epoch)
+
+    def supersede(self, change: Callable[[Snapshot], Snapshot]) -> Snapshot:
+        """Put what ``change`` makes of the newest snapshot in its place, as one step, under a new epoch.
+
+        Whoever owns the run waits meanwhile, and can then write no more. All older checkpoints stay. If
+        ``change`` raises, nothing has happened.
+
+        Raises what :meth:`load` and :meth:`write` raise, and :class:`CheckpointCorrupt` if there is something
+        newer that cannot be read.
+        """
+        self.load()  # says what is missing, before anything is made in a folder that may be a typing error
+        with self._locked():
+            snapshot, damaged = self._load()
+            if damaged:
+                raise CheckpointCorrupt(
+                    f"{damaged[0]} is newer and damaged: start 'fedmq aggregator' first, which falls back behind it"
+                )
+            claimed = max(self._stored_epoch(), snapshot.epoch) + 1
+            changed = change(replace(snapshot, epoch=claimed))
+            self._store_epoch(claimed)
+            self._put(changed, self._next_file())
+        return changed
+
+    def _put(self, snapshot: Snapshot, target: Path, *, epoch: int | None = None) -> None:
+        arrays = _arrays(snapshot)
+        state = _ADAPTER.dump_json(_state(snapshot)).decode()
+        metadata = {"format": FORMAT, "state": state, "checksum": _checksum(state, arrays)}
+        self._replace(target, lambda file: write_tensors(file, arrays, metadata), epoch=epoch)
+
+    def _next_file(self) -> Path:
+        number = max((int(file.stem) for file in self.files()), default=0) + 1
+        return self.folder / f"{number:010d}.safetensors"
+
+    def _store_epoch(self, epoch: int) -> None:
+        self._replace(self.folder / "epoch", lambda file: file.write(f"{epoch}\n".encode()))
 
     def _replace(self, target: Path, write: Any, *, epoch: int | None = None) -> None:
         """Write ``target`` so that it is there whole and durable, or as it was before."""
@@ -286,7 +323,7 @@ class CheckpointStore:
         # and two containers on one folder often have the same process number.
         temporary = target.with_name(f".{target.name}.{secrets.token_hex(8)}")
         try:
-            self.folder.mkdir(parents=True, exist_ok=True)
+            target.parent.mkdir(parents=True, exist_ok=True)
             with temporary.open("xb") as file:
                 write(file)
                 file.flush()
@@ -295,7 +332,7 @@ class CheckpointStore:
                 if epoch is not None:
                     self.require_epoch(epoch)
                 temporary.replace(target)
-                _sync_folder(self.folder)
+                _sync_folder(target.parent)
         except OSError as error:
             raise CheckpointNotWritten(
                 f"{target}: {error.strerror or error}; make room or make the folder writable"

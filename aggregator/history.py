@@ -15,16 +15,21 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from pydantic import TypeAdapter, ValidationError
+
 from aggregator.core.effects import EvaluationRecord
 from aggregator.core.snapshot import Entry, VersionRecord
-from broker.errors import CheckpointNotWritten
+from broker.errors import CheckpointCorrupt, CheckpointError, CheckpointNotWritten
 
-__all__ = ["History", "read_history"]
+__all__ = ["History", "read_history", "scan_history", "version_line", "version_record"]
 
 log = logging.getLogger("fedmq.history")
 
 #: Bytes at the end of the file that are looked at first.
 TAIL = 1 << 20
+
+_RECORD: TypeAdapter[VersionRecord] = TypeAdapter(VersionRecord)
+_ID_FIELDS = ("worker", "incarnation", "seq")
 
 
 class History:
@@ -73,22 +78,7 @@ class History:
         if record.version <= self.last_version:
             return
         self.last_version = record.version
-        back = {} if record.source is None else {"source": record.source, "dropped": list(map(_entry, record.dropped))}
-        self._append(
-            {
-                "kind": "version",
-                "version": record.version,
-                "epoch": record.epoch,
-                "time": round(record.time, 3),
-                "seconds": round(record.seconds, 4),
-                "loss": record.loss,
-                "before": record.before,
-                "after": record.after,
-                "settings": dict(record.settings),
-                "updates": [_entry(entry) for entry in record.updates],
-                **back,
-            }
-        )
+        self._append(version_line(record))
 
     def evaluation(self, record: EvaluationRecord, now: float) -> None:
         """An evaluator has reported."""
@@ -149,15 +139,78 @@ class History:
 
 def read_history(file: Path) -> Iterator[dict[str, Any]]:
     """The lines of a history file as dictionaries; an unfinished last line and damaged ones are passed over."""
-    if not file.exists():
-        return
-    with file.open("rb") as lines:
-        for number, line in enumerate(lines, 1):
-            if line.endswith(b"\n"):
-                found = list(_lines(line))
-                if not found:
-                    log.warning("%s: line %d is damaged and passed over", file, number)
-                yield from found
+    for number, (_, line) in enumerate(scan_history(file), 1):
+        if line is None:
+            log.warning("%s: line %d is damaged and passed over", file, number)
+        else:
+            yield line
+
+
+def scan_history(file: Path) -> Iterator[tuple[int, dict[str, Any] | None]]:
+    """Where each finished line of a history file begins, in bytes, and what it says; None if it is damaged.
+
+    Raises :class:`CheckpointError` if the file cannot be read.
+    """
+    try:
+        if not file.exists():
+            return
+        with file.open("rb") as lines:
+            start = 0
+            for line in lines:
+                if line.endswith(b"\n"):
+                    yield start, next(_lines(line), None)
+                start += len(line)
+    except OSError as error:
+        raise CheckpointError(f"{file} cannot be read: {error.strerror or error}") from None
+
+
+def version_line(record: VersionRecord) -> dict[str, Any]:
+    """``record`` as the history has it."""
+    line: dict[str, Any] = {
+        "kind": "version",
+        "version": record.version,
+        "epoch": record.epoch,
+        "time": round(record.time, 3),
+        "seconds": round(record.seconds, 4),
+        "loss": record.loss,
+        "before": record.before,
+        "after": record.after,
+        "settings": dict(record.settings),
+        "step": record.step,
+        "updates": [_entry(entry) for entry in record.updates],
+    }
+    if record.folds:
+        line["folds"] = [[count, dict(settings)] for count, settings in record.folds]
+    if record.source is not None:
+        line |= {"source": record.source, "dropped": [_entry(entry) for entry in record.dropped]}
+    if record.without:
+        line["without"] = list(record.without)
+    return line
+
+
+def version_record(line: Mapping[str, Any]) -> VersionRecord:
+    """What :func:`version_line` was made from, but for rounded times.
+
+    Raises :class:`CheckpointCorrupt` if a field is missing or of another kind.
+    """
+    values = {key: value for key, value in line.items() if key != "kind"}
+    try:
+        for key in ("updates", "dropped"):
+            values[key] = [_entry_fields(entry) for entry in values.get(key, ())]
+        return _RECORD.validate_python(values)
+    except (TypeError, KeyError, AttributeError):
+        raise CheckpointCorrupt(f"the line of version {line.get('version')!r} is damaged: no list of updates") from None
+    except ValidationError as error:
+        first = error.errors(include_url=False, include_input=False)[0]
+        where = ".".join(str(part) for part in first["loc"])
+        text = f"the line of version {line.get('version')!r} is damaged: {where}: {first['msg']}"
+        raise CheckpointCorrupt(text) from None
+
+
+def _entry_fields(entry: Mapping[str, Any]) -> dict[str, Any]:
+    """The line's flat form of an entry as the nested one of :class:`Entry`."""
+    known = {key: value for key, value in entry.items() if key not in _ID_FIELDS}
+    return {**known, "id": {key: entry[key] for key in _ID_FIELDS}}
 
 
 def _lines(content: bytes) -> Iterator[dict[str, Any]]:

@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 from aggregator.core import effects as do
@@ -28,10 +29,10 @@ from aggregator.core.roster import Roster
 from aggregator.core.rounds import Round
 from aggregator.core.rules import Rules
 from aggregator.core.screen import refusal
-from aggregator.core.snapshot import Entry, Snapshot, VersionRecord
+from aggregator.core.snapshot import Entry, Folds, Snapshot, VersionRecord
 from aggregator.core.step import next_parameters
 from broker.errors import ConfigError, StrategyError
-from broker.messages import Action, Plan, Reason, Role, Update, UpdateId, parameters_digest
+from broker.messages import Action, Plan, Reason, Role, Scalar, Update, UpdateId, parameters_digest
 from broker.transport import Token
 
 __all__ = ["RoundMachine"]
@@ -102,6 +103,8 @@ class RoundMachine:
         self._accumulator = snapshot.accumulator.copy() if partial else rules.strategy.init(snapshot.model)
         self._ledger = Ledger(snapshot.ledger)
         self._round = Round(self.version, now, self._plan(0), entries=list(snapshot.entries))
+        self._folds = _folds_of(snapshot, rules)
+        self._kept_from = snapshot.kept_from
         self._round.plan = replace(self._round.plan, answered=self._answered())
         self._records: list[VersionRecord] = []
         self._here = self.roster.here(now)
@@ -223,6 +226,7 @@ class RoundMachine:
             loss=loss if math.isfinite(loss) else None,
         )
         self._round.entries.append(entry)
+        self._folds = _folded(self._folds, self.rules.settings)
         self._round.refused.discard(update.id.worker)
         goal = self.rules.rounds.goal(self._round, self._trainers(now))
         return do.Record(do.Folded(entry, self.fill, goal, update.seconds))
@@ -360,6 +364,7 @@ class RoundMachine:
         if self._flight is not None and self._flight.snapshot.accumulator is self._accumulator:
             self._accumulator = self._accumulator.copy()
         rules, entries, before = self.rules, tuple(self._round.entries), self._digest
+        step, folds, self._folds = self._optimizer_state.step, self._folds, ()
         is_spoiled = False
         effects: list[do.Effect] = []
         try:
@@ -394,6 +399,8 @@ class RoundMachine:
                 settings=rules.settings,
                 source=self.version - 1 if is_spoiled else None,
                 dropped=entries if is_spoiled else (),
+                step=step,
+                folds=() if all(settings == rules.settings for _, settings in folds) else folds,
             )
         )
         self._accumulator = rules.strategy.init(self.model)
@@ -449,6 +456,7 @@ class RoundMachine:
             optimizer=self._optimizer_state,
             accumulator=self._accumulator,
             entries=tuple(self._round.entries),
+            folds=self._folds,
             ledger=self._ledger.to_plain(),
             records=tuple(self._records),
             confirmed=self.roster.confirmed(),
@@ -462,6 +470,7 @@ class RoundMachine:
             pending=None if self.controls.pending is None else self.controls.pending.changes,
             paused=self.controls.paused,
             commands=self.controls.commands,
+            kept_from=self._kept_from,
         )
 
     def _written(self, commit: int, now: float) -> list[do.Effect]:
@@ -529,6 +538,18 @@ class RoundMachine:
         if (expiry := self.roster.next_expiry(now)) is not None:
             times.append(expiry)
         return min((time for time in times if time > now), default=None)
+
+
+def _folds_of(snapshot: Snapshot, rules: Rules) -> Folds:
+    """Those of the partial round; a checkpoint of 0.1 does not know them."""
+    return snapshot.folds or (((len(snapshot.entries), rules.settings),) if snapshot.entries else ())
+
+
+def _folded(folds: Folds, settings: Mapping[str, Scalar]) -> Folds:
+    """``folds`` and one more update under ``settings``."""
+    if folds and folds[-1][1] == settings:
+        return (*folds[:-1], (folds[-1][0] + 1, settings))
+    return (*folds, (1, settings))
 
 
 def _mean_loss(entries: tuple[Entry, ...]) -> float | None:

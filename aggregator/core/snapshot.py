@@ -9,10 +9,13 @@ from aggregator.optimizers import OptimizerState
 from aggregator.strategies.base import Accumulator
 from broker.messages import ModelSpec, Scalar, Tensors, UpdateId, parameters_digest
 
-__all__ = ["Changes", "Entry", "Snapshot", "VersionRecord", "rolled_back"]
+__all__ = ["Changes", "Entry", "Folds", "Snapshot", "VersionRecord", "rolled_back"]
 
 #: Settings of the table ``[aggregator]`` that were changed while the run went on.
 Changes = Mapping[str, Scalar]
+
+#: How many updates, one after the other, were folded under which settings (``Rules.settings``).
+Folds = tuple[tuple[int, Mapping[str, Scalar]], ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,6 +54,12 @@ class VersionRecord:
     are no updates then."""
     dropped: tuple[Entry, ...] = ()
     """Updates that were in the buffer then. They count nowhere, now or later."""
+    step: int | None = None
+    """Steps that the optimiser had made before this one; 0 if it began without memory. None if it is not known."""
+    folds: Folds = ()
+    """If a restart changed the settings in mid-round: how many updates went in under which."""
+    without: tuple[str, ...] = ()
+    """Workers whose updates were left out when the parameters of ``source`` were rebuilt."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -71,6 +80,8 @@ class Snapshot:
     accumulator: Accumulator
     entries: tuple[Entry, ...] = ()
     """Updates in the accumulator, in the order in which they were folded."""
+    folds: Folds = ()
+    """Under which settings they were."""
     ledger: Mapping[str, Mapping[str, list[list[int]]]] = field(default_factory=dict)
     records: tuple[VersionRecord, ...] = ()
     """Versions made since the last checkpoint: the history file may not have them yet."""
@@ -94,6 +105,8 @@ class Snapshot:
     paused: bool = False
     commands: tuple[str, ...] = ()
     """The newest commands that were executed, by id."""
+    kept_from: int | None = None
+    """Every update applied after this version is in the archive, and the version's state too; None if not."""
 
 
 def rolled_back(
@@ -105,6 +118,8 @@ def rolled_back(
     optimizer: OptimizerState,
     now: float,
     drop: bool = True,
+    since: int | None = None,
+    without: tuple[str, ...] = (),
 ) -> Snapshot:
     """``snapshot`` with version ``to``'s state as its newest version, number ``head + 1``.
 
@@ -119,7 +134,11 @@ def rolled_back(
         optimizer: the optimiser's state at version ``to``.
         now: seconds since 1970.
         drop: leave out what is in the buffer, which may come from versions in between.
+        since: the first version that is taken back, if that is not the one after ``to``.
+        without: workers whose updates were left out when ``parameters`` were rebuilt.
     """
+    void = (to + 1 if since is None else since, head)
+    is_kept = snapshot.kept_from is not None and snapshot.kept_from <= to
     digest = parameters_digest(parameters)
     record = VersionRecord(
         version=head + 1,
@@ -132,6 +151,7 @@ def rolled_back(
         after=digest,
         source=to,
         dropped=snapshot.entries if drop else (),
+        without=without,
     )
     return replace(
         snapshot,
@@ -141,7 +161,9 @@ def rolled_back(
         optimizer=optimizer,
         accumulator=Accumulator() if drop else snapshot.accumulator,
         entries=() if drop else snapshot.entries,
+        folds=() if drop else snapshot.folds,
         records=(*snapshot.records, record),
-        void=(*snapshot.void, (to + 1, head)) if head > to else snapshot.void,
+        void=(*snapshot.void, void) if void[0] <= head else snapshot.void,
         done=False,
+        kept_from=snapshot.kept_from if is_kept else None,
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
@@ -38,12 +39,30 @@ class Member:
 
 
 class Roster:
-    """Members by name; one that was silent for ``timeout`` seconds counts as gone until it is heard again."""
+    """Members by name; one that was silent for ``timeout`` seconds counts as gone until it is heard again.
+
+    Who is here is asked at every event and changes seldom. So the answer is kept until somebody comes or leaves,
+    or until the first could be gone for silence: with thousands of workers a look at each would take longer than
+    all the rest.
+    """
 
     def __init__(self, timeout: float) -> None:
         """See the class."""
-        self.timeout = timeout
+        self._timeout = timeout
         self._members: dict[str, Member] = {}
+        self._here: dict[str, Role] = {}
+        self._by_role: dict[Role, list[str]] = {}
+        self._good_until = -math.inf
+
+    @property
+    def timeout(self) -> float:
+        """Seconds of silence after which a member counts as gone."""
+        return self._timeout
+
+    @timeout.setter
+    def timeout(self, seconds: float) -> None:
+        self._timeout = seconds
+        self._good_until = -math.inf
 
     def restore(self, trainers: tuple[str, ...], confirmed: Mapping[str, Mapping[str, int]], now: float) -> None:
         """Take over what a checkpoint says; everybody gets a full timeout to be heard again."""
@@ -52,6 +71,7 @@ class Roster:
         for name in trainers:
             member = self._members.setdefault(name, Member(Role.TRAINER, now))
             member.present = True
+        self._good_until = -math.inf
 
     def see(self, name: str, now: float, role: Role | None = None) -> Member:
         """``name`` was heard of."""
@@ -61,6 +81,8 @@ class Roster:
         if role is not None:
             member.role = role
         member.last_seen, member.present, member.farewell = now, True, ""
+        if self._here.get(name) is not member.role:
+            self._good_until = -math.inf
         return member
 
     def note(self, name: str, now: float) -> None:
@@ -100,10 +122,16 @@ class Roster:
             self._members[name].last_seen = now
             self._members[name].present = False
             self._members[name].farewell = farewell or "left"
+            self._good_until = -math.inf
 
-    def here(self, now: float) -> dict[str, Role]:
-        """Everybody who is here, with the role."""
-        return {name: m.role for name, m in self._members.items() if m.present and now - m.last_seen < self.timeout}
+    def here(self, now: float) -> Mapping[str, Role]:
+        """Everybody who is here, with the role. A new dictionary whenever that has changed."""
+        if now >= self._good_until:
+            here = [(n, m) for n, m in self._members.items() if m.present and now - m.last_seen < self._timeout]
+            self._here = {name: member.role for name, member in here}
+            self._by_role = {role: sorted(n for n, own in self._here.items() if own is role) for role in Role}
+            self._good_until = min((member.last_seen + self._timeout for _, member in here), default=math.inf)
+        return self._here
 
     def farewell(self, name: str) -> str:
         """Why ``name`` left; empty if it did not say."""
@@ -118,12 +146,9 @@ class Roster:
                 del known[next(iter(known))]
 
     def present(self, role: Role, now: float) -> list[str]:
-        """Names of those with ``role`` who are here, sorted."""
-        return sorted(
-            name
-            for name, member in self._members.items()
-            if member.role is role and member.present and now - member.last_seen < self.timeout
-        )
+        """Names of those with ``role`` who are here, sorted. Not to be changed."""
+        self.here(now)
+        return self._by_role[role]
 
     def missing_evaluation(self, version: int, now: float) -> list[str]:
         """Evaluators who are here and have not reported on ``version``."""
@@ -139,6 +164,6 @@ class Roster:
         return {name: dict(m.confirmed) for name, m in sorted(self._members.items()) if m.confirmed}
 
     def next_expiry(self, now: float) -> float | None:
-        """When the next member that is here will count as gone, if it stays silent."""
-        times = [m.last_seen + self.timeout for m in self._members.values() if m.present]
-        return min((time for time in times if time > now), default=None)
+        """When to look again whether somebody has been silent for too long; None if nobody is here."""
+        self.here(now)
+        return self._good_until if math.isfinite(self._good_until) else None

@@ -24,11 +24,20 @@ class Round:
     entries: list[Entry] = field(default_factory=list)
     refused: set[str] = field(default_factory=set)
     """Workers whose answer to this attempt was rejected."""
+    draws: dict[tuple[int, str], bool] = field(default_factory=dict)
+    """Who was sampled, by attempt and worker, as far as that was asked."""
 
     @property
     def folded(self) -> set[str]:
         """Workers with an update in the buffer."""
         return {entry.id.worker for entry in self.entries}
+
+    def is_sampled(self, worker: str) -> bool:
+        """Whether ``worker`` takes part: the plan's draw, which takes a hash, made once."""
+        key = self.plan.attempt, worker
+        if key not in self.draws:
+            self.draws[key] = self.plan.is_sampled(worker, self.version)
+        return self.draws[key]
 
 
 class RoundRule(Protocol):
@@ -124,7 +133,7 @@ class Synchronous:
 
     def expected(self, round_: Round, present: Sequence[str]) -> AbstractSet[str]:
         """Workers here that were sampled."""
-        return {worker for worker in present if round_.plan.is_sampled(worker, round_.version)}
+        return {worker for worker in present if round_.is_sampled(worker)}
 
     def is_complete(self, round_: Round, present: Sequence[str]) -> bool:
         """All have answered, and enough of the answers were good."""

@@ -15,20 +15,24 @@ PYTHON ?= $(shell for p in python3 python3.14 python3.13 python3.12 python3.11; 
 TORCH_INDEX ?=
 # Address of a RabbitMQ for `make demo`; without it the demo starts a private one.
 BROKER ?=
+# How long `make chaos` kills, in seconds, and what the faults are drawn from (empty: another seed each time).
+DURATION ?= 120
+SEED ?=
 # More arguments for the command that a target runs.
 ARGS ?=
 
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: help demo test test-fast lint format docs rabbitmq venv secrets clean
+.PHONY: help demo test test-fast chaos lint format docs rabbitmq venv secrets clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 	@echo
 	@echo '  BROKER=amqp://user:password@host  the broker for `make demo`'
 	@echo '  TORCH_INDEX=https://…             where to take torch from'
-	@echo '  ARGS="…"                          more arguments for demo, test and test-fast'
+	@echo '  DURATION=1800 SEED=7              for `make chaos`: seconds, and what the faults are drawn from'
+	@echo '  ARGS="…"                          more arguments for demo, test, test-fast and chaos'
 
 demo: $(READY) rabbitmq ## a whole federation on this machine
 	$(BIN)/fedmq demo $(if $(BROKER),--broker '$(BROKER)') $(ARGS)
@@ -38,6 +42,9 @@ test: lint rabbitmq ## everything that CI checks
 
 test-fast: $(READY) ## the tests that need no broker and take no time
 	$(BIN)/python -m pytest -m 'not broker and not slow' $(ARGS)
+
+chaos: $(READY) rabbitmq ## kill aggregators, workers and broker at random, and count what is lost
+	$(BIN)/python -m tests.chaos --duration $(DURATION) $(if $(SEED),--seed $(SEED)) $(ARGS)
 
 lint: $(READY) ## style, types and the rules about imports
 	$(BIN)/ruff check .

@@ -63,6 +63,7 @@ def campaign(
         except _Hang as hang:
             federation.problems.append(f"hangs: {hang}")
             say(f"hangs: {hang}")
+            federation.end()
         finally:
             (folder / "node.log").write_text(federation.node.log)
         federation.tail.look()

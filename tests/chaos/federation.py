@@ -174,6 +174,14 @@ class Federation:
             member.process.send_signal(signal.SIGCONT)
         member.is_frozen = False
 
+    def end(self) -> None:
+        """Kill everybody, so that what workers knew can be looked at."""
+        for member in self.members:
+            self.kill(member, signal.SIGKILL)
+            if member.process is not None:
+                member.process.wait()
+        self.bury()
+
     def bury(self) -> list[Member]:
         """Those that have died since the last look; what a worker knew is collected."""
         dead = [member for member in self.members if member.process is not None and member.process.poll() is not None]

@@ -1,17 +1,20 @@
 """A worker's identity and sequence on disk: why an update id is never given out twice.
 
-The folder holds ``outbox.json`` and a lock. A number is durable before it is used; a crash in between skips
-it, which costs nothing. If the file is lost or unreadable, a new incarnation begins, so that ids still differ.
+Each opening begins a new incarnation, so that not even a folder that is restored from an old copy, or copied to
+another machine, can repeat an id. The folder holds ``outbox.json`` and a lock. A number is durable before it is
+used, so that the file names every id that may be on its way; a crash in between skips one, which costs nothing.
 """
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import json
 import logging
 import os
 import secrets
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +30,8 @@ log = logging.getLogger("fedmq.worker")
 FORMAT = 1
 FILE = "outbox.json"
 LOCK = "outbox.lock"
+#: Former incarnations that are remembered: a worker may be started often while the broker is away.
+MOST_FORMER = 100
 
 
 @strict
@@ -38,6 +43,8 @@ class _Content:
     incarnation: Name
     next_seq: Count
     confirmed: Count
+    former: Mapping[Name, Count] = field(default_factory=dict)
+    """Confirmed updates of the incarnations before, as long as the aggregator may not have heard."""
 
 
 _adapter: TypeAdapter[_Content] = TypeAdapter(_Content)
@@ -53,7 +60,7 @@ class Outbox:
 
     @classmethod
     def open(cls, folder: Path | None, run: str, worker: str) -> Outbox:
-        """The outbox in ``folder``, made if there is none; with None, one in memory, of a new incarnation.
+        """A new incarnation in ``folder``, which is made if there is none; with None, one in memory.
 
         Raises:
             WrongRun: the folder belongs to another run or worker.
@@ -74,7 +81,7 @@ class Outbox:
                     f"{folder} belongs to worker {found.worker!r} of run {found.run!r}, not to worker {worker!r} of "
                     f"run {run!r}: give every worker and run its own folder ([worker] folder), or remove this one"
                 )
-            outbox = cls(found or fresh, folder, lock)
+            outbox = cls(replace(fresh, former=_former(found)), folder, lock)
             outbox._save()
         except CheckpointError:
             os.close(lock)
@@ -83,8 +90,18 @@ class Outbox:
 
     @property
     def incarnation(self) -> str:
-        """The name of this life of the folder."""
+        """The name of this life of the worker."""
         return self._content.incarnation
+
+    @property
+    def former(self) -> Mapping[str, int]:
+        """Confirmed updates by incarnation, of those before this one that may not have said how many."""
+        return self._content.former
+
+    def told(self, incarnations: Iterable[str]) -> None:
+        """The broker has what is to be said of these former ``incarnations``: they are forgotten here."""
+        told = set(incarnations)
+        self._content = replace(self._content, former={k: n for k, n in self.former.items() if k not in told})
 
     @property
     def confirmed(self) -> int:
@@ -102,9 +119,11 @@ class Outbox:
         return UpdateId(content.worker, content.incarnation, content.next_seq)
 
     def confirm(self, update: UpdateId) -> None:
-        """Note that the broker has ``update``. For people who look: it is written with the next id only."""
+        """Note that the broker has ``update``. For people who look, and nothing depends on it."""
         if update.incarnation == self.incarnation:
             self._content = replace(self._content, confirmed=self._content.confirmed + 1)
+            with contextlib.suppress(CheckpointNotWritten):  # the next id meets it, and cannot do without
+                self._save(durable=False)
 
     def close(self) -> None:
         """Write what is noted and let go of the folder."""
@@ -117,9 +136,17 @@ class Outbox:
         os.close(self._lock)
         self._lock = None
 
-    def _save(self) -> None:
+    def _save(self, *, durable: bool = True) -> None:
         if self._folder is not None:
-            _write(self._folder / FILE, json.dumps(asdict(self._content), indent=1).encode())
+            _write(self._folder / FILE, json.dumps(asdict(self._content), indent=1).encode(), durable=durable)
+
+
+def _former(found: _Content | None) -> Mapping[str, int]:
+    """What the incarnation that ``found`` is of would have to say of itself and of those before it."""
+    if found is None:
+        return {}
+    counts = {**found.former, found.incarnation: found.confirmed}
+    return {name: count for name, count in list(counts.items())[-MOST_FORMER:] if count}
 
 
 def _locked(folder: Path, worker: str) -> int:
@@ -154,18 +181,21 @@ def _read(path: Path) -> _Content | None:
     try:
         return _adapter.validate_python(values)
     except ValidationError:
-        log.warning("%s is damaged: beginning a new incarnation, so that no update id comes twice", path)
+        log.warning("%s is damaged; how many updates were confirmed before is not known any more", path)
         return None
 
 
-def _write(path: Path, content: bytes) -> None:
+def _write(path: Path, content: bytes, *, durable: bool) -> None:
     temporary = path.with_suffix(".tmp")
     try:
         with temporary.open("wb") as file:
             file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
+            if durable:
+                file.flush()
+                os.fsync(file.fileno())
         temporary.replace(path)
+        if not durable:
+            return
         # The rename itself must survive a power cut, and that stands in the folder.
         folder = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY)
         try:

@@ -29,13 +29,13 @@ class Sender:
             Hello(run=self._run, worker=self._worker, incarnation=self._incarnation, role=self._role, version=version)
         )
 
-    def goodbye(self, confirmed: int, reason: str) -> Outgoing:
-        """The worker leaves after ``confirmed`` updates of this incarnation."""
+    def goodbye(self, confirmed: int, reason: str, *, incarnation: str = "") -> Outgoing:
+        """The worker leaves after ``confirmed`` updates of this incarnation, or a former ``incarnation`` left."""
         return self._sheet(
             Goodbye(
                 run=self._run,
                 worker=self._worker,
-                incarnation=self._incarnation,
+                incarnation=incarnation or self._incarnation,
                 role=self._role,
                 confirmed=confirmed,
                 reason=reason[:1000],

@@ -97,6 +97,7 @@ class Session:
         self._publishing: tuple[UpdateId, Outgoing] | None = None
         self._alarms: dict[type[ev.BackOffOver | ev.GraceOver], float] = {}
         self._hello: Future[None] | None = None
+        self._farewells: dict[str, Future[None]] = {}
         self._connected = False
         self._stopping = False
         self._reason: str | None = None
@@ -256,7 +257,7 @@ class Session:
     def _do(self, effect: ev.Effect) -> None:
         match effect:
             case ev.SayHello(version):
-                self._hello = self._transport.control(self._sender.hello(version))
+                self._greet(version)
             case ev.Train(_, ordinal):
                 self._train(ordinal)
             case ev.Evaluate():
@@ -331,8 +332,17 @@ class Session:
         facts = {"version": base.version, "epoch": base.epoch, "examples": evaluation.examples}
         self._event(EventKind.EVALUATION, {**evaluation.metrics, **facts, "seconds": evaluation.seconds})
 
+    def _greet(self, version: int) -> None:
+        """Say hello, and before it what a former life of this worker may have had no time to say."""
+        for incarnation, confirmed in self._outbox.former.items():
+            goodbye = self._sender.goodbye(confirmed, "it was started anew", incarnation=incarnation)
+            self._farewells[incarnation] = self._transport.control(goodbye)
+        self._hello = self._transport.control(self._sender.hello(version))
+
     def _greet_again(self) -> None:
         """A hello fails if the run's aggregator has never been there yet; it may be there now."""
+        told = [name for name, future in self._farewells.items() if future.done() and _error_of(future) is None]
+        self._outbox.told(told)
         if self._hello is not None and self._hello.done() and _error_of(self._hello) is not None:
             self._perform([ev.SayHello(self._version)])
 

@@ -130,6 +130,11 @@ class Site:
         outbox = self.outbox(index)
         return int(json.loads(outbox.read_text())["confirmed"]) if outbox.exists() else 0
 
+    def life(self, index: int) -> tuple[str, int]:
+        """The incarnation that worker ``w<index>`` began last, and how many updates it knows to be confirmed."""
+        content = json.loads(self.outbox(index).read_text()) if self.outbox(index).exists() else {}
+        return str(content.get("incarnation", "")), int(content.get("confirmed", 0))
+
     @property
     def history(self) -> list[dict[str, Any]]:
         """The lines of the run's history."""

@@ -27,7 +27,6 @@ from broker.messages import (
     Role,
     Rounds,
     Update,
-    UpdateId,
     parameters_digest,
 )
 from broker.transport import Delivery, Failed, Incoming, Outgoing, Sink, Source, WorkerTransport
@@ -163,7 +162,9 @@ def test_a_gradient_is_published_where_the_run_wants_one(broker: MemoryBroker) -
     assert update.mode is Mode.GRADIENT
 
 
-def test_a_restarted_worker_counts_on_under_the_same_incarnation(broker: MemoryBroker, tmp_path: Path) -> None:
+def test_a_restarted_worker_is_a_new_incarnation_and_tells_of_the_former_one(
+    broker: MemoryBroker, tmp_path: Path
+) -> None:
     aggregator = Aggregator(broker, Points())
     aggregator.broadcast(0)
 
@@ -171,9 +172,12 @@ def test_a_restarted_worker_counts_on_under_the_same_incarnation(broker: MemoryB
         with running(broker, Points(), folder=tmp_path, max_updates=1) as worker:
             assert worker.result(LIMIT).reason == "limit"
 
-    first, second = (update.id for update in aggregator.of(Update))
-    assert second == UpdateId(first.worker, first.incarnation, 1)
-    assert [g.confirmed for g in aggregator.of(Goodbye)] == [1, 2]
+    first, second = (hello.incarnation for hello in aggregator.of(Hello))
+    assert first != second
+    assert [str(update.id) for update in aggregator.of(Update)] == [f"w0/{first}/0", f"w0/{second}/0"]
+    # Each life says what it had confirmed; the second also says it of the first, which might not have come to it.
+    told = [(g.incarnation, g.confirmed) for g in aggregator.of(Goodbye)]
+    assert told == [(first, 1), (first, 1), (second, 1)]
 
 
 def test_heartbeats_tell_what_the_worker_does(broker: MemoryBroker) -> None:

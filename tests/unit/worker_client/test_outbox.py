@@ -3,6 +3,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -35,16 +36,68 @@ def test_an_id_is_on_disk_before_it_is_given_out(tmp_path: Path) -> None:
     assert content(tmp_path)["next_seq"] == update.seq + 1
 
 
-def test_a_restart_goes_on_where_the_last_process_was(tmp_path: Path) -> None:
+def test_each_opening_is_a_new_incarnation_that_knows_what_the_former_ones_confirmed(tmp_path: Path) -> None:
     first = Outbox.open(tmp_path, "run", "w0")
-    last = [first.next_id() for _ in range(3)][-1]
-    first.confirm(last)
+    for update in [first.next_id() for _ in range(3)]:
+        first.confirm(update)
     first.close()
+    second = Outbox.open(tmp_path, "run", "w0")
+    given = second.next_id()
+    second.confirm(given)
+    second.close()
 
+    third = Outbox.open(tmp_path, "run", "w0")
+
+    assert given == UpdateId("w0", second.incarnation, 0)
+    assert len({first.incarnation, second.incarnation, third.incarnation}) == 3
+    assert (third.confirmed, third.former) == (0, {first.incarnation: 3, second.incarnation: 1})
+
+
+def test_a_folder_restored_from_an_old_copy_repeats_no_id(tmp_path: Path) -> None:
+    first = Outbox.open(tmp_path / "w0", "run", "w0")
+    first.next_id()
+    first.close()
+    shutil.copytree(tmp_path / "w0", tmp_path / "copy")
+    again = Outbox.open(tmp_path / "w0", "run", "w0")
+    given = [again.next_id() for _ in range(3)]
+    again.close()
+    shutil.rmtree(tmp_path / "w0")
+    shutil.copytree(tmp_path / "copy", tmp_path / "w0")
+
+    restored = Outbox.open(tmp_path / "w0", "run", "w0")
+
+    assert not {restored.next_id() for _ in range(3)} & set(given)
+
+
+def test_what_was_told_of_a_former_incarnation_is_forgotten(tmp_path: Path) -> None:
+    first = Outbox.open(tmp_path, "run", "w0")
+    first.confirm(first.next_id())
+    first.close()
     second = Outbox.open(tmp_path, "run", "w0")
 
-    assert second.next_id() == UpdateId("w0", first.incarnation, 3)
-    assert second.confirmed == 1
+    second.told([first.incarnation, "unknown"])
+    second.close()
+
+    assert Outbox.open(tmp_path, "run", "w0").former == {}
+
+
+def test_a_confirm_is_noted_at_once_and_one_that_cannot_be_noted_costs_nothing(tmp_path: Path) -> None:
+    outbox = Outbox.open(tmp_path, "run", "w0")
+    outbox.confirm(outbox.next_id())
+    assert content(tmp_path)["confirmed"] == 1
+    update = outbox.next_id()
+    (tmp_path / "outbox.tmp").mkdir()  # where the file that is written first would stand
+
+    outbox.confirm(update)
+
+    assert (content(tmp_path)["confirmed"], outbox.confirmed) == (1, 2)
+
+
+def test_many_lives_that_confirmed_nothing_leave_nothing_to_tell(tmp_path: Path) -> None:
+    for _ in range(5):
+        Outbox.open(tmp_path, "run", "w0").close()
+
+    assert Outbox.open(tmp_path, "run", "w0").former == {}
 
 
 def test_a_confirm_of_another_incarnation_does_not_count(tmp_path: Path) -> None:
@@ -83,7 +136,7 @@ def test_two_processes_with_one_name_are_refused_until_one_leaves(tmp_path: Path
     "damage",
     [b"", b"{", b"[]", b"\xff\xfe", b'{"format": 1}', b'{"format": 1, "run": "run", "worker": "w0", "next_seq": -1}'],
 )
-def test_a_damaged_file_begins_a_new_incarnation(
+def test_a_damaged_file_is_told_and_stops_nobody(
     tmp_path: Path, damage: bytes, caplog: pytest.LogCaptureFixture
 ) -> None:
     first = Outbox.open(tmp_path, "run", "w0")
@@ -95,7 +148,7 @@ def test_a_damaged_file_begins_a_new_incarnation(
         second = Outbox.open(tmp_path, "run", "w0")
 
     assert second.incarnation != given.incarnation
-    assert "new incarnation" in caplog.text
+    assert "outbox.json is damaged" in caplog.text
 
 
 def test_a_file_of_a_newer_release_is_not_overwritten(tmp_path: Path) -> None:
@@ -167,4 +220,5 @@ def test_after_kill_9_at_any_moment_no_id_comes_twice(tmp_path: Path) -> None:
     # Then
     assert len(seen) >= 168
     assert len(set(seen)) == len(seen)
-    assert len({line.split("/")[1] for line in seen}) == 1  # one incarnation: no file was ever torn
+    former = Outbox.open(tmp_path, "run", "w0").former
+    assert len(former) == len({line.split("/")[1] for line in seen}) == 10  # no file was ever torn

@@ -1,36 +1,26 @@
 """Durable snapshots. What the aggregator acknowledges is what stands in a file written here.
 
-A checkpoint is one safetensors file, so that any tool of the field can open it. Tensors are named
-``parameters/…``, ``optimizer/<slot>/…`` and ``accumulator/…``; everything else (ledger, epoch, partial round)
-is JSON in the file's metadata, under the same checksum.
-
 Written to a temporary file, synced, renamed, folder synced; the previous generation is kept. The folder's
-``epoch`` file fences: only the aggregator that raised it last may rename a checkpoint into place.
-
-We write the format ourselves, since the library's ``save_file`` neither syncs nor streams (it would hold a
-second copy of the model); reading goes through the library.
+``epoch`` file fences: only the aggregator that raised it last may rename a checkpoint into place. What such a file
+looks like is in :mod:`aggregator.checkpointfile`.
 """
 
 from __future__ import annotations
 
 import contextlib
 import fcntl
-import json
 import logging
 import os
+import re
 import secrets
-import struct
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field, fields, replace
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
-import numpy as np
-import xxhash
-from pydantic import TypeAdapter, ValidationError
-from safetensors import SafetensorError, safe_open
-
-from aggregator.core.snapshot import Entry, Folds, Snapshot, VersionRecord, rolled_back
+from aggregator.checkpointfile import ForeignCheckpoint, contents, read_checkpoint, write_tensors
+from aggregator.core.snapshot import Snapshot, rolled_back
 from aggregator.optimizers import OptimizerState
 from aggregator.strategies.base import Accumulator
 from broker.errors import (
@@ -42,69 +32,18 @@ from broker.errors import (
     StaleEpoch,
     WrongRun,
 )
-from broker.messages import DTYPES, Array, ModelSpec, Scalar, Tensors, as_bytes, parameters_digest
+from broker.messages import ModelSpec, Tensors, parameters_digest
 
 __all__ = ["CheckpointStore", "write_tensors"]
 
 log = logging.getLogger("fedmq.checkpoint")
 
-FORMAT = "fedmq-checkpoint-1"
-#: The library's own limit.
-MAX_HEADER = 100_000_000
 KEEP = 2
-
-_SAFETENSORS_DTYPES = {
-    "float16": "F16",
-    "bfloat16": "BF16",
-    "float32": "F32",
-    "float64": "F64",
-    "int8": "I8",
-    "int16": "I16",
-    "int32": "I32",
-    "int64": "I64",
-    "uint8": "U8",
-}
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _State:
-    """A snapshot without its arrays."""
-
-    run: str
-    model: ModelSpec
-    epoch: int
-    version: int
-    digest: str
-    optimizer_step: int
-    optimizer_slots: tuple[str, ...]
-    accumulator_share: float
-    accumulator_weight: float
-    accumulator_count: int
-    entries: tuple[Entry, ...]
-    ledger: dict[str, dict[str, list[list[int]]]]
-    records: tuple[VersionRecord, ...]
-    confirmed: dict[str, dict[str, int]]
-    trainers: tuple[str, ...]
-    rejected: dict[str, int]
-    mode: str
-    started: float
-    done: bool
-    # Not in the checkpoints of 0.1.
-    void: tuple[tuple[int, int], ...] = ()
-    changes: dict[str, Scalar] = field(default_factory=dict)
-    pending: dict[str, Scalar] | None = None
-    paused: bool = False
-    commands: tuple[str, ...] = ()
-    folds: Folds = ()
-    kept_from: int | None = None
-
-
-_ADAPTER: TypeAdapter[_State] = TypeAdapter(_State)
-_SHARED = {f.name for f in fields(_State)} & {f.name for f in fields(Snapshot)}
-
-
-class _Foreign(CheckpointCorrupt):
-    """Whole, but not for this release: falling back behind it would drop what was acknowledged."""
+#: How often reading begins anew because a file was deleted meanwhile, as each newer one makes the oldest be.
+RELOADS = 20
+#: The lock is held for milliseconds, unless its holder hangs.
+LOCK_SECONDS = 30.0
+LOCK_PAUSE = 0.01
 
 
 class CheckpointStore:
@@ -120,7 +59,9 @@ class CheckpointStore:
 
     def files(self) -> list[Path]:
         """Checkpoint files, newest first."""
-        return sorted(self.folder.glob("[0-9]*.safetensors"), reverse=True)
+        found = self.folder.glob("[0-9]*.safetensors")
+        # What an operator has put beside them (a copy, a backup) is none.
+        return sorted((file for file in found if re.fullmatch("[0-9]+", file.stem)), key=_number, reverse=True)
 
     def load(self) -> Snapshot:
         """The newest snapshot that is whole.
@@ -133,12 +74,28 @@ class CheckpointStore:
         return self._load()[0]
 
     def read(self, file: Path) -> Snapshot:
-        """What stands in ``file``. Raises :class:`CheckpointCorrupt` and the like if it cannot be relied on."""
-        return self._read(file)
+        """What stands in ``file``.
+
+        Raises :class:`CheckpointCorrupt` and the like if it cannot be relied on, :class:`WrongRun` if it is of
+        another run.
+        """
+        snapshot = read_checkpoint(file)
+        if snapshot.run != self.run:
+            raise WrongRun(f"{file.parent} holds run {snapshot.run!r}, not {self.run!r}: choose another --folder")
+        return snapshot
 
     def _load(self) -> tuple[Snapshot, list[Path]]:
         """The newest snapshot that is whole, and the newer files that are not."""
-        files = self.files()
+        for _ in range(RELOADS):
+            files = self.files()
+            try:
+                return self._newest_whole(files)
+            except CheckpointError:
+                if all(file.exists() for file in files):
+                    raise
+        raise CheckpointError(f"{self.folder}: its files vanish while they are read; is somebody deleting them?")
+
+    def _newest_whole(self, files: list[Path]) -> tuple[Snapshot, list[Path]]:
         if not files:
             raise CheckpointMissing(
                 f"no checkpoint of run {self.run!r} in {self.folder}: make the first with "
@@ -148,8 +105,8 @@ class CheckpointStore:
         problems: list[str] = []
         for file in files:
             try:
-                snapshot = self._read(file)
-            except _Foreign:
+                snapshot = self.read(file)
+            except ForeignCheckpoint:
                 raise
             except CheckpointCorrupt as error:
                 damaged.append(file)
@@ -167,30 +124,6 @@ class CheckpointStore:
             "; ".join(problems) + ": restore one from a backup, or move the folder away to start anew"
         )
 
-    def _read(self, file: Path) -> Snapshot:
-        try:
-            with safe_open(file, framework="np") as content:
-                metadata = content.metadata() or {}
-                if metadata.get("format") != FORMAT:
-                    raise _Foreign(
-                        f"{file}: format {metadata.get('format')!r}, this release reads {FORMAT!r}: upgrade fedmq"
-                    )
-                arrays = {name: content.get_tensor(name) for name in content.keys()}  # noqa: SIM118 (no mapping)
-        except (SafetensorError, ValueError) as error:
-            raise CheckpointCorrupt(f"{file} cannot be read: {error}") from None
-        except OSError as error:
-            # The disk or a right, not the file: an older generation must not take its place.
-            raise CheckpointError(f"{file} cannot be read: {error.strerror or error}") from None
-        if metadata.get("checksum") != _checksum(metadata.get("state", ""), arrays):
-            raise CheckpointCorrupt(f"{file}: the checksum does not match, the file was altered or damaged")
-        try:
-            state = _ADAPTER.validate_json(metadata["state"])
-        except ValidationError as error:
-            raise _Foreign(f"{file}: {error.error_count()} fields are not as this release expects") from None
-        if state.run != self.run:
-            raise WrongRun(f"{self.folder} holds run {state.run!r}, not {self.run!r}: choose another --folder")
-        return _snapshot(state, arrays)
-
     # --------------------------------------------------------------------------------------------- writing
 
     def create(self, model: ModelSpec, parameters: Tensors, *, now: float) -> Snapshot:
@@ -200,8 +133,6 @@ class CheckpointStore:
             CheckpointError: there is one already.
             CheckpointNotWritten: it could not be made durable.
         """
-        if self.files():
-            raise CheckpointError(f"{self.folder} holds checkpoints already; a run is initialised once")
         snapshot = Snapshot(
             run=self.run,
             model=model,
@@ -213,7 +144,11 @@ class CheckpointStore:
             accumulator=Accumulator(),
             started=now,
         )
-        self.write(snapshot)
+        with self._locked():
+            if self.files():
+                raise CheckpointError(f"{self.folder} holds checkpoints already; a run is initialised once")
+            self.require_epoch(snapshot.epoch)
+            self._put(snapshot, self._next_file())
         return snapshot
 
     def claim(self, *, epoch: int = 0, version: int = 0, now: float = 0.0, accept_older: bool = False) -> Snapshot:
@@ -249,6 +184,7 @@ class CheckpointStore:
                 # Out of the way of KEEP, which would rather delete the whole one before it.
                 with contextlib.suppress(OSError):
                     file.replace(file.with_name(f"{file.name}.damaged"))
+            self._remove_torsos()
         snapshot = replace(snapshot, epoch=claimed)
         if version > snapshot.version:
             log.error("version %d goes on as version %d; those in between are void", snapshot.version, version + 1)
@@ -278,6 +214,12 @@ class CheckpointStore:
                 old.unlink()
         return target
 
+    def _remove_torsos(self) -> None:
+        """Delete what writers left behind that were killed. Whoever writes yet, under an older epoch, may not."""
+        for file in [*self.folder.glob(".*.safetensors.*"), *self.folder.glob(".epoch.*")]:
+            with contextlib.suppress(OSError):
+                file.unlink()
+
     def save(self, snapshot: Snapshot, target: Path) -> None:
         """Make ``snapshot`` durable in a file of its own, which nothing deletes. Raises as :meth:`write`."""
         self._put(snapshot, target, epoch=snapshot.epoch)
@@ -305,13 +247,11 @@ class CheckpointStore:
         return changed
 
     def _put(self, snapshot: Snapshot, target: Path, *, epoch: int | None = None) -> None:
-        arrays = _arrays(snapshot)
-        state = _ADAPTER.dump_json(_state(snapshot)).decode()
-        metadata = {"format": FORMAT, "state": state, "checksum": _checksum(state, arrays)}
+        arrays, metadata = contents(snapshot)
         self._replace(target, lambda file: write_tensors(file, arrays, metadata), epoch=epoch)
 
     def _next_file(self) -> Path:
-        number = max((int(file.stem) for file in self.files()), default=0) + 1
+        number = max(map(_number, self.files()), default=0) + 1
         return self.folder / f"{number:010d}.safetensors"
 
     def _store_epoch(self, epoch: int) -> None:
@@ -351,101 +291,59 @@ class CheckpointStore:
             )
 
     def _stored_epoch(self) -> int:
+        file = self.folder / "epoch"
         try:
-            return int((self.folder / "epoch").read_text())
+            return int(file.read_bytes())
         except FileNotFoundError:
             return 0
-        except (OSError, ValueError) as error:
-            raise CheckpointCorrupt(f"{self.folder / 'epoch'}: {error}") from None
+        except ValueError:
+            raise CheckpointCorrupt(
+                f"{file} is damaged: it holds the number of the run's newest aggregator. Stop all aggregators of run "
+                f"{self.run!r}, delete the file, and start one: the number then comes from the newest checkpoint"
+            ) from None
+        except OSError as error:
+            raise CheckpointNotWritten(f"{file} cannot be read: {error.strerror or error}") from None
 
     @contextlib.contextmanager
     def _locked(self) -> Iterator[None]:
-        """Held while epochs are compared and files renamed, so that a claim cannot slip in between."""
+        """Held while epochs are compared and files renamed, so that a claim cannot slip in between.
+
+        Raises :class:`CheckpointNotWritten`, also if whoever holds it hangs.
+        """
+        file = self.folder / "lock"
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            handle = (self.folder / "lock").open("wb")
+            # Unbuffered and never written to: nothing that a full disk could refuse.
+            handle = file.open("ab", buffering=0)
         except OSError as error:
             raise CheckpointNotWritten(f"{self.folder}: {error.strerror}; make the folder writable") from None
         with handle:
-            fcntl.flock(handle, fcntl.LOCK_EX)
+            deadline = time.monotonic() + LOCK_SECONDS
+            while not _lock(handle.fileno(), file):
+                if time.monotonic() > deadline:
+                    raise CheckpointNotWritten(
+                        f"{file} has been held for {LOCK_SECONDS:g} s by another process, which hangs: look for a "
+                        f"stopped aggregator of run {self.run!r} and kill it"
+                    )
+                time.sleep(LOCK_PAUSE)
             yield
 
 
-def write_tensors(file: BinaryIO, arrays: Tensors, metadata: Mapping[str, str]) -> None:
-    """Write ``arrays`` to ``file`` in the safetensors format, without copying contiguous ones.
-
-    Wider elements first, as the library does, so that each tensor is aligned to its element's size.
-    """
-    order = sorted(arrays, key=lambda name: (-arrays[name].itemsize, name))
-    header: dict[str, Any] = {"__metadata__": dict(metadata)}
-    position = 0
-    for name in order:
-        array = arrays[name]
-        header[name] = {
-            "dtype": _SAFETENSORS_DTYPES[array.dtype.name],
-            "shape": list(array.shape),
-            "data_offsets": [position, position + array.nbytes],
-        }
-        position += array.nbytes
-    text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
-    if len(text) > MAX_HEADER:
-        # Better nothing acknowledged than a file that the library refuses to read.
-        raise CheckpointNotWritten(f"the run's state takes {len(text)} bytes; safetensors reads up to {MAX_HEADER}")
-    file.write(struct.pack("<Q", len(text)))
-    file.write(text)
-    for name in order:
-        file.write(as_bytes(arrays[name]))
+def _lock(handle: int, file: Path) -> bool:
+    """Whether the lock was free, and is ours now."""
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError as error:
+        raise CheckpointNotWritten(
+            f"{file}: {error.strerror}; checkpoints need a file system with flock: a local disk, NFS 4, CephFS"
+        ) from None
+    return True
 
 
-def _checksum(state: str, arrays: Tensors) -> str:
-    digest = xxhash.xxh3_128(state.encode())
-    for name in sorted(arrays):
-        digest.update(name.encode())
-        digest.update(as_bytes(arrays[name]))
-    return digest.hexdigest()
-
-
-def _arrays(snapshot: Snapshot) -> dict[str, Array]:
-    arrays = {f"parameters/{name}": array for name, array in snapshot.parameters.items()}
-    for slot, tensors in snapshot.optimizer.slots.items():
-        arrays |= {f"optimizer/{slot}/{name}": array for name, array in tensors.items()}
-    if snapshot.accumulator.count:
-        arrays |= {f"accumulator/{name}": array for name, array in snapshot.accumulator.tensors.items()}
-    return arrays
-
-
-def _state(snapshot: Snapshot) -> _State:
-    return _State(
-        **{name: getattr(snapshot, name) for name in _SHARED},
-        optimizer_step=snapshot.optimizer.step,
-        optimizer_slots=tuple(snapshot.optimizer.slots),
-        accumulator_share=snapshot.accumulator.share,
-        accumulator_weight=snapshot.accumulator.weight,
-        accumulator_count=snapshot.accumulator.count,
-    )
-
-
-def _snapshot(state: _State, arrays: Mapping[str, Array]) -> Snapshot:
-    def under(prefix: str) -> dict[str, Array]:
-        return {n.removeprefix(prefix): np.asarray(a) for n, a in arrays.items() if n.startswith(prefix)}
-
-    stored = under("parameters/")
-    parameters = {t.name: stored[t.name].astype(DTYPES[t.dtype], copy=False) for t in state.model.tensors}
-    for array in parameters.values():
-        array.flags.writeable = False
-    slots = {slot: under(f"optimizer/{slot}/") for slot in state.optimizer_slots}
-    return Snapshot(
-        **{name: getattr(state, name) for name in _SHARED},
-        parameters=parameters,
-        optimizer=OptimizerState(slots, state.optimizer_step),
-        accumulator=Accumulator(
-            tensors=under("accumulator/"),
-            share=state.accumulator_share,
-            weight=state.accumulator_weight,
-            count=state.accumulator_count,
-        ),
-    )
+def _number(file: Path) -> int:
+    return int(file.stem)
 
 
 def _sync_folder(folder: Path) -> None:

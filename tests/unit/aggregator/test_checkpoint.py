@@ -156,10 +156,12 @@ def test_a_truncated_file_is_noticed(store: CheckpointStore, length: int) -> Non
 
 
 def test_a_newer_format_says_upgrade(store: CheckpointStore) -> None:
-    file = store.files()[0]
-    file.write_bytes(file.read_bytes().replace(b"fedmq-checkpoint-1", b"fedmq-checkpoint-9"))
+    """And nothing older takes its place: that would drop what was acknowledged."""
+    newer = store.folder / "0000000002.safetensors"
+    with newer.open("wb") as file:
+        write_tensors(file, TENSORS, {"format": "fedmq-checkpoint-9", "seal": "of another kind"})
 
-    with pytest.raises(CheckpointCorrupt, match="upgrade"):
+    with pytest.raises(CheckpointCorrupt, match="fedmq-checkpoint-9.*upgrade"):
         store.load()
 
 

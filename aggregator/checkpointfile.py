@@ -1,0 +1,227 @@
+"""What a checkpoint file looks like: a snapshot as one safetensors file, and back.
+
+Any tool of the field can open it. Tensors are named ``parameters/…``, ``optimizer/<slot>/…`` and
+``accumulator/…``; everything else (ledger, epoch, partial round) is JSON in the file's metadata. ``checksum``
+there covers that JSON and the bytes of the tensors, ``layout`` their dtypes and shapes and the format.
+
+We write the format ourselves, since the library's ``save_file`` neither syncs nor streams (it would hold a
+second copy of the model); reading goes through the library.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import struct
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any, BinaryIO, ClassVar
+
+import numpy as np
+import xxhash
+from pydantic import ConfigDict, TypeAdapter, ValidationError
+from safetensors import SafetensorError, safe_open
+
+from aggregator.core.snapshot import Entry, Folds, Snapshot, VersionRecord
+from aggregator.optimizers import OptimizerState
+from aggregator.strategies.base import Accumulator
+from broker.errors import CheckpointCorrupt, CheckpointError, CheckpointNotWritten
+from broker.messages import DTYPES, Array, ModelSpec, Scalar, Tensors, as_bytes
+
+__all__ = ["ForeignCheckpoint", "contents", "read_checkpoint", "write_tensors"]
+
+FORMAT = "fedmq-checkpoint-1"
+FORMATS = r"fedmq-checkpoint-\d+"
+#: The library's own limit.
+MAX_HEADER = 100_000_000
+
+_SAFETENSORS_DTYPES = {
+    "float16": "F16",
+    "bfloat16": "BF16",
+    "float32": "F32",
+    "float64": "F64",
+    "int8": "I8",
+    "int16": "I16",
+    "int32": "I32",
+    "int64": "I64",
+    "uint8": "U8",
+}
+
+#: Dtype, as the format calls it, and shape of each tensor.
+_Layout = Mapping[str, tuple[str, tuple[int, ...]]]
+
+
+class ForeignCheckpoint(CheckpointCorrupt):
+    """Whole, but not for this release: falling back behind it would drop what was acknowledged."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _State:
+    """A snapshot without its arrays."""
+
+    # A field of a newer release must not get lost on the way through an older one.
+    __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(extra="forbid")
+
+    run: str
+    model: ModelSpec
+    epoch: int
+    version: int
+    digest: str
+    optimizer_step: int
+    optimizer_slots: tuple[str, ...]
+    accumulator_share: float
+    accumulator_weight: float
+    accumulator_count: int
+    entries: tuple[Entry, ...]
+    ledger: dict[str, dict[str, list[list[int]]]]
+    records: tuple[VersionRecord, ...]
+    confirmed: dict[str, dict[str, int]]
+    trainers: tuple[str, ...]
+    rejected: dict[str, int]
+    mode: str
+    started: float
+    done: bool
+    # Not in the checkpoints of 0.1.
+    void: tuple[tuple[int, int], ...] = ()
+    changes: dict[str, Scalar] = field(default_factory=dict)
+    pending: dict[str, Scalar] | None = None
+    paused: bool = False
+    commands: tuple[str, ...] = ()
+    folds: Folds = ()
+    kept_from: int | None = None
+
+
+_ADAPTER: TypeAdapter[_State] = TypeAdapter(_State)
+_SHARED = {f.name for f in fields(_State)} & {f.name for f in fields(Snapshot)}
+
+
+def read_checkpoint(file: Path) -> Snapshot:
+    """What stands in ``file``, checked.
+
+    Raises:
+        CheckpointCorrupt: torn, truncated or altered.
+        ForeignCheckpoint: of a newer release.
+        CheckpointError: the disk, or a right, does not let it be read; or it is not there any more.
+    """
+    try:
+        with safe_open(file, framework="np") as content:
+            metadata = content.metadata() or {}
+            arrays, layout = {}, {}
+            for name in content.keys():  # noqa: SIM118 (no mapping)
+                part = content.get_slice(name)
+                layout[name] = part.get_dtype(), tuple(part.get_shape())
+                arrays[name] = content.get_tensor(name)
+    except OSError as error:
+        # The disk or a right, not the file: an older generation must not take its place.
+        raise CheckpointError(f"{file} cannot be read: {error.strerror or error}") from None
+    except (SafetensorError, ValueError, TypeError, AttributeError) as error:
+        raise CheckpointCorrupt(f"{file} cannot be read: {error}") from None
+    is_whole = metadata.get("checksum") == _checksum(metadata.get("state", ""), arrays)
+    if (found := metadata.get("format", "")) != FORMAT and not is_whole and re.fullmatch(FORMATS, found):
+        raise ForeignCheckpoint(f"{file}: format {found!r}, this release reads {FORMAT!r}: upgrade fedmq")
+    # The checkpoints of 0.1 have no ``layout``.
+    is_whole = is_whole and metadata.get("layout", _layout_sum(layout)) == _layout_sum(layout)
+    if not is_whole or found != FORMAT:
+        raise CheckpointCorrupt(f"{file}: the checksum does not match, the file was altered or damaged")
+    try:
+        state = _ADAPTER.validate_json(metadata["state"])
+    except ValidationError as error:
+        raise ForeignCheckpoint(
+            f"{file}: {error.error_count()} fields are not as this release expects: upgrade fedmq"
+        ) from None
+    wanted = {f"parameters/{t.name}": (_SAFETENSORS_DTYPES[t.dtype], tuple(t.shape)) for t in state.model.tensors}
+    if wanted != {name: kind for name, kind in layout.items() if name.startswith("parameters/")}:
+        raise CheckpointCorrupt(f"{file}: its parameters are not those of its model, the file was altered or damaged")
+    return _snapshot(state, arrays)
+
+
+def contents(snapshot: Snapshot) -> tuple[dict[str, Array], dict[str, str]]:
+    """The arrays and the metadata of ``snapshot``'s file, for :func:`write_tensors`. Arrays are borrowed."""
+    arrays = _arrays(snapshot)
+    state = _ADAPTER.dump_json(_state(snapshot)).decode()
+    layout = {name: (_SAFETENSORS_DTYPES[a.dtype.name], a.shape) for name, a in arrays.items()}
+    metadata = {"format": FORMAT, "state": state, "checksum": _checksum(state, arrays), "layout": _layout_sum(layout)}
+    return arrays, metadata
+
+
+def write_tensors(file: BinaryIO, arrays: Tensors, metadata: Mapping[str, str]) -> None:
+    """Write ``arrays`` to ``file`` in the safetensors format, without copying contiguous ones.
+
+    Wider elements first, as the library does, so that each tensor is aligned to its element's size.
+    """
+    order = sorted(arrays, key=lambda name: (-arrays[name].itemsize, name))
+    header: dict[str, Any] = {"__metadata__": dict(metadata)}
+    position = 0
+    for name in order:
+        array = arrays[name]
+        header[name] = {
+            "dtype": _SAFETENSORS_DTYPES[array.dtype.name],
+            "shape": list(array.shape),
+            "data_offsets": [position, position + array.nbytes],
+        }
+        position += array.nbytes
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    if len(text) > MAX_HEADER:
+        # Better nothing acknowledged than a file that the library refuses to read.
+        raise CheckpointNotWritten(f"the run's state takes {len(text)} bytes; safetensors reads up to {MAX_HEADER}")
+    file.write(struct.pack("<Q", len(text)))
+    file.write(text)
+    for name in order:
+        file.write(as_bytes(arrays[name]))
+
+
+def _checksum(state: str, arrays: Tensors) -> str:
+    digest = xxhash.xxh3_128(state.encode())
+    for name in sorted(arrays):
+        digest.update(name.encode())
+        digest.update(as_bytes(arrays[name]))
+    return digest.hexdigest()
+
+
+def _layout_sum(layout: _Layout) -> str:
+    listed = [[name, dtype, list(shape)] for name, (dtype, shape) in sorted(layout.items())]
+    return xxhash.xxh3_128(json.dumps([FORMAT, *listed]).encode()).hexdigest()
+
+
+def _arrays(snapshot: Snapshot) -> dict[str, Array]:
+    arrays = {f"parameters/{name}": array for name, array in snapshot.parameters.items()}
+    for slot, tensors in snapshot.optimizer.slots.items():
+        arrays |= {f"optimizer/{slot}/{name}": array for name, array in tensors.items()}
+    if snapshot.accumulator.count:
+        arrays |= {f"accumulator/{name}": array for name, array in snapshot.accumulator.tensors.items()}
+    return arrays
+
+
+def _state(snapshot: Snapshot) -> _State:
+    return _State(
+        **{name: getattr(snapshot, name) for name in _SHARED},
+        optimizer_step=snapshot.optimizer.step,
+        optimizer_slots=tuple(snapshot.optimizer.slots),
+        accumulator_share=snapshot.accumulator.share,
+        accumulator_weight=snapshot.accumulator.weight,
+        accumulator_count=snapshot.accumulator.count,
+    )
+
+
+def _snapshot(state: _State, arrays: Mapping[str, Array]) -> Snapshot:
+    def under(prefix: str) -> dict[str, Array]:
+        return {n.removeprefix(prefix): np.asarray(a) for n, a in arrays.items() if n.startswith(prefix)}
+
+    stored = under("parameters/")
+    parameters = {t.name: stored[t.name].astype(DTYPES[t.dtype], copy=False) for t in state.model.tensors}
+    for array in parameters.values():
+        array.flags.writeable = False
+    slots = {slot: under(f"optimizer/{slot}/") for slot in state.optimizer_slots}
+    return Snapshot(
+        **{name: getattr(state, name) for name in _SHARED},
+        parameters=parameters,
+        optimizer=OptimizerState(slots, state.optimizer_step),
+        accumulator=Accumulator(
+            tensors=under("accumulator/"),
+            share=state.accumulator_share,
+            weight=state.accumulator_weight,
+            count=state.accumulator_count,
+        ),
+    )

@@ -144,8 +144,7 @@ def test_a_worker_that_dies_there_loses_and_doubles_nothing(node: PrivateNode, t
         for index in range(WORKERS):
             knowledge.collect(site.outbox(index))
         verdict = settle(site, node, aggregator, knowledge)
-        # A confirm is noted with the next id, so in mid-training the last one is not known to be confirmed.
-        assert known == (1 if label == "mid-training" else 2)
+        assert known == (3 if label == "after-note" else 2)
         assert verdict.confirmed == known + WORKERS * UPDATES
-        assert verdict.indeterminate == 1
-        assert verdict.settled == (0 if label in {"after-id", "mid-upload"} else 1)
+        assert verdict.indeterminate == (0 if label in {"mid-training", "after-note"} else 1)
+        assert verdict.settled == (1 if label == "before-note" else 0)

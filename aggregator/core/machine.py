@@ -310,7 +310,7 @@ class RoundMachine:
 
     def _comings_and_goings(self, now: float) -> list[do.Effect]:
         before, self._here = self._here, self.roster.here(now)
-        if before == self._here:
+        if before is self._here or before == self._here:
             return []
         effects: list[do.Effect] = [
             do.Record(do.Went(name, role, self.roster.farewell(name)))

@@ -19,10 +19,11 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 from aggregator.core import effects as do
 from aggregator.core import events as on
+from aggregator.core.commits import Commits
 from aggregator.core.controls import Controls, Order
 from aggregator.core.ledger import Ledger
 from aggregator.core.roster import Roster
@@ -42,26 +43,6 @@ MAX_ANSWERED = 1000
 
 #: So many rounds in a row without a finite step are no accident of one update.
 MAX_SPOILED = 5
-
-
-@dataclass(slots=True)
-class _Held:
-    """A folded update that is not yet durable."""
-
-    tokens: list[Token]
-    nbytes: int
-    since: float
-    """When it was first delivered on the connection that still holds it."""
-
-
-@dataclass(frozen=True, slots=True)
-class _Flight:
-    """A checkpoint on its way."""
-
-    commit: int
-    snapshot: Snapshot
-    ids: frozenset[UpdateId]
-    commands: frozenset[str]
 
 
 class RoundMachine:
@@ -108,11 +89,9 @@ class RoundMachine:
         self._round.plan = replace(self._round.plan, answered=self._answered())
         self._records: list[VersionRecord] = []
         self._here = self.roster.here(now)
-        self._held: dict[UpdateId, _Held] = {}
+        self._commits = Commits(retry_at=now)
         self._durable = snapshot
-        self._flight: _Flight | None = None
-        self._commit = 0
-        self._retry_at = self._last_arrival = now
+        self._last_arrival = now
         self._ask_again_at: float | None = None
         self._spoiled = 0
         self._stopping = self._finished = self._announced = self._linked = False
@@ -168,7 +147,7 @@ class RoundMachine:
                 effects.append(self._broadcast())
             case on.LinkLost(generation):
                 self._linked = False
-                self._forget(generation)
+                self._commits.forget(generation)
                 self.controls.forget(generation)
             case on.StopRequested():
                 self._stopping = True
@@ -183,9 +162,8 @@ class RoundMachine:
         update, token = event.update, event.token
         self._last_arrival = now
         self.roster.note(update.id.worker, now)
-        if update.id in self._held:
-            held = self._held[update.id]
-            held.tokens.append(token)
+        if update.id in self._commits.held:
+            self._commits.held[update.id].tokens.append(token)
             return [do.Record(do.Repeated(update.id))]
         if update.id in self._ledger:
             return [do.Ack(token), do.Record(do.Repeated(update.id))]
@@ -210,12 +188,12 @@ class RoundMachine:
         return [self._fold(update, token, event.nbytes, now)]
 
     def _fold(self, update: Update, token: Token, nbytes: int, now: float) -> do.Effect:
-        if self._flight is not None and self._flight.snapshot.accumulator is self._accumulator:
+        if self._commits.borrows(self._accumulator):
             self._accumulator = self._accumulator.copy()
         staleness = self.version - update.base_version
         weight = self.rules.strategy.fold(self._accumulator, update, staleness)
         self._ledger.add(update.id)
-        self._held[update.id] = _Held([token], nbytes, now)
+        self._commits.hold(update.id, token, nbytes, now)
         loss = update.metrics.get("loss", math.nan)
         entry = Entry(
             id=update.id,
@@ -239,10 +217,6 @@ class RoundMachine:
         if worker:
             effects.append(do.Tell(worker, reason, detail, update))
         return [*effects, do.Record(do.Rejected(worker, reason, detail, update))]
-
-    def _forget(self, generation: int) -> None:
-        for held in self._held.values():
-            held.tokens = [token for token in held.tokens if token.generation != generation]
 
     # -------------------------------------------------------------------------------------------- commands
 
@@ -300,8 +274,10 @@ class RoundMachine:
             effects += self._renew_plan()
         if not self.done and not self._stopping and not self.controls.paused:
             effects += self._advance_round(now)
-        if self._flight is None and self._commit_is_due(now):
-            effects.append(self._start_commit(now))
+        at_once = bool(self._records or self.controls.held or (self._stopping and self._commits.held))
+        if self._commits.is_due(self.rules.commit, now, at_once=at_once):
+            snapshot = self.snapshot(now)
+            effects.append(do.WriteCheckpoint(self._commits.start(snapshot, self.controls.held), snapshot))
         if (finish := self._finish(now)) is not None:
             effects.append(finish)
         elif (wake := self._next_wake(now)) is not None:
@@ -361,7 +337,7 @@ class RoundMachine:
         A step that is not finite becomes a version with the parameters of the one before: the run goes on, and
         its history tells which updates were left out. Raises :class:`StrategyError` if that goes on and on.
         """
-        if self._flight is not None and self._flight.snapshot.accumulator is self._accumulator:
+        if self._commits.borrows(self._accumulator):
             self._accumulator = self._accumulator.copy()
         rules, entries, before = self.rules, tuple(self._round.entries), self._digest
         step, folds, self._folds = self._optimizer_state.step, self._folds, ()
@@ -426,24 +402,6 @@ class RoundMachine:
 
     # -------------------------------------------------------------------------------------------- commits
 
-    def _commit_is_due(self, now: float) -> bool:
-        if now < self._retry_at:
-            return False
-        if self._records or self.controls.held or (self._stopping and self._held):
-            return True
-        policy, held = self.rules.commit, self._held.values()
-        return bool(held) and (
-            sum(len(h.tokens) for h in held) >= policy.count
-            or sum(h.nbytes for h in held) >= policy.nbytes
-            or now - min(h.since for h in held) >= policy.seconds
-        )
-
-    def _start_commit(self, now: float) -> do.Effect:
-        self._commit += 1
-        snapshot = self.snapshot(now)
-        self._flight = _Flight(self._commit, snapshot, frozenset(self._held), frozenset(self.controls.held))
-        return do.WriteCheckpoint(self._commit, snapshot)
-
     def snapshot(self, now: float) -> Snapshot:
         """The state as it is; arrays are borrowed (see :class:`Snapshot`)."""
         return Snapshot(
@@ -474,15 +432,13 @@ class RoundMachine:
         )
 
     def _written(self, commit: int, now: float) -> list[do.Effect]:
-        if self._flight is None or self._flight.commit != commit:
+        flight = self._commits.land(commit)
+        if flight is None:
             return []
-        flight, self._flight = self._flight, None
         is_newer = flight.snapshot.version > self._durable.version
         # The accumulator is not needed to broadcast, and holding it would keep a model's worth of memory.
         self._durable = replace(flight.snapshot, accumulator=type(flight.snapshot.accumulator)())
-        effects: list[do.Effect] = []
-        for update_id in sorted(flight.ids):
-            effects += [do.Ack(token) for token in self._held.pop(update_id).tokens]
+        effects: list[do.Effect] = [do.Ack(token) for token in self._commits.release(flight)]
         for command in sorted(flight.commands):
             effects += [do.Ack(token) for token in self.controls.held.pop(command)]
             effects.append(do.Record(do.Executed(command, self.version, is_pending=self.controls.pending is not None)))
@@ -496,10 +452,9 @@ class RoundMachine:
         return effects
 
     def _failed(self, commit: int, error: str, now: float) -> list[do.Effect]:
-        if self._flight is None or self._flight.commit != commit:
+        if self._commits.land(commit) is None:
             return []
-        self._flight = None
-        self._retry_at = now + self.rules.retry_seconds
+        self._commits.retry_at = now + self.rules.retry_seconds
         return [do.Record(do.Warn(f"checkpoint not written ({error}); nothing was acknowledged; trying again"))]
 
     def _broadcast(self) -> do.Effect:
@@ -511,7 +466,8 @@ class RoundMachine:
     # ------------------------------------------------------------------------------------------- the end
 
     def _finish(self, now: float) -> do.Finish | None:
-        if self._finished or self._flight is not None or self._held or self._records or self.controls.held:
+        commits = self._commits
+        if self._finished or commits.flight or commits.held or self._records or self.controls.held:
             return None
         reason = None
         if self.done:
@@ -526,9 +482,7 @@ class RoundMachine:
 
     def _next_wake(self, now: float) -> float | None:
         """When time alone will change something."""
-        times = [self._retry_at]
-        if self._held:
-            times.append(min(h.since for h in self._held.values()) + self.rules.commit.seconds)
+        times = self._commits.next_wake(self.rules.commit)
         if self._ask_again_at is not None:
             times.append(self._ask_again_at)
         if self.rules.rounds.deadline is not None and not self.done and not self.controls.paused:

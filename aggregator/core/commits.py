@@ -1,0 +1,94 @@
+"""Folded updates that are not yet durable, and the one checkpoint that is on its way."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+from aggregator.core.rules import CommitPolicy
+from aggregator.core.snapshot import Snapshot
+from aggregator.strategies.base import Accumulator
+from broker.messages import UpdateId
+from broker.transport import Token
+
+__all__ = ["Commits", "Flight"]
+
+
+@dataclass(slots=True)
+class Held:
+    """A folded update that is not yet durable."""
+
+    tokens: list[Token]
+    nbytes: int
+    since: float
+    """When it was first delivered on the connection that still holds it."""
+
+
+@dataclass(frozen=True, slots=True)
+class Flight:
+    """A checkpoint on its way."""
+
+    commit: int
+    snapshot: Snapshot
+    ids: frozenset[UpdateId]
+    commands: frozenset[str]
+
+
+@dataclass(slots=True)
+class Commits:
+    """At most one checkpoint is on its way; whatever is folded meanwhile waits for the next."""
+
+    retry_at: float
+    """Not before then, since the last one failed."""
+    held: dict[UpdateId, Held] = field(default_factory=dict)
+    flight: Flight | None = None
+    _number: int = 0
+
+    def hold(self, update: UpdateId, token: Token, nbytes: int, now: float) -> None:
+        """``update`` was folded; ``token`` is acknowledged when that is durable."""
+        self.held[update] = Held([token], nbytes, now)
+
+    def forget(self, generation: int) -> None:
+        """The connection of ``generation`` is gone, and its tokens with it."""
+        for held in self.held.values():
+            held.tokens = [token for token in held.tokens if token.generation != generation]
+
+    def borrows(self, accumulator: Accumulator) -> bool:
+        """Whether the checkpoint on its way reads from ``accumulator``, so that nobody may write into it."""
+        return self.flight is not None and self.flight.snapshot.accumulator is accumulator
+
+    def is_due(self, policy: CommitPolicy, now: float, *, at_once: bool) -> bool:
+        """Whether to write one now: because something asks for it at once, or by count, bytes or age."""
+        if self.flight is not None or now < self.retry_at:
+            return False
+        held = self.held.values()
+        return at_once or (
+            bool(held)
+            and (
+                sum(len(h.tokens) for h in held) >= policy.count
+                or sum(h.nbytes for h in held) >= policy.nbytes
+                or now - min(h.since for h in held) >= policy.seconds
+            )
+        )
+
+    def start(self, snapshot: Snapshot, commands: Iterable[str]) -> int:
+        """``snapshot``, which covers all that is held, is on its way; the commit's number."""
+        self._number += 1
+        self.flight = Flight(self._number, snapshot, frozenset(self.held), frozenset(commands))
+        return self._number
+
+    def land(self, commit: int) -> Flight | None:
+        """The checkpoint that was on its way, which has arrived or failed; None if it is another."""
+        if self.flight is None or self.flight.commit != commit:
+            return None
+        flight, self.flight = self.flight, None
+        return flight
+
+    def release(self, flight: Flight) -> list[Token]:
+        """What may be acknowledged, now that ``flight`` is durable."""
+        return [token for update in sorted(flight.ids) for token in self.held.pop(update).tokens]
+
+    def next_wake(self, policy: CommitPolicy) -> list[float]:
+        """When time alone will make one due."""
+        oldest = [min(h.since for h in self.held.values()) + policy.seconds] if self.held else []
+        return [self.retry_at, *oldest]

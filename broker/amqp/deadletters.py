@@ -55,6 +55,8 @@ PATIENCE_SECONDS = 30.0
 #: that is on its way, so it counts only if the line has been silent since the one before.
 LOOK_SECONDS = 0.25
 SILENCE_BYTES = 4096
+#: How long letters may be gone through without a look at the connection.
+BREATH_SECONDS = 1.0
 #: What AMQP has room for.
 LARGEST_PREFETCH = 65535
 
@@ -192,6 +194,7 @@ class _Reading:
         self._in_hand: set[int] = set()  # delivery tags of the present consumer
         self._on_way = 0
         self._loop = asyncio.get_running_loop()
+        self._breathed = self._loop.time()
         self._change: asyncio.Future[None] = self._loop.create_future()
 
     async def run(self, waiting: int, what: str) -> None:
@@ -203,7 +206,8 @@ class _Reading:
             if self.seen >= waiting or not await self._consume(f"fedmq dead {what} {number:03d}", share):
                 break
         while self._on_way:
-            await self._next_change()
+            if not await self._next_change(PATIENCE_SECONDS):
+                raise _not_confirmed(self._publisher)
         self._tell()
 
     async def _consume(self, tag: str, share: int) -> bool:
@@ -216,9 +220,16 @@ class _Reading:
                 return False
             while self._arrived:
                 self._meet(*self._arrived.popleft())
+                await self._breathe()
             self._tell()
         await self._channel.cancel(tag)
         return True
+
+    async def _breathe(self) -> None:
+        """Now and then let the loop answer heartbeats; not each time, since it reads more letters meanwhile."""
+        if self._loop.time() - self._breathed > BREATH_SECONDS:
+            await asyncio.sleep(0)
+            self._breathed = self._loop.time()
 
     async def _more(self, queue: str) -> bool:
         """Wait until something has arrived; False if nothing will."""
@@ -234,15 +245,13 @@ class _Reading:
             f"letters wait in {queue!r}, and RabbitMQ has handed out none for {PATIENCE_SECONDS:.0f} s: try again later"
         )
 
-    async def _next_change(self, timeout: float = PATIENCE_SECONDS) -> bool:
-        """Wait for a letter or a confirmation; False if none came in a time that is short."""
+    async def _next_change(self, timeout: float) -> bool:
+        """Wait for a letter or a confirmation; False if none came in that time."""
         self._change = self._loop.create_future()
         if self._arrived or self._reports:
             self._change.set_result(None)
         came = await self._channel.wait(self._change, timeout)
         self._tell()
-        if not came and timeout >= PATIENCE_SECONDS:
-            raise _not_confirmed(self._publisher)
         return came
 
     def _on_message(self, method: pika.spec.Basic.Deliver, properties: pika.BasicProperties, body: bytes) -> None:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import threading
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import contextmanager
+from concurrent.futures import Future
+from contextlib import contextmanager, nullcontext
 
 import pika
 import pytest
@@ -13,6 +14,7 @@ import pytest
 from broker.amqp import deadletters
 from broker.amqp.deadletters import DeadLetterQueue, Outcome, Wish
 from broker.amqp.node import PrivateNode
+from broker.amqp.publisher import Publisher
 from broker.amqp.session import Channel
 from broker.errors import AccessRefused, BrokerError, BrokerUnreachable, ConnectionLost
 from broker.letters import DeadLetter, Origin, RawLetter
@@ -337,25 +339,45 @@ def test_letters_that_somebody_takes_away_meanwhile_are_not_waited_for(node: Pri
     wait_for(lambda: ready(node, topology.dead) == 10, what="all back")
 
 
-def test_a_connection_that_is_closed_in_the_middle_loses_nothing(node: PrivateNode, topology: Topology) -> None:
+@pytest.mark.parametrize("which", ["reads", "publishes"])
+def test_a_connection_that_is_closed_in_the_middle_loses_nothing(
+    node: PrivateNode, topology: Topology, which: str
+) -> None:
     bury(node, topology, *(update(topology, seq) for seq in range(200)))
     admin = admin_of(node)
+    name = f"fedmq dead test · run {topology.run}" + (" · publish" if which == "publishes" else "")
 
-    def ours() -> list[str]:
-        return [c["name"] for c in admin.connections() if topology.run in str(c.get("client_properties"))]
+    def named() -> list[str]:
+        return [c["name"] for c in admin.connections() if c.get("client_properties", {}).get("connection_name") == name]
 
     def decide(letter: DeadLetter, _raw: RawLetter) -> Wish:
         if letter.number == 100:
             # The admin UI learns of a connection after some seconds.
-            for name in wait_for(ours, what="the connection in the admin UI"):
-                admin.close_connection(name, "a test")
+            for one in wait_for(named, what="the connection in the admin UI"):
+                admin.close_connection(one, "a test")
         return Wish.REPLAY
 
-    with pytest.raises(ConnectionLost):
-        DeadLetterQueue(config_of(node), topology, what="test").work(decide)
+    outcomes: Counter[Outcome] = Counter()
+    queue = DeadLetterQueue(config_of(node, heartbeat=60), topology, what="test")
+    with pytest.raises(ConnectionLost) if which == "reads" else nullcontext():
+        queue.work(decide, lambda _letter, outcome, _detail: outcomes.update([outcome]))
+    assert set(outcomes) <= {Outcome.REPLAYED, Outcome.UNCERTAIN}
     everything = {f"w1/i/{seq}" for seq in range(200)}
     wait_for(lambda: ready(node, topology.dead) + ready(node, topology.updates) >= 200, what="all letters somewhere")
     assert set(ids_in(node, topology.dead)) | set(ids_in(node, topology.updates)) == everything
+
+
+@pytest.mark.parametrize("count", [1, 5], ids=["at the end", "when there is no room"])
+def test_a_broker_that_confirms_nothing_is_not_waited_for_for_ever(
+    node: PrivateNode, topology: Topology, count: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bury(node, topology, *(update(topology, seq) for seq in range(count)))
+    monkeypatch.setattr(deadletters, "ON_WAY", 2)
+    monkeypatch.setattr(deadletters, "PATIENCE_SECONDS", 1.0)
+    monkeypatch.setattr(Publisher, "publish", lambda *_arguments, **_more: Future())
+    with pytest.raises(BrokerUnreachable, match="has confirmed nothing for 1 s"):
+        do(node, topology, Wish.REPLAY)
+    wait_for(lambda: ready(node, topology.dead) == count, what="all back")
 
 
 def test_a_decision_that_fails_leaves_all_in_its_place(node: PrivateNode, topology: Topology) -> None:

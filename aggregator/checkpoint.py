@@ -171,7 +171,7 @@ class CheckpointStore:
             self.load()  # says what is missing, before anything is made in a folder that may be a typing error
         with self._locked():
             snapshot, damaged = self._load()
-            known = max(self._stored_epoch(), snapshot.epoch)
+            known = max(self.stored_epoch(), snapshot.epoch)
             if (epoch > known or version > snapshot.version) and not (damaged or accept_older):
                 raise CheckpointOutdated(
                     f"{self.folder} holds version {snapshot.version} (epoch {known}) of run {self.run!r}, and version "
@@ -240,7 +240,7 @@ class CheckpointStore:
                 raise CheckpointCorrupt(
                     f"{damaged[0]} is newer and damaged: start 'fedmq aggregator' first, which falls back behind it"
                 )
-            claimed = max(self._stored_epoch(), snapshot.epoch) + 1
+            claimed = max(self.stored_epoch(), snapshot.epoch) + 1
             changed = change(replace(snapshot, epoch=claimed))
             self._store_epoch(claimed)
             self._put(changed, self._next_file())
@@ -283,14 +283,18 @@ class CheckpointStore:
 
     def require_epoch(self, epoch: int) -> None:
         """Raise :class:`StaleEpoch` if another aggregator has claimed the run since ``epoch`` was."""
-        stored = self._stored_epoch()
+        stored = self.stored_epoch()
         if stored > epoch:
             raise StaleEpoch(
                 f"another aggregator has taken over run {self.run!r} (epoch {stored}, this one has {epoch}); "
                 "nothing of what it did is lost, this one stops"
             )
 
-    def _stored_epoch(self) -> int:
+    def stored_epoch(self) -> int:
+        """The highest epoch that was claimed here; 0 if the file is not there.
+
+        Raises :class:`CheckpointCorrupt` if it holds no number, :class:`CheckpointNotWritten` if it cannot be read.
+        """
         file = self.folder / "epoch"
         try:
             return int(file.read_bytes())

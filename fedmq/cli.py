@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.table import Table as Grid
 
 from aggregator.checkpoint import CheckpointStore
+from aggregator.checkpoints import app as checkpoint_app
 from aggregator.cli import FolderOption, aggregator, checkpoint_folder
 from aggregator.config import AggregatorConfig
 from broker.cli import app as broker_app
@@ -188,6 +189,7 @@ app.command("aggregator")(aggregator)
 app.command("worker")(worker)
 app.command("evaluate")(evaluate)
 register_controls(app)
+app.add_typer(checkpoint_app, name="checkpoint")
 app.add_typer(dead_app, name="dead")
 app.add_typer(broker_app, name="broker")
 

@@ -161,7 +161,7 @@ def test_a_newer_format_says_upgrade(store: CheckpointStore) -> None:
     with newer.open("wb") as file:
         write_tensors(file, TENSORS, {"format": "fedmq-checkpoint-9", "seal": "of another kind"})
 
-    with pytest.raises(CheckpointCorrupt, match="fedmq-checkpoint-9.*upgrade"):
+    with pytest.raises(CheckpointCorrupt, match=r"fedmq-checkpoint-9.*upgrade"):
         store.load()
 
 

@@ -18,6 +18,7 @@ from typing import Any, Protocol, assert_never
 
 from broker.errors import BrokerError, ConnectionLost, FedmqError, WireError
 from broker.messages import Event, EventKind, Parameters, ParametersHead, Reason, Role, UpdateId
+from broker.seldom import Seldom
 from broker.transport import Connected, Delivery, Disconnected, Failed, Outgoing, Source, Standby, WorkerTransport
 from broker.wire import decode
 from worker_client.config import WorkerConfig
@@ -35,9 +36,9 @@ __all__ = ["GRACE", "Session", "StopSignal", "Summary"]
 log = logging.getLogger("fedmq.worker")
 
 #: Seconds for leaving in good order once asked to. Docker kills after 10, and the transport needs some to close.
-GRACE = 5.0
+GRACE = 4.0
 #: Seconds to wait for the goodbye to be out.
-GOODBYE = 1.5
+GOODBYE = 1.0
 #: Longest sleep of the loop: a signal handler cannot wake it, so it looks at the stop signal this often.
 LOOK = 0.2
 
@@ -90,6 +91,7 @@ class Session:
         self._stop = stop or threading.Event()
         self._grace = grace
         self._mailbox = Mailbox()
+        self._seldom = Seldom()
         self._bench = Bench(self._mailbox.put)
         self._parameters: Parameters | None = None
         self._base: Parameters | None = None
@@ -157,7 +159,7 @@ class Session:
                 self._tell(ev.Connected())
             case Disconnected(_, error):
                 self._connected = False
-                log.warning("the connection broke (%s); it is being made again", error)
+                log.debug("the connection broke (%s); it is being made again", error)
             case Failed(error):
                 self._connected = False
                 self._fail(error)
@@ -232,7 +234,8 @@ class Session:
             log.info("update %s confirmed", update)
             self._tell(ev.PublishConfirmed())
         elif isinstance(error, BrokerError) and error.retryable:
-            log.warning("update %s is published again: %s: %s", update, type(error).__name__, error)
+            if self._seldom.may(type(error).__name__):
+                log.warning("update %s is published again: %s: %s", update, type(error).__name__, error)
             self._tell(ev.PublishFailed())
         else:
             self._fail(error)

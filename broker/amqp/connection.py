@@ -17,22 +17,31 @@ from typing import Any
 
 from tenacity import AsyncRetrying, RetryCallState, retry_if_exception, wait_random_exponential
 
+from broker.amqp.names import Lookups
 from broker.amqp.refusals import FATAL
 from broker.amqp.session import Channel, Session, parameters, quiet_pika
 from broker.errors import BrokerError, BrokerUnreachable, ConnectionLost
+from broker.seldom import Seldom
 from broker.settings import BrokerConfig
 
-__all__ = ["Link"]
+__all__ = ["Link", "pause"]
 
 log = logging.getLogger("fedmq.broker")
 
+FIRST_PAUSE = 0.2
+LONGEST_PAUSE = 10.0
 #: Full jitter: a broker that comes back meets its workers one after the other, not all at once.
-BACKOFF = wait_random_exponential(multiplier=0.2, max=10)
+BACKOFF = wait_random_exponential(multiplier=FIRST_PAUSE, max=LONGEST_PAUSE)
 
-#: How often a link that cannot connect says so.
-SAY_SECONDS = 30.0
+#: What has held for so long was good, and when it ends the pauses begin with the shortest again.
+STEADY_SECONDS = 5.0
 
 Use = Callable[[Channel], Awaitable[None]]
+
+
+def pause(attempt: int) -> float:
+    """How long to wait after failure number ``attempt`` (from 1) of something that is not a connection."""
+    return random.uniform(0, min(LONGEST_PAUSE, FIRST_PAUSE * 2.0 ** min(attempt, 10)))  # noqa: S311 - jitter
 
 
 class Link:
@@ -43,7 +52,8 @@ class Link:
         name: what the admin UI shows as the connection's name.
         use: sets up each new channel (declares, consumes, …). A :class:`BrokerError` from it ends the channel.
         down: called with the reason when a channel has ended for which ``use`` was called.
-        failed: called when reconnecting is pointless; the link has stopped then.
+        failed: called when reconnecting is pointless; the link has stopped then. Nothing of it is logged here.
+        seldom: keeps several links from saying the same.
 
     ``use``, ``down`` and ``failed`` are called on the link's thread.
     """
@@ -56,6 +66,7 @@ class Link:
         use: Use,
         down: Callable[[BrokerError], None],
         failed: Callable[[BrokerError], None],
+        seldom: Seldom | None = None,
     ) -> None:
         self.name = name
         #: Done as soon as the first channel is set up; fails if the link failed before.
@@ -71,12 +82,14 @@ class Link:
         self._task: asyncio.Task[None] | None = None
         self._thread: threading.Thread | None = None
         self._stopping = False
-        self._said_at = 0.0
+        self._seldom = seldom or Seldom()
+        self._is_quiet = False
         quiet_pika()
 
     def start(self) -> None:
         """Start connecting; returns at once."""
         loop = asyncio.new_event_loop()
+        loop.set_default_executor(Lookups())
         loop.set_exception_handler(self._callback_failed)
         self._task = loop.create_task(self._main())
         self._loop = loop
@@ -134,13 +147,24 @@ class Link:
     def _run(self, loop: asyncio.AbstractEventLoop, task: asyncio.Task[None]) -> None:
         try:
             loop.run_until_complete(asyncio.wait({task}))
-            loop.run_until_complete(loop.shutdown_default_executor())
         finally:
             loop.close()
             if not self.up.done():
                 self.up.set_exception(ConnectionLost("closed"))
 
     async def _main(self) -> None:
+        try:
+            while True:
+                await self._again_and_again(self._live)
+                await asyncio.sleep(random.uniform(0, 1))  # noqa: S311 - jitter, not a secret
+        except FATAL as error:
+            self._fail(error)
+        except Exception as error:  # a thread must not die without a word
+            log.critical("%s: stopped by a fault in fedmq", self.name, exc_info=True)
+            self._fail(BrokerError(f"{self.name} stopped by a fault in fedmq: {error!r}"))
+
+    async def _again_and_again(self, function: Callable[..., Awaitable[None]], *arguments: object) -> None:
+        """Call ``function`` until it returns; after each error that waiting may cure with a longer pause."""
         retrying = AsyncRetrying(
             wait=BACKOFF,
             retry=retry_if_exception(lambda error: isinstance(error, BrokerError) and not isinstance(error, FATAL)),
@@ -148,20 +172,21 @@ class Link:
             sleep=asyncio.sleep,
             reraise=True,
         )
+        await retrying(function, *arguments)
+
+    async def _live(self) -> None:
+        """One connection from its beginning to its end, which is raised unless it has held for a while."""
+        session = await self._connect()
+        began = time.monotonic()
         try:
-            while True:
-                session: Session = await retrying(self._connect)
-                try:
-                    reason = await self._serve(session)
-                finally:
-                    await session.close()
-                log.warning("%s: %s; connecting again", self.name, reason)
-                await asyncio.sleep(random.uniform(0, 1))  # noqa: S311 - jitter, not a secret
-        except FATAL as error:
-            self._fail(error)
-        except Exception as error:  # a thread must not die without a word
-            log.critical("%s: stopped by a fault in fedmq", self.name, exc_info=True)
-            self._fail(BrokerError(f"{self.name} stopped by a fault in fedmq: {error!r}"))
+            reason = await self._serve(session)
+        finally:
+            await session.close()
+        if self._seldom.may("lost"):
+            self._is_quiet = False
+            log.warning("%s: %s; connecting again", self.name, reason)
+        if time.monotonic() - began < STEADY_SECONDS:
+            raise reason
 
     async def _connect(self) -> Session:
         problems = []
@@ -171,21 +196,32 @@ class Link:
             except BrokerUnreachable as error:
                 problems.append(str(error))
             else:
-                log.info("%s: connected to %s", self.name, session.place.address)
+                if not self._is_quiet:
+                    log.info("%s: connected to %s", self.name, session.place.address)
+                self._is_quiet = True
                 return session
         self.problem = "; ".join(problems)
         raise BrokerUnreachable(self.problem)
 
     async def _serve(self, session: Session) -> BrokerError:
         """Use the connection until it ends; the reason. The broker closes a channel to refuse one operation."""
-        while True:
-            reason = await self._one_channel(session)
-            if isinstance(reason, FATAL):
-                raise reason
-            if session.closed.done():
-                return session.closed.result()
+        while not session.closed.done():
+            await self._again_and_again(self._one_life, session)
+            await asyncio.sleep(random.uniform(0, 1))  # noqa: S311 - jitter, not a secret
+        return session.closed.result()
+
+    async def _one_life(self, session: Session) -> None:
+        """One channel to its end. Raises the reason if it is fatal, or if the channel did not hold for long."""
+        began = time.monotonic()
+        reason = await self._one_channel(session)
+        if isinstance(reason, FATAL):
+            raise reason
+        if session.closed.done():
+            return
+        if self._seldom.may(f"channel: {type(reason).__name__}"):
             log.warning("%s: %s; setting up again", self.name, reason)
-            await asyncio.sleep(random.uniform(0.2, 1))  # noqa: S311 - jitter, not a secret
+        if time.monotonic() - began < STEADY_SECONDS:
+            raise reason
 
     async def _one_channel(self, session: Session) -> BrokerError:
         reason: BrokerError = ConnectionLost("closed")
@@ -209,15 +245,13 @@ class Link:
         return reason
 
     def _say(self, state: RetryCallState) -> None:
-        pause = state.next_action.sleep if state.next_action else 0.0
-        now = time.monotonic()
-        if state.attempt_number > 1 and now - self._said_at < SAY_SECONDS:
-            return
-        self._said_at = now
-        log.warning("%s: no connection (%s); next attempt in %.1f s", self.name, self.problem, pause)
+        error = state.outcome.exception() if state.outcome else None
+        if isinstance(error, BrokerUnreachable) and self._seldom.may("no connection"):
+            self._is_quiet = False
+            wait = state.next_action.sleep if state.next_action else 0.0
+            log.warning("%s: no connection (%s); next attempt in %.1f s", self.name, self.problem, wait)
 
     def _fail(self, error: BrokerError) -> None:
-        log.error("%s: %s", self.name, error)
         if not self.up.done():
             self.up.set_exception(error)
         self._failed(error)

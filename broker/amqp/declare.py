@@ -10,7 +10,7 @@ from broker.amqp.session import Channel
 from broker.settings import BrokerConfig
 from broker.topology import Queue, Topology
 
-__all__ = ["declare", "queue_type"]
+__all__ = ["bind", "declare", "declare_again", "names_of", "queue_type"]
 
 log = logging.getLogger("fedmq.broker")
 
@@ -20,6 +20,35 @@ QUORUM_SAFE = (3, 10, 11)
 # They follow from the model's size, so a run that is begun anew with another model meets other values. They
 # say only when old versions are dropped; what is there serves as well.
 RETENTION = ("x-max-length-bytes", "x-stream-max-segment-size-bytes")
+
+
+async def declare_again(
+    channel: Channel, topology: Topology, config: BrokerConfig, model_bytes: int
+) -> tuple[str, ...]:
+    """As :func:`declare`, for what has been there before; the names of what was missing, which is logged."""
+    exchanges, queues = names_of(topology)
+    gone = await channel.session.missing(exchanges=exchanges, queues=queues)
+    await declare(channel, topology, config, model_bytes)
+    if gone:
+        log.warning(
+            "run %s: somebody has deleted %s; declared again. What was in a deleted queue is lost",
+            topology.run,
+            ", ".join(gone),
+        )
+    return gone
+
+
+def names_of(topology: Topology) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """The names of all exchanges and of all queues that the aggregator owns."""
+    queues = topology.queues("classic", 0)
+    return tuple(exchange.name for exchange in topology.exchanges()), tuple(queue.name for queue in queues)
+
+
+async def bind(channel: Channel, topology: Topology) -> None:
+    """Bind the run's queues once more: who deletes an exchange deletes its bindings, and somebody else may make it."""
+    for queue in topology.queues("classic", 0):
+        for key in queue.bindings:
+            await channel.bind(queue.name, queue.exchange, key)
 
 
 async def declare(channel: Channel, topology: Topology, config: BrokerConfig, model_bytes: int) -> None:

@@ -18,6 +18,7 @@ from broker.amqp.connection import Link
 from broker.amqp.refusals import limit_of, verdict
 from broker.amqp.session import Channel
 from broker.errors import BrokerError, BrokerUnreachable, MessageTooLarge, PublishRefused, Unroutable
+from broker.seldom import Seldom
 from broker.settings import BrokerConfig
 from broker.transport import Outgoing
 
@@ -56,12 +57,19 @@ class Publisher:
         name: the connection's name.
         prepare: declares what is published to, or waits for it, on each new channel.
         failed: called on the link's thread when reconnecting is pointless.
+        seldom: see :class:`Link`.
     """
 
     def __init__(
-        self, config: BrokerConfig, name: str, *, prepare: Prepare, failed: Callable[[BrokerError], None]
+        self,
+        config: BrokerConfig,
+        name: str,
+        *,
+        prepare: Prepare,
+        failed: Callable[[BrokerError], None],
+        seldom: Seldom | None = None,
     ) -> None:
-        self.link = Link(config, name, use=self._attach, down=self._detach, failed=self._fail)
+        self.link = Link(config, name, use=self._attach, down=self._detach, failed=self._fail, seldom=seldom)
         self._prepare = prepare
         self._failed = failed
         self._limit = config.max_message_bytes
@@ -244,7 +252,7 @@ class Publisher:
         self._pump()
 
     def _check_flushes(self) -> None:
-        if self._channel is None or not (self._waiting or self._on_way):
+        if self._channel is None or self._channel.session.is_blocked or not (self._waiting or self._on_way):
             flushes, self._flushes = self._flushes, []
             for done in flushes:
                 done.set_result(None)

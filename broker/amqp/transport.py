@@ -19,14 +19,15 @@ from typing import Any
 
 import pika
 
-from broker.amqp.connection import Link
-from broker.amqp.declare import declare
+from broker.amqp.connection import Link, pause
+from broker.amqp.declare import bind, declare, declare_again, names_of
 from broker.amqp.publisher import Publisher, plain
 from broker.amqp.session import Channel
 from broker.amqp.turn import Turn
-from broker.amqp.versions import newest_broadcast, order_of
+from broker.amqp.versions import newest_broadcast, order_of, read_versions
 from broker.errors import BrokerError, BrokerUnreachable, MessageTooLarge, Unroutable
 from broker.messages import NAME_PATTERN, Reason
+from broker.seldom import Seldom
 from broker.settings import BrokerConfig
 from broker.topology import CONTROL, DEAD, EVENTS, UPDATES, Topology
 from broker.transport import Connected, Delivery, Disconnected, Failed, Incoming, Outgoing, Sink, Source, Standby, Token
@@ -36,14 +37,12 @@ __all__ = ["AmqpAggregatorTransport", "AmqpWorkerTransport"]
 log = logging.getLogger("fedmq.broker")
 
 #: How long ``close`` waits for confirmations of what is on its way.
-FLUSH_SECONDS = 5.0
-#: How often a worker looks whether its run exists, and how soon a failed broadcast or burial is tried again.
+FLUSH_SECONDS = 2.0
+#: How often a worker looks whether its run exists.
 RETRY_SECONDS = 1.0
+#: How often a worker binds the queue of its notices once more.
+BIND_SECONDS = 30.0
 CONTROL_PREFETCH = 100
-# Acknowledgements of a stream are credit: two versions on their way keep the connection busy.
-STREAM_PREFETCH = 2
-# Less than this within RETRY_SECONDS are heartbeats and replies, not a message on its way over a slow line.
-SILENCE_BYTES = 4096
 OWN_QUEUE_LENGTH = 10_000
 
 
@@ -53,8 +52,13 @@ class _Transport:
     def __init__(self, config: BrokerConfig, topology: Topology, who: str) -> None:
         self._topology = topology
         name = f"fedmq {who} · run {topology.run}"
-        self._publisher = Publisher(config, f"{name} · publish", prepare=self._prepare, failed=self._fail)
-        self._consumer = Link(config, f"{name} · consume", use=self._consume, down=self._down, failed=self._fail)
+        self._seldom = seldom = Seldom()
+        self._publisher = Publisher(
+            config, f"{name} · publish", prepare=self._prepare, failed=self._fail, seldom=seldom
+        )
+        self._consumer = Link(
+            config, f"{name} · consume", use=self._consume, down=self._down, failed=self._fail, seldom=seldom
+        )
         self._sink: Sink | None = None
         self._generation = 0
         self._connected = False
@@ -165,6 +169,7 @@ class AmqpAggregatorTransport(_Transport):
         # Of this generation, by delivery tag: the routing key and properties, for a copy in the dead letters.
         self._unacked: dict[int, tuple[str, pika.BasicProperties]] = {}
         self._newest: Outgoing | None = None
+        self._has_declared = False
         self._turn = Turn(topology, self._publisher, standby=self._stand_by)
 
     def ack(self, token: Token) -> None:
@@ -195,17 +200,29 @@ class AmqpAggregatorTransport(_Transport):
     # ------------------------------------------------------------------------------- on the links' threads
 
     async def _prepare(self, channel: Channel) -> None:
-        await declare(channel, self._topology, self._config, self._model_bytes)
+        gone = await self._declare(channel)
+        if self._topology.parameters in gone and self._newest is not None and self._connected:
+            # Else whoever joins finds nothing in the new stream until the next version.
+            self._broadcast(self._newest, Future())
+
+    async def _declare(self, channel: Channel) -> tuple[str, ...]:
+        """Declare what the run needs; the names of what was there once and was missing."""
+        gone: tuple[str, ...] = ()
+        if self._has_declared:
+            gone = await declare_again(channel, self._topology, self._config, self._model_bytes)
+        else:
+            await declare(channel, self._topology, self._config, self._model_bytes)
+        self._has_declared = True
+        return gone
 
     async def _consume(self, channel: Channel) -> None:
-        await declare(channel, self._topology, self._config, self._model_bytes)
+        await self._declare(channel)
         tag = self._consumer_tag
         await self._turn.take(channel, tag)
         newest = None if self._generation else await newest_broadcast(channel, self._topology.parameters)
         events = self._topology.own_queue("events", secrets.token_hex(4))
         await channel.declare_own_queue(events, OWN_QUEUE_LENGTH)
-        for kind in ("heartbeat", "progress", "evaluation"):
-            await channel.bind(events, EVENTS, self._topology.event_key(kind, "*"))
+        await self._bind_events(channel, events)
         generation = self._stand(newest)
         self._channel = channel
 
@@ -230,7 +247,18 @@ class AmqpAggregatorTransport(_Transport):
         await channel.consume(self._topology.control, on_control, tag=f"{tag}-control", prefetch=CONTROL_PREFETCH)
         await channel.consume(self._topology.updates, on_update, tag=tag, prefetch=self._prefetch)
         self._consumer.mark_up()
-        await self._turn.keep(channel)
+        await self._turn.keep(channel, lambda: self._look_after(channel, events))
+
+    async def _look_after(self, channel: Channel, events: str) -> None:
+        """Raise :class:`Unroutable` if something that the run needs is gone; and bind once more what may not be."""
+        exchanges, queues = names_of(self._topology)
+        await channel.session.require(exchanges=exchanges, queues=queues)
+        await bind(channel, self._topology)
+        await self._bind_events(channel, events)
+
+    async def _bind_events(self, channel: Channel, events: str) -> None:
+        for kind in ("heartbeat", "progress", "evaluation"):
+            await channel.bind(events, EVENTS, self._topology.event_key(kind, "*"))
 
     def _stand_by(self) -> None:
         self._consumer.mark_up()
@@ -250,7 +278,7 @@ class AmqpAggregatorTransport(_Transport):
             del self._unacked[token.tag]
             self._channel.raw.basic_ack(token.tag)
 
-    def _bury(self, token: Token, facts: Mapping[str, str | int], body: bytes) -> None:
+    def _bury(self, token: Token, facts: Mapping[str, str | int], body: bytes, attempt: int = 1) -> None:
         if not self._is_current(token):
             return
         key, properties = self._unacked[token.tag]
@@ -258,7 +286,7 @@ class AmqpAggregatorTransport(_Transport):
             body=body, message_id=properties.message_id or "", headers={**plain(properties.headers), **facts}
         )
         future = self._publisher.publish(DEAD, self._dead_key(key), copy, kind=properties.type or "update")
-        future.add_done_callback(lambda done: self._buried(done.exception(), token, facts, body))
+        future.add_done_callback(lambda done: self._buried(done.exception(), token, facts, body, attempt))
 
     def _dead_key(self, key: str) -> str:
         """Where a copy is bound to arrive. A message that was put into the queue directly has any key."""
@@ -266,29 +294,34 @@ class AmqpAggregatorTransport(_Transport):
         is_ours = run == self._topology.run and re.fullmatch(NAME_PATTERN, worker)
         return key if is_ours else self._topology.key("unknown")
 
-    def _buried(self, error: BaseException | None, token: Token, facts: Mapping[str, str | int], body: bytes) -> None:
+    def _buried(
+        self, error: BaseException | None, token: Token, facts: Mapping[str, str | int], body: bytes, attempt: int
+    ) -> None:
         if error is None:
             self.ack(token)
             return
-        log.warning("a rejected update is not yet in the dead letters: %s", error)
+        if self._seldom.may("buried"):
+            log.warning("a rejected update is not yet in the dead letters: %s", error)
         if isinstance(error, MessageTooLarge):
             # The limit was lowered since the update came in: its reason and its identity still get through.
             facts, body = {**facts, "body": f"{len(body)} bytes, left out"}, b""
         self._redeclare_for(error)
-        self._consumer.call(self._bury, token, facts, body, after=RETRY_SECONDS)
+        self._consumer.call(self._bury, token, facts, body, attempt + 1, after=pause(attempt))
 
-    def _broadcast(self, message: Outgoing, future: Future[None]) -> None:
-        attempt = self._publisher.publish(self._topology.parameters, "", message, kind="parameters")
-        attempt.add_done_callback(lambda done: self._broadcast_done(done.exception(), message, future))
+    def _broadcast(self, message: Outgoing, future: Future[None], attempt: int = 1) -> None:
+        sent = self._publisher.publish(self._topology.parameters, "", message, kind="parameters")
+        sent.add_done_callback(lambda done: self._broadcast_done(done.exception(), message, future, attempt))
 
-    def _broadcast_done(self, error: BaseException | None, message: Outgoing, future: Future[None]) -> None:
+    def _broadcast_done(
+        self, error: BaseException | None, message: Outgoing, future: Future[None], attempt: int
+    ) -> None:
         if error is None:
             future.set_result(None)
             return
         again = isinstance(error, BrokerError) and error.retryable and message is self._newest
         if again:
             self._redeclare_for(error)
-            again = self._publisher.link.call(self._broadcast, message, future, after=RETRY_SECONDS)
+            again = self._publisher.link.call(self._broadcast, message, future, attempt + 1, after=pause(attempt))
         if not again:
             future.set_exception(error)
 
@@ -310,7 +343,6 @@ class AmqpWorkerTransport(_Transport):
         super().__init__(config, topology, f"worker {worker}")
         self._worker = worker
         self._last = (-1, -1, -1)
-        self._said = False
 
     def publish(self, message: Outgoing) -> Future[None]:
         """See the port."""
@@ -330,7 +362,7 @@ class AmqpWorkerTransport(_Transport):
         self._publisher.link.mark_up()
         while not await channel.session.exists(exchanges=(UPDATES, CONTROL, EVENTS)):
             # Publishing to a missing exchange would cost the channel each time.
-            self._publisher.refuse(Unroutable(self._say_absent()))
+            self._publisher.refuse(self._say_absent())
             await asyncio.sleep(RETRY_SECONDS)
 
     async def _consume(self, channel: Channel) -> None:
@@ -342,40 +374,18 @@ class AmqpWorkerTransport(_Transport):
             await asyncio.sleep(RETRY_SECONDS)
         notices = self._topology.own_queue("notice", f"{self._worker}.{secrets.token_hex(4)}")
         await channel.declare_own_queue(notices, OWN_QUEUE_LENGTH)
-        await channel.bind(notices, EVENTS, self._topology.notice_key(self._worker))
+        key = self._topology.notice_key(self._worker)
+        await channel.bind(notices, EVENTS, key)
 
         def on_notice(_method: object, properties: pika.BasicProperties, body: bytes) -> None:
             self._hand(_delivery(Source.EVENT, body, properties))
 
         await channel.consume(notices, on_notice, tag=f"{self._worker}-notices")
-        await self._read_stream(channel)
-
-    async def _read_stream(self, channel: Channel) -> None:
-        arrived = False
-
-        def on_parameters(method: pika.spec.Basic.Deliver, properties: pika.BasicProperties, body: bytes) -> None:
-            nonlocal arrived
-            arrived = True
-            channel.raw.basic_ack(method.delivery_tag)
-            self._take(properties, body)
-
-        tag = f"{self._worker}-parameters"
-        while not arrived:
-            await channel.consume(
-                self._topology.parameters,
-                on_parameters,
-                tag=tag,
-                prefetch=STREAM_PREFETCH,
-                arguments={"x-stream-offset": "last"},
-            )
-            # Who asks for the last message while the first is being written gets none: RabbitMQ finds the
-            # stream empty, and then begins behind that message. So ask again unless something comes.
-            heard = -SILENCE_BYTES
-            while not arrived and channel.session.received_bytes - heard >= SILENCE_BYTES:
-                heard = channel.session.received_bytes
-                await asyncio.sleep(RETRY_SECONDS)
-            if not arrived:
-                await channel.cancel(tag)
+        await read_versions(channel, stream, f"{self._worker}-parameters", self._take)
+        never: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        while not await channel.wait(never, BIND_SECONDS):
+            # Somebody may have deleted the exchange, and with it this, and somebody else have made it again.
+            await channel.bind(notices, EVENTS, key)
 
     def _take(self, properties: pika.BasicProperties, body: bytes) -> None:
         # A stream begins to read at its last block, which may hold several versions, and after a reconnect
@@ -385,12 +395,14 @@ class AmqpWorkerTransport(_Transport):
             self._last = order
             self._hand(_delivery(Source.PARAMETERS, body, properties))
 
-    def _say_absent(self) -> str:
-        text = f"no aggregator has declared run {self._topology.run!r} yet"
-        if not self._said:
-            self._said = True
+    def _say_absent(self) -> Unroutable:
+        run = self._topology.run
+        text = f"no aggregator has declared run {run!r} yet"
+        if self._last > (-1, -1, -1):
+            text = f"what run {run!r} needs on the broker was deleted, and no aggregator has declared it again yet"
+        if self._seldom.may(text):
             log.info("%s; waiting for it", text)
-        return text
+        return Unroutable(text)
 
 
 def _delivery(source: Source, body: bytes, properties: pika.BasicProperties, **more: Any) -> Delivery:

@@ -14,7 +14,7 @@ This is no fence: an aggregator that hangs may wake up and not know yet. The che
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from concurrent.futures import Future
 
 import pika
@@ -30,7 +30,7 @@ __all__ = ["Turn"]
 #: broker could not take it.
 LOOK_SECONDS = 1.0
 RENEW_SECONDS = 300.0
-#: How often the active aggregator looks whether the run's queues are still there.
+#: How often the active aggregator looks whether what the run needs is still there.
 CHECK_SECONDS = 5.0
 PREFETCH = 100
 
@@ -70,16 +70,15 @@ class Turn:
                 said = True
                 self._standby()
 
-    async def keep(self, channel: Channel) -> None:
-        """Put a new turn into the queue from time to time, until the channel ends; and see to the run's queues.
+    async def keep(self, channel: Channel, check: Callable[[], Awaitable[None]]) -> None:
+        """Put a new turn into the queue from time to time, until the channel ends; and ``check`` more often.
 
-        Raises the channel's end, or what is missing as :class:`Unroutable`: then all is to be declared again.
+        Raises the channel's end, or what ``check`` raises.
         """
         loop = asyncio.get_running_loop()
         never: asyncio.Future[None] = loop.create_future()
-        topology = self._topology
         while not await channel.wait(never, CHECK_SECONDS):
-            await channel.session.require(queues=(topology.parameters, topology.dead))
+            await check()
             if loop.time() - self._offered_at > RENEW_SECONDS:
                 self._put()
 

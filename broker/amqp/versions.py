@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Callable
 
 import pika
 
 from broker.amqp.publisher import plain
 from broker.amqp.session import Channel
 
-__all__ = ["newest_broadcast", "order_of"]
+__all__ = ["newest_broadcast", "order_of", "read_versions"]
 
 #: A stream that is not empty begins to answer far sooner; of one that is, nothing is ever heard.
 QUIET_SECONDS = 1.0
 #: Less than this within QUIET_SECONDS are heartbeats and replies, not a message on its way over a slow line.
 SILENCE_BYTES = 4096
 PREFETCH = 100
+#: Acknowledgements of a stream are credit: two versions on their way keep the connection busy.
+READ_PREFETCH = 2
 
 
 def order_of(properties: pika.BasicProperties) -> tuple[int, int, int]:
@@ -50,3 +53,29 @@ async def newest_broadcast(channel: Channel, stream: str) -> tuple[int, int] | N
     finally:
         await probe.close()
     return newest
+
+
+async def read_versions(
+    channel: Channel, stream: str, tag: str, take: Callable[[pika.BasicProperties, bytes], None]
+) -> None:
+    """Hand over the messages of ``stream``, from its last block on. Returns once the first has come."""
+    arrived = False
+    never: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+
+    def on_parameters(method: pika.spec.Basic.Deliver, properties: pika.BasicProperties, body: bytes) -> None:
+        nonlocal arrived
+        arrived = True
+        channel.raw.basic_ack(method.delivery_tag)
+        take(properties, body)
+
+    while not arrived:
+        arguments: dict[str, str | int] = {"x-stream-offset": "last"}
+        await channel.consume(stream, on_parameters, tag=tag, prefetch=READ_PREFETCH, arguments=arguments)
+        # Who asks for the last message while the first is being written gets none: RabbitMQ finds the
+        # stream empty, and then begins behind that message. So ask again unless something comes.
+        heard = -SILENCE_BYTES
+        while not arrived and channel.session.received_bytes - heard >= SILENCE_BYTES:
+            heard = channel.session.received_bytes
+            await channel.wait(never, QUIET_SECONDS)
+        if not arrived:
+            await channel.cancel(tag)

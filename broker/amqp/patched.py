@@ -1,0 +1,61 @@
+"""What pika lacks or keeps to itself."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pika
+import pika.exceptions
+from pika.adapters.asyncio_connection import AsyncioConnection
+
+__all__ = ["Connection"]
+
+# pika reads its socket in pieces of 4 KiB and adds each to an immutable buffer until a frame (128 KiB) is
+# whole, which copies everything sixteen times. Measured for 300 MiB in messages of 4 MiB: 77,000 reads and
+# 0.6 to 0.7 s of processor time with 4 KiB, 1,400 reads and mostly 0.2 s with this. pika has no setting for it.
+RECEIVE_BYTES = 256 * 1024
+
+
+def _guard_timestamps() -> None:
+    """Let pika read headers with times that no calendar has, as None.
+
+    It raises in the middle of its parser otherwise, which costs the connection; the message comes again and
+    costs the next one, for ever.
+    """
+    decode_value = pika.data.decode_value
+
+    def guarded(encoded: bytes, offset: int) -> tuple[Any, int]:
+        try:
+            value: tuple[Any, int] = decode_value(encoded, offset)
+        except (OverflowError, OSError, ValueError):
+            if encoded[offset : offset + 1] != b"T":
+                raise
+            return None, offset + 9
+        return value
+
+    pika.data.decode_value = guarded
+
+
+_guard_timestamps()
+
+
+class Connection(AsyncioConnection):  # type: ignore[misc]
+    """pika's connection, with three things that it keeps to itself."""
+
+    _transport: Any
+
+    def widen(self) -> None:
+        """Read in larger pieces."""
+        self._transport._MAX_RECV_BYTES = RECEIVE_BYTES  # noqa: SLF001 - see RECEIVE_BYTES
+        self._transport._MAX_CONSUME_BYTES = 4 * RECEIVE_BYTES  # noqa: SLF001
+
+    @property
+    def buffered(self) -> int:
+        """Bytes that wait to be sent."""
+        return 0 if self._transport is None else int(self._transport.get_write_buffer_size())
+
+    def abort(self) -> None:
+        """Break the connection without a word."""
+        if self._transport is not None:
+            # Not the transport's own abort(): the connection insists on knowing a reason.
+            self._terminate_stream(pika.exceptions.StreamLostError("cut"))

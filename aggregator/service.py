@@ -15,7 +15,7 @@ from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import replace
 from pathlib import Path
 
-from aggregator.archive import UpdateArchive
+from aggregator.archive import UpdateArchive, base_file
 from aggregator.checkpoint import CheckpointStore
 from aggregator.config import AggregatorConfig
 from aggregator.core import effects as do
@@ -209,10 +209,22 @@ class AggregatorService:
             log.warning("the clock says %.0f s before the run's last version: times in the history fall", latest - now)
         rules = self._rules(snapshot, snapshot.changes)
         pending = None if snapshot.pending is None else self._rules(snapshot, snapshot.pending)
+        snapshot = self._keep_base(snapshot)
         machine = RoundMachine(rules, snapshot, now, pending=pending)
         self._history.open(snapshot.records, epoch=snapshot.epoch, version=snapshot.version, now=now)
         archive = UpdateArchive(self.folder / "updates", snapshot.epoch) if self._config.keep_updates else None
         return _Reign(machine, snapshot, archive)
+
+    def _keep_base(self, snapshot: Snapshot) -> Snapshot:
+        """``snapshot``, whose state is kept as well if it is the first from which on updates are."""
+        if not self._config.keep_updates:
+            return replace(snapshot, kept_from=None)
+        folder = self.folder / "updates"
+        if snapshot.kept_from is not None and base_file(folder, snapshot.kept_from).exists():
+            return snapshot
+        self._store.save(snapshot, base_file(folder, snapshot.version))
+        log.info("keeping every update that is applied from now on in %s", folder)
+        return replace(snapshot, kept_from=snapshot.version)
 
     def _rules(self, snapshot: Snapshot, changes: Changes) -> Rules:
         try:

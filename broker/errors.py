@@ -20,6 +20,7 @@
     │   ├── CheckpointCorrupt       torn, truncated, altered, or of a newer format
     │   ├── CheckpointOutdated      older than what the run has broadcast: a restored copy, another folder
     │   ├── CheckpointNotWritten    disk full, folder read-only
+    │   ├── LineageError            a version cannot be rebuilt from the history and the kept updates
     │   ├── WrongRun                the folder belongs to another run
     │   └── StaleEpoch              another aggregator has taken over this run
     └── StrategyError               aggregation gave something that must not become a version
@@ -42,6 +43,7 @@ __all__ = [
     "ConfigError",
     "ConnectionLost",
     "FedmqError",
+    "LineageError",
     "MessageTooLarge",
     "ModelMismatch",
     "PublishRefused",
@@ -156,6 +158,10 @@ class CheckpointOutdated(CheckpointError):
 
 class CheckpointNotWritten(CheckpointError):
     """A checkpoint could not be made durable; nothing that depends on it was acknowledged."""
+
+
+class LineageError(CheckpointError):
+    """A version cannot be rebuilt from the run's history and the updates that were kept, or came out otherwise."""
 
 
 class WrongRun(CheckpointError):

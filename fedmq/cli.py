@@ -29,6 +29,7 @@ from broker.dead import app as dead_app
 from broker.errors import CheckpointError, TaskError
 from broker.settings import Settings, Table, load, plain
 from fedmq.control import register as register_controls
+from fedmq.lineage import register as register_lineage
 from worker_client.cli import TaskOption, evaluate, worker
 from worker_client.config import WorkerConfig
 
@@ -189,6 +190,7 @@ app.command("aggregator")(aggregator)
 app.command("worker")(worker)
 app.command("evaluate")(evaluate)
 register_controls(app)
+register_lineage(app)
 app.add_typer(checkpoint_app, name="checkpoint")
 app.add_typer(dead_app, name="dead")
 app.add_typer(broker_app, name="broker")

@@ -21,6 +21,7 @@ from typing import Any
 
 from aggregator.checkpointfile import ForeignCheckpoint, contents, read_checkpoint, write_tensors
 from aggregator.core.snapshot import Snapshot, rolled_back
+from aggregator.disk import make_folder, sync_folder
 from aggregator.optimizers import OptimizerState
 from aggregator.strategies.base import Accumulator
 from broker.errors import (
@@ -263,7 +264,7 @@ class CheckpointStore:
         # and two containers on one folder often have the same process number.
         temporary = target.with_name(f".{target.name}.{secrets.token_hex(8)}")
         try:
-            target.parent.mkdir(parents=True, exist_ok=True)
+            make_folder(target.parent)
             with temporary.open("xb") as file:
                 write(file)
                 file.flush()
@@ -272,7 +273,7 @@ class CheckpointStore:
                 if epoch is not None:
                     self.require_epoch(epoch)
                 temporary.replace(target)
-                _sync_folder(target.parent)
+                sync_folder(target.parent)
         except OSError as error:
             raise CheckpointNotWritten(
                 f"{target}: {error.strerror or error}; make room or make the folder writable"
@@ -303,7 +304,7 @@ class CheckpointStore:
         except ValueError:
             raise CheckpointCorrupt(
                 f"{file} is damaged: it holds the number of the run's newest aggregator. Stop all aggregators of run "
-                f"{self.run!r}, delete the file, and start one: the number then comes from the newest checkpoint"
+                f"{self.run!r}, delete the file, and start one, with --accept-older if it asks for that"
             ) from None
         except OSError as error:
             raise CheckpointNotWritten(f"{file} cannot be read: {error.strerror or error}") from None
@@ -316,7 +317,7 @@ class CheckpointStore:
         """
         file = self.folder / "lock"
         try:
-            self.folder.mkdir(parents=True, exist_ok=True)
+            make_folder(self.folder)
             # Unbuffered and never written to: nothing that a full disk could refuse.
             handle = file.open("ab", buffering=0)
         except OSError as error:
@@ -348,11 +349,3 @@ def _lock(handle: int, file: Path) -> bool:
 
 def _number(file: Path) -> int:
     return int(file.stem)
-
-
-def _sync_folder(folder: Path) -> None:
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

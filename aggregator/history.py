@@ -12,6 +12,7 @@ import math
 import os
 import threading
 from collections.abc import Iterator, Mapping
+from io import RawIOBase
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from aggregator.core.effects import EvaluationRecord
 from aggregator.core.snapshot import Entry, VersionRecord
+from aggregator.disk import sync_folder
 from broker.errors import CheckpointCorrupt, CheckpointError, CheckpointNotWritten
 
 __all__ = ["History", "read_history", "scan_history", "version_line", "version_record"]
@@ -40,11 +42,18 @@ class History:
         self.file = file
         self.last_version = 0
         """The newest version that the file has."""
+        self.last_epoch = 0
+        """The highest epoch that the end of the file tells of."""
+        self.last_time = 0.0
+        """The latest time there, seconds since 1970."""
         self._late: list[str] = []
+        self._written: list[tuple[int, bytes]] = []
+        self._is_doubtful = False
+        self._is_named = False
         self._lock = threading.Lock()
 
     def mend(self) -> None:
-        """Cut half a line at the end, which a crash may have left, and see which version was told last.
+        """Cut half a line at the end, which a crash may have left, and see what was told last.
 
         Raises :class:`CheckpointNotWritten`.
         """
@@ -68,10 +77,19 @@ class History:
         try:
             with self._lock:
                 self._write()
+                if self._is_doubtful:
+                    self._write_again()
+                count, self._is_doubtful = len(self._written), True
+            # Not under the lock: whoever appends must not wait for the disk.
             with self.file.open("ab") as file:
                 os.fsync(file.fileno())
+            if not self._is_named:
+                sync_folder(self.file.parent)
         except OSError as error:
             raise CheckpointNotWritten(f"{self.file}: {error.strerror}; make room") from None
+        with self._lock:
+            del self._written[:count]
+        self._is_named, self._is_doubtful = True, False
 
     def version(self, record: VersionRecord) -> None:
         """A version is durable. One that the file has already is passed over."""
@@ -109,15 +127,25 @@ class History:
     def _write(self) -> None:
         if not self._late:
             return
-        with self.file.open("ab") as file:
-            end = file.tell()
+        content = "".join(self._late).encode()
+        # Unbuffered: a buffer that could not be emptied would try again after the file was cut to its old length.
+        with self.file.open("ab", buffering=0) as file:
+            end = file.seek(0, os.SEEK_END)
             try:
-                file.write("".join(self._late).encode())
-                file.flush()
+                _write_all(file, content)
             except OSError:
-                os.ftruncate(file.fileno(), end)
+                file.truncate(end)
                 raise
+        self._written.append((end, content))
         self._late.clear()
+
+    def _write_again(self) -> None:
+        """After a failed fsync the system may call clean what the disk does not have."""
+        handle = os.open(self.file, os.O_RDWR | os.O_CREAT, 0o666)
+        with os.fdopen(handle, "r+b", buffering=0) as file:
+            for start, content in self._written:
+                file.seek(start)
+                _write_all(file, content)
 
     def _mend(self) -> None:
         with self.file.open("r+b") as file:
@@ -129,11 +157,14 @@ class History:
                 file.seek(start)
                 tail = file.read(end - start)
                 whole = tail[: tail.rfind(b"\n") + 1]
-                versions = [line["version"] for line in _lines(whole) if line.get("kind") == "version"]
+                lines = list(_lines(whole))
+                versions = [int(_figure(line, "version")) for line in lines if line.get("kind") == "version"]
                 if start == 0 or (versions and whole):
                     break
                 length *= 8
             self.last_version = max(versions, default=0)
+            self.last_epoch = max((int(_figure(line, "epoch")) for line in lines), default=0)
+            self.last_time = max((_figure(line, "time") for line in lines), default=0.0)
             file.truncate(start + len(whole))
 
 
@@ -211,6 +242,18 @@ def _entry_fields(entry: Mapping[str, Any]) -> dict[str, Any]:
     """The line's flat form of an entry as the nested one of :class:`Entry`."""
     known = {key: value for key, value in entry.items() if key not in _ID_FIELDS}
     return {**known, "id": {key: entry[key] for key in _ID_FIELDS}}
+
+
+def _write_all(file: RawIOBase, content: bytes) -> None:
+    rest = memoryview(content)
+    while rest:
+        rest = rest[file.write(rest) or 0 :]
+
+
+def _figure(line: Mapping[str, Any], key: str) -> float:
+    """A number in ``line``; 0 if there is none, as in a line that was damaged."""
+    value = line.get(key)
+    return value if isinstance(value, int | float) and math.isfinite(value) else 0
 
 
 def _lines(content: bytes) -> Iterator[dict[str, Any]]:

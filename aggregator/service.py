@@ -165,7 +165,7 @@ class AggregatorService:
                     self._store.require_epoch(self._led.epoch)
                 if not self._stands_by:  # the file is the active one's, whose health it shows
                     (self.folder / "alive").touch()
-            except (OSError, CheckpointCorrupt) as error:
+            except (OSError, CheckpointCorrupt, CheckpointNotWritten) as error:
                 log.warning("the folder %s does not answer as it should: %s", self.folder, error)
 
     def _event(self, item: Incoming | on.Happening) -> on.Happening | None:
@@ -197,14 +197,18 @@ class AggregatorService:
         """Own the run from now on. ``newest`` are epoch and version of the newest broadcast."""
         now = self._now()
         self._history.mend()
-        told = self._history.last_version
         epoch, version = newest or (0, 0)
-        snapshot = self._store.claim(epoch=epoch, version=max(version, told), now=now, accept_older=self._accept_older)
+        snapshot = self._store.claim(
+            epoch=max(epoch, self._history.last_epoch),
+            version=max(version, self._history.last_version),
+            now=now,
+            accept_older=self._accept_older,
+        )
         if self._drop_changes:
             snapshot = replace(snapshot, changes={}, pending=None)
         elif snapshot.changes:
             log.info("changed while the run went on, and still in force: %s", _shown(snapshot.changes))
-        latest = max([snapshot.started, *(record.time for record in snapshot.records)])
+        latest = max([snapshot.started, self._history.last_time, *(record.time for record in snapshot.records)])
         if now < latest - 60:
             log.warning("the clock says %.0f s before the run's last version: times in the history fall", latest - now)
         rules = self._rules(snapshot, snapshot.changes)

@@ -19,7 +19,8 @@ from typing import BinaryIO
 import xxhash
 from pydantic import TypeAdapter, ValidationError
 
-from broker.errors import CheckpointError, CheckpointNotWritten, LineageError, WireError
+from aggregator.disk import make_folder, sync_folder
+from broker.errors import CheckpointCorrupt, CheckpointError, CheckpointNotWritten, LineageError, WireError
 from broker.messages import UpdateId
 from broker.wire.envelope import MAX_HEADER, PREFIX, unpack
 
@@ -41,13 +42,17 @@ class UpdateArchive:
         self.file = folder / _name(epoch)
         self._lock = threading.Lock()
         self._late: list[bytes] = []
-        self._end = 0
+        self._end = self._durable = 0
+        self._is_doubtful = False
         try:
-            folder.mkdir(parents=True, exist_ok=True)
-            self._out: BinaryIO = self.file.open("xb", buffering=0)
-            handle = os.open(folder, os.O_RDONLY)
-            os.fsync(handle)
-            os.close(handle)
+            make_folder(folder)
+            self._out: BinaryIO = self.file.open("x+b", buffering=0)
+            sync_folder(folder)
+        except FileExistsError:
+            raise CheckpointNotWritten(
+                f"{self.file} is there already: the run's epoch has fallen, as when checkpoints are restored without "
+                "the file 'epoch' and without the history; start again, which takes the next number"
+            ) from None
         except OSError as error:
             raise CheckpointNotWritten(f"{self.file}: {error.strerror}; make the folder writable") from None
 
@@ -61,13 +66,20 @@ class UpdateArchive:
                 return  # sync says so, and without it nothing is acknowledged
 
     def sync(self) -> None:
-        """Make all that was added durable. Raises :class:`CheckpointNotWritten`."""
+        """Make all that was added durable.
+
+        Raises :class:`CheckpointNotWritten`, and :class:`CheckpointCorrupt` if the disk has lost what it took.
+        """
         try:
             with self._lock:
                 self._write()
+                if self._is_doubtful:
+                    self._write_again()
+                end, self._is_doubtful = self._end, True
             os.fsync(self._out.fileno())
         except OSError as error:
             raise CheckpointNotWritten(f"{self.file}: {error.strerror}; make room") from None
+        self._durable, self._is_doubtful = end, False
 
     def close(self) -> None:
         """Let go of the file."""
@@ -77,13 +89,32 @@ class UpdateArchive:
         while self._late:
             body = self._late[0]
             record = HEAD.pack(len(body), xxhash.xxh3_64_intdigest(body))
-            self._out.seek(self._end)
-            for part in (record, body):
-                rest = memoryview(part)
-                while rest:
-                    rest = rest[self._out.write(rest) :]
+            self._put(self._end, record, body)
             self._end += len(record) + len(body)
             del self._late[0]
+
+    def _put(self, start: int, *parts: bytes) -> None:
+        self._out.seek(start)
+        for part in parts:
+            rest = memoryview(part)
+            while rest:
+                rest = rest[self._out.write(rest) :]
+
+    def _write_again(self) -> None:
+        """After a failed fsync the system may call clean what the disk does not have: all since the last good one."""
+        start = self._durable
+        while start < self._end:
+            self._out.seek(start)
+            record = self._out.read(HEAD.size)
+            length, checksum = HEAD.unpack(record) if len(record) == HEAD.size else (0, 0)
+            body = _read_all(self._out, length) if start + HEAD.size + length <= self._end else b""
+            if xxhash.xxh3_64_intdigest(body) != checksum:
+                raise CheckpointCorrupt(
+                    f"{self.file}: the disk has lost what was written from byte {start} on; nothing of it was "
+                    "acknowledged. Look after the disk, and start again"
+                )
+            self._put(start, record, body)
+            start += HEAD.size + length
 
 
 class KeptUpdates:
@@ -174,6 +205,15 @@ class KeptUpdates:
         self._unread.pop(file, None)
         if start < size:
             self._unread[file] = f"{file} cannot be read from byte {start} on"
+
+
+def _read_all(file: BinaryIO, length: int) -> bytes:
+    """``length`` bytes, or as many as there are."""
+    parts = []
+    while length and (part := file.read(length)):
+        parts.append(part)
+        length -= len(part)
+    return b"".join(parts)
 
 
 def base_file(folder: Path, version: int) -> Path:

@@ -271,9 +271,11 @@ class Replay:
 
         Raises :class:`LineageError` at the first difference to what the history tells.
         """
-        for record in rebuild(self.lineage.links(self._ahead), self.lineage.fetch, *self._rebuilds):
-            yield record.version
-        self.lineage.kept.close()
+        try:
+            for record in rebuild(self.lineage.links(self._ahead), self.lineage.fetch, *self._rebuilds):
+                yield record.version
+        finally:
+            self.lineage.kept.close()
 
     def _begin(self, version: int, way: Way) -> Way:
         while True:

@@ -7,6 +7,7 @@ from typing import Any
 import pika
 import pika.exceptions
 from pika.adapters.asyncio_connection import AsyncioConnection
+from pika.adapters.utils.connection_workflow import AMQPConnector
 
 __all__ = ["Connection"]
 
@@ -36,7 +37,27 @@ def _guard_timestamps() -> None:
     pika.data.decode_value = guarded
 
 
+def _guard_resets() -> None:
+    """Let pika see that a connection was reset in the moment in which it was made.
+
+    It insists on knowing the peer, and raises into the event loop if there is none any more; the attempt then ends
+    only when its time is over.
+    """
+    done = AMQPConnector._on_tcp_connection_done  # noqa: SLF001
+
+    def guarded(connector: Any, error: BaseException | None) -> None:
+        if error is None:
+            try:
+                connector._sock.getpeername()  # noqa: SLF001
+            except OSError as gone:
+                error = gone
+        done(connector, error)
+
+    AMQPConnector._on_tcp_connection_done = guarded  # noqa: SLF001
+
+
 _guard_timestamps()
+_guard_resets()
 
 
 class Connection(AsyncioConnection):  # type: ignore[misc]

@@ -9,7 +9,6 @@ from __future__ import annotations
 import logging
 import queue
 import time
-from collections import Counter
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import replace
@@ -23,9 +22,10 @@ from aggregator.core import events as on
 from aggregator.core.controls import Order
 from aggregator.core.machine import RoundMachine
 from aggregator.core.rules import Rules
-from aggregator.core.snapshot import Changes, Snapshot, VersionRecord
+from aggregator.core.snapshot import Changes, Snapshot
 from aggregator.history import History
 from aggregator.reading import from_aside, read_update
+from aggregator.reporting import Reporter
 from aggregator.results import Outcome, write_results
 from broker.errors import (
     BrokerError,
@@ -35,7 +35,7 @@ from broker.errors import (
     FedmqError,
     WireError,
 )
-from broker.messages import Action, Command, Event, EventKind, Parameters, Reason, Scalar, Update, UpdateId
+from broker.messages import Action, Command, Parameters, Scalar, Update
 from broker.transport import (
     AggregatorTransport,
     Connected,
@@ -55,8 +55,6 @@ log = logging.getLogger("fedmq.aggregator")
 
 #: Longest wait for an event; what health checks rely on.
 IDLE_SECONDS = 1.0
-#: Workers that a version's line in the log names.
-SHOWN_NAMES = 8
 #: How long a leaving aggregator goes on settling what has been delivered already.
 DRAIN_SECONDS = 0.3
 
@@ -100,9 +98,7 @@ class AggregatorService:
         self._wake_at: float | None = None
         self._touched = 0.0
         self._finish: str | None = None
-        self._metrics: tuple[int, Mapping[str, float]] = (-1, {})
         self._delivery: Delivery | None = None
-        self._answers: dict[str, str] = {}
         self._stands_by = False
 
     def stop(self) -> None:
@@ -117,6 +113,7 @@ class AggregatorService:
             FedmqError: what no waiting will cure: refused access, a strategy that fails.
         """
         self._transport = transport
+        self._reporter = Reporter(self.run_name, transport, self._history, self._now)
         try:
             transport.open(self._inbox.put)
             self._loop(lambda: self._finish is not None)
@@ -279,10 +276,12 @@ class AggregatorService:
                 order = Order(changes, self._config.changed(changes).rules(machine.model.nbytes))
             except ConfigError as error:
                 log.warning("refused a command: %s", error)
-                self._progress("command", id=command.id, accepted=False, text=str(error)[:500])
+                self._reporter.progress(
+                    "command", machine.version, id=command.id, accepted=False, text=str(error)[:500]
+                )
                 return None
         shown = _shown(command.changes) if command.changes else ""
-        self._answers[command.id] = f"{command.action} {shown}".strip()
+        self._reporter.expect(command.id, f"{command.action} {shown}".strip())
         return on.Ordered(delivery.token, command.id, command.action, order)
 
     # ----------------------------------------------------------------------------------------- the deeds
@@ -299,13 +298,16 @@ class AggregatorService:
             case do.Broadcast():
                 self._broadcast(effect)
             case do.Tell(worker, reason, detail, update):
-                self._tell(worker, reason, detail, update)
+                self._reporter.tell(worker, reason, detail, update)
             case do.WakeAt(moment):
                 self._wake_at = moment
             case do.Finish(reason):
                 self._finish = reason
             case do.Record(fact):
-                self._record(fact)
+                assert self._led is not None  # noqa: S101  (facts come from its machine)
+                if isinstance(fact, do.Folded) and self._led.archive is not None and self._delivery is not None:
+                    self._led.archive.add(self._delivery.body)
+                self._reporter.record(fact, self._led.machine.version)
 
     def _write(self, commit: int, snapshot: Snapshot) -> None:
         try:
@@ -355,75 +357,6 @@ class AggregatorService:
         if isinstance(error, FedmqError) and not cured:
             self._inbox.put(Failed(error))
 
-    def _tell(self, worker: str, reason: Reason, detail: str, update: UpdateId | None) -> None:
-        data: dict[str, Scalar] = {"reason": reason.value, "detail": detail[:500], "update": str(update or "")}
-        event = Event(run=self.run_name, kind=EventKind.NOTICE, source="aggregator", time=self._now(), data=data)
-        self._transport.notify(worker, Outgoing(body=encode(event), headers={"run": self.run_name}))
-
-    def _progress(self, what: str, **data: float | str | None) -> None:
-        version = 0 if self._led is None else self._led.machine.version
-        event = Event(
-            run=self.run_name,
-            kind=EventKind.PROGRESS,
-            source="aggregator",
-            time=self._now(),
-            data={"what": what, "version": version, **data},
-        )
-        self._transport.event("progress", Outgoing(body=encode(event), headers={"run": self.run_name, "what": what}))
-
-    def _record(self, fact: do.Fact) -> None:
-        match fact:
-            case do.Folded(entry, fill, goal, seconds):
-                if self._led is not None and self._led.archive is not None and self._delivery is not None:
-                    self._led.archive.add(self._delivery.body)
-                self._progress(
-                    "folded",
-                    worker=entry.id.worker,
-                    staleness=entry.staleness,
-                    fill=fill,
-                    goal=goal,
-                    seconds=seconds,
-                    loss=entry.loss,
-                )
-            case do.VersionMade(record):
-                self._history.version(record)
-                staleness = [entry.staleness for entry in record.updates]
-                self._progress("version", loss=record.loss, updates=len(staleness), seconds=record.seconds)
-                log.info(
-                    "version %d: %s, loss %s, staleness up to %d, %.2f s",
-                    record.version,
-                    _senders(record),
-                    "unknown" if record.loss is None else f"{record.loss:.4f}",
-                    max(staleness, default=0),
-                    record.seconds,
-                )
-            case do.EvaluationRecord(worker, version, metrics):
-                self._history.evaluation(fact, self._now())
-                if version >= self._metrics[0]:
-                    self._metrics = version, metrics
-                log.info("version %d evaluated by %s: %s", version, worker, _figures(metrics))
-            case do.Rejected(worker, reason, detail, update):
-                self._progress("rejected", worker=worker, reason=reason.value)
-                # What was on its way when the last round closed is the end of every healthy run.
-                level = logging.INFO if reason is Reason.RUN_DONE else logging.WARNING
-                log.log(level, "rejected %s of %s: %s: %s", update or "a message", worker or "?", reason, detail)
-            case do.Came(worker, role):
-                log.info("%s %s is here", role, worker)
-            case do.Went(worker, role, ""):
-                log.warning("%s %s has been silent for too long; not waiting for it", role, worker)
-            case do.Went(worker, role, reason):
-                log.info("%s %s has left: %s", role, worker, reason)
-            case do.Repeated(update_id):
-                log.debug("update %s came again; it counts once", update_id)
-            case do.Executed(command, version, is_pending):
-                text = self._answers.pop(command, "a command")
-                when = f"from version {version + 1} on" if is_pending else f"at version {version}"
-                log.info("%s: in force %s", text, when)
-                self._history.command(text, version=version, is_pending=is_pending, now=self._now())
-                self._progress("command", id=command, accepted=True, text=f"{text}: in force {when}"[:500])
-            case do.Warn(text):
-                log.warning("%s", text)
-
     # ---------------------------------------------------------------------------------------- the results
 
     def _write_results(self) -> Outcome | None:
@@ -437,8 +370,8 @@ class AggregatorService:
             applied=machine.applied,
             rejected=dict(machine.rejected),
             confirmed=sum(sum(counts.values()) for counts in machine.roster.confirmed().values()),
-            metrics=self._metrics[1],
-            evaluated=self._metrics[0],
+            metrics=self._reporter.metrics[1],
+            evaluated=self._reporter.metrics[0],
         )
         log.info("run %s %s at version %d; results in %s", self.run_name, outcome.reason, outcome.version, self.folder)
         is_written = all((self.folder / name).exists() for name in ("summary.json", "model.safetensors"))
@@ -458,18 +391,6 @@ class _Reign:
         self.epoch = snapshot.epoch
         self.started = snapshot.started
         self.begun_at = (snapshot.version, snapshot.done)
-
-
-def _senders(record: VersionRecord) -> str:
-    """``4 updates of a, b (2), c``."""
-    counts = Counter(entry.id.worker for entry in record.updates)
-    names = [f"{name} ({n})" if n > 1 else name for name, n in sorted(counts.items())]
-    shown = ", ".join(names[:SHOWN_NAMES]) + (f" and {len(names) - SHOWN_NAMES} more" if names[SHOWN_NAMES:] else "")
-    return f"{len(record.updates)} updates of {shown}"
-
-
-def _figures(metrics: Mapping[str, float]) -> str:
-    return ", ".join(f"{name} {value:.4f}" for name, value in metrics.items())
 
 
 def _shown(changes: Mapping[str, Scalar]) -> str:

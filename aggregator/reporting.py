@@ -1,0 +1,121 @@
+"""What an aggregator tells: the history, the events for whoever watches, notices to workers, the log."""
+
+from __future__ import annotations
+
+import logging
+from collections import Counter
+from collections.abc import Callable, Mapping
+
+from aggregator.core import effects as do
+from aggregator.core.snapshot import VersionRecord
+from aggregator.history import History
+from broker.messages import Event, EventKind, Reason, Scalar, UpdateId
+from broker.transport import AggregatorTransport, Outgoing
+from broker.wire import encode
+
+__all__ = ["Reporter"]
+
+log = logging.getLogger("fedmq.aggregator")
+
+#: Workers that a version's line in the log names.
+SHOWN_NAMES = 8
+
+
+class Reporter:
+    """Tells what the round machine wants recorded."""
+
+    def __init__(self, run: str, transport: AggregatorTransport, history: History, now: Callable[[], float]) -> None:
+        """``now`` gives seconds since 1970."""
+        self.metrics: tuple[int, Mapping[str, float]] = (-1, {})
+        """Version and figures of the newest evaluation."""
+        self._run = run
+        self._transport = transport
+        self._history = history
+        self._now = now
+        self._commands: dict[str, str] = {}
+
+    def expect(self, command: str, text: str) -> None:
+        """``command``, which will be executed, is called ``text`` when it is."""
+        self._commands[command] = text
+
+    def tell(self, worker: str, reason: Reason, detail: str, update: UpdateId | None) -> None:
+        """Let ``worker`` know that its update was rejected."""
+        data: dict[str, Scalar] = {"reason": reason.value, "detail": detail[:500], "update": str(update or "")}
+        event = Event(run=self._run, kind=EventKind.NOTICE, source="aggregator", time=self._now(), data=data)
+        self._transport.notify(worker, Outgoing(body=encode(event), headers={"run": self._run}))
+
+    def progress(self, what: str, version: int, **data: float | str | None) -> None:
+        """Something happened while ``version`` was the newest."""
+        event = Event(
+            run=self._run,
+            kind=EventKind.PROGRESS,
+            source="aggregator",
+            time=self._now(),
+            data={"what": what, "version": version, **data},
+        )
+        self._transport.event("progress", Outgoing(body=encode(event), headers={"run": self._run, "what": what}))
+
+    def record(self, fact: do.Fact, version: int) -> None:
+        """``fact`` happened while ``version`` was the newest."""
+        match fact:
+            case do.Folded(entry, fill, goal, seconds):
+                self.progress(
+                    "folded",
+                    version,
+                    worker=entry.id.worker,
+                    staleness=entry.staleness,
+                    fill=fill,
+                    goal=goal,
+                    seconds=seconds,
+                    loss=entry.loss,
+                )
+            case do.VersionMade(record):
+                self._history.version(record)
+                staleness = [entry.staleness for entry in record.updates]
+                self.progress("version", version, loss=record.loss, updates=len(staleness), seconds=record.seconds)
+                log.info(
+                    "version %d: %s, loss %s, staleness up to %d, %.2f s",
+                    record.version,
+                    _senders(record),
+                    "unknown" if record.loss is None else f"{record.loss:.4f}",
+                    max(staleness, default=0),
+                    record.seconds,
+                )
+            case do.EvaluationRecord(worker, evaluated, metrics):
+                self._history.evaluation(fact, self._now())
+                if evaluated >= self.metrics[0]:
+                    self.metrics = evaluated, metrics
+                log.info("version %d evaluated by %s: %s", evaluated, worker, _figures(metrics))
+            case do.Rejected(worker, reason, detail, update):
+                self.progress("rejected", version, worker=worker, reason=reason.value)
+                # What was on its way when the last round closed is the end of every healthy run.
+                level = logging.INFO if reason is Reason.RUN_DONE else logging.WARNING
+                log.log(level, "rejected %s of %s: %s: %s", update or "a message", worker or "?", reason, detail)
+            case do.Came(worker, role):
+                log.info("%s %s is here", role, worker)
+            case do.Went(worker, role, ""):
+                log.warning("%s %s has been silent for too long; not waiting for it", role, worker)
+            case do.Went(worker, role, reason):
+                log.info("%s %s has left: %s", role, worker, reason)
+            case do.Repeated(update_id):
+                log.debug("update %s came again; it counts once", update_id)
+            case do.Executed(command, made, is_pending):
+                text = self._commands.pop(command, "a command")
+                when = f"from version {made + 1} on" if is_pending else f"at version {made}"
+                log.info("%s: in force %s", text, when)
+                self._history.command(text, version=made, is_pending=is_pending, now=self._now())
+                self.progress("command", version, id=command, accepted=True, text=f"{text}: in force {when}"[:500])
+            case do.Warn(text):
+                log.warning("%s", text)
+
+
+def _senders(record: VersionRecord) -> str:
+    """``4 updates of a, b (2), c``."""
+    counts = Counter(entry.id.worker for entry in record.updates)
+    names = [f"{name} ({n})" if n > 1 else name for name, n in sorted(counts.items())]
+    shown = ", ".join(names[:SHOWN_NAMES]) + (f" and {len(names) - SHOWN_NAMES} more" if names[SHOWN_NAMES:] else "")
+    return f"{len(record.updates)} updates of {shown}"
+
+
+def _figures(metrics: Mapping[str, float]) -> str:
+    return ", ".join(f"{name} {value:.4f}" for name, value in metrics.items())

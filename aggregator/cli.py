@@ -15,7 +15,7 @@ import typer
 
 from aggregator.checkpoint import CheckpointStore
 from aggregator.config import AggregatorConfig
-from aggregator.results import Outcome
+from aggregator.results import Outcome, replace_file
 from aggregator.service import AggregatorService
 from broker.amqp.transport import AmqpAggregatorTransport
 from broker.console import (
@@ -137,10 +137,11 @@ def _transport(settings: Settings, config: AggregatorConfig, size: int) -> AmqpA
 
 
 def _write_settings(settings: Settings, folder: Path) -> None:
+    content = tomli_w.dumps(plain(settings)).encode()
     try:
-        (folder / "config.toml").write_text(tomli_w.dumps(plain(settings)))
+        replace_file(folder / "config.toml", lambda file: file.write(content))
     except OSError as error:
-        raise CheckpointNotWritten(f"{folder}: {error.strerror}; make the folder writable") from None
+        raise CheckpointNotWritten(f"{folder}: {error.strerror}; make room or make the folder writable") from None
 
 
 def _require_no_rival(ousted: list[float], folder: Path) -> None:

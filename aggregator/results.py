@@ -15,7 +15,7 @@ from aggregator.checkpoint import write_tensors
 from broker.errors import CheckpointNotWritten
 from broker.messages import Tensors
 
-__all__ = ["Outcome", "write_model", "write_results"]
+__all__ = ["Outcome", "replace_file", "write_model", "write_results"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,7 +53,7 @@ def write_results(folder: Path, run: str, outcome: Outcome, parameters: Tensors,
     }
     try:
         text = (json.dumps(summary, indent=2) + "\n").encode()
-        _replace(folder / "summary.json", lambda file: file.write(text))
+        replace_file(folder / "summary.json", lambda file: file.write(text))
         write_model(folder / "model.safetensors", run, parameters)
     except OSError as error:
         raise CheckpointNotWritten(
@@ -64,10 +64,11 @@ def write_results(folder: Path, run: str, outcome: Outcome, parameters: Tensors,
 def write_model(target: Path, run: str, parameters: Tensors, **facts: str) -> None:
     """``parameters`` as a file that ``safetensors.torch.load_file`` reads. Raises :class:`OSError`."""
     metadata = {"format": "pt", "run": run, **facts}
-    _replace(target, lambda file: write_tensors(file, parameters, metadata))
+    replace_file(target, lambda file: write_tensors(file, parameters, metadata))
 
 
-def _replace(target: Path, write: Callable[[BinaryIO], object]) -> None:
+def replace_file(target: Path, write: Callable[[BinaryIO], object]) -> None:
+    """Have ``write`` write ``target``, which is there whole, or as it was before. Raises :class:`OSError`."""
     temporary = target.with_name(f".{target.name}.{secrets.token_hex(8)}")
     try:
         with temporary.open("xb") as file:

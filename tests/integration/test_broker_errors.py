@@ -5,14 +5,13 @@ from __future__ import annotations
 import logging
 import socket
 import threading
-from collections.abc import Callable, Iterator
-from concurrent.futures import Future
+from collections.abc import Iterator
 
 import pytest
 from pika.adapters.utils.io_services_utils import _AsyncTransportBase
 
 from broker.amqp.node import PrivateNode
-from broker.amqp.transport import AmqpAggregatorTransport, AmqpWorkerTransport
+from broker.amqp.transport import AmqpWorkerTransport
 from broker.errors import (
     AccessRefused,
     BrokerError,
@@ -27,39 +26,13 @@ from broker.messages import Reason
 from broker.settings import BrokerConfig
 from broker.topology import EVENTS, UPDATES, Topology
 from broker.transport import Outgoing, Source
+from tests.support.ends import Ends, confirmed, version
 from tests.support.node import add_user, admin_of, channel, config_of, drain, fresh_topology, ready
 from tests.support.waiting import PATIENCE, Inbox, wait_for
 
 pytestmark = pytest.mark.broker
 
 MIB = 2**20
-
-
-class Ends:
-    """Opens transports and closes them after the test."""
-
-    def __init__(self) -> None:
-        self._open: list[AmqpAggregatorTransport | AmqpWorkerTransport] = []
-
-    def aggregator(
-        self, config: BrokerConfig, topology: Topology, *, model_bytes: int = 1000, prefetch: int = 1000
-    ) -> tuple[AmqpAggregatorTransport, Inbox]:
-        end = AmqpAggregatorTransport(config, topology, model_bytes=model_bytes, prefetch=prefetch)
-        self._open.append(end)
-        inbox = Inbox()
-        end.open(inbox, wait=PATIENCE)
-        return end, inbox
-
-    def worker(self, config: BrokerConfig, topology: Topology, name: str = "w1") -> tuple[AmqpWorkerTransport, Inbox]:
-        end = AmqpWorkerTransport(config, topology, worker=name)
-        self._open.append(end)
-        inbox = Inbox()
-        end.open(inbox, wait=PATIENCE)
-        return end, inbox
-
-    def close(self) -> None:
-        for end in self._open:
-            end.close()
 
 
 @pytest.fixture
@@ -72,15 +45,6 @@ def ends() -> Iterator[Ends]:
 @pytest.fixture
 def topology() -> Topology:
     return fresh_topology("errors")
-
-
-def version(number: int) -> Outgoing:
-    return Outgoing(body=f"v{number}".encode(), headers={"epoch": 1, "version": number, "attempt": 0})
-
-
-def confirmed(publish: Callable[[Outgoing], Future[None]], message: Outgoing) -> None:
-    """Publish as a worker does: until it is confirmed."""
-    wait_for(lambda: publish(message).exception(PATIENCE) is None, what="a confirmed publish")
 
 
 # ------------------------------------------------------------------------------------------------- refusals
@@ -457,8 +421,12 @@ def test_names_in_the_admin_ui_say_who_is_who(node: PrivateNode, ends: Ends, top
             if topology.run in consumer["queue"]["name"]
         }
 
-    # The worker asks again and again while the stream is empty, so its consumer is not always there.
-    shown = wait_for(lambda: found if len(found := tags()) == 6 else None, what="six consumers in the admin UI")
+    def settled() -> dict[str, str]:
+        # The worker asks again and again while the stream is empty, so its consumer is not always there.
+        found = tags()
+        return found if len(found) == 6 else {}
+
+    shown = wait_for(settled, what="six consumers in the admin UI")
     assert shown["aggregator"] == topology.updates
     assert shown["w7-parameters"] == topology.parameters
     kinds = {queue["name"]: queue["type"] for queue in admin.queues() if topology.run in queue["name"]}

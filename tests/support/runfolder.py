@@ -41,7 +41,7 @@ class RunFolder:
             optimizer=Sgd(0.5, momentum=0.9),
             commit=CommitPolicy(count=1),
         )
-        self._tag = 0
+        self._tag, self._now = 0, 0.0
         self.store.create(spec_of(TENSORS), TENSORS, now=1.0)
 
     def start(self, *, newest: tuple[int, int] = (0, 0), now: float = 10.0, accept_older: bool = False) -> None:
@@ -52,23 +52,25 @@ class RunFolder:
         snapshot = self.store.claim(epoch=newest[0], version=version, now=now, accept_older=accept_older)
         self.machine = RoundMachine(self.rules, snapshot, now)
         self.history.open(snapshot.records, epoch=snapshot.epoch, version=snapshot.version, now=now)
-        self._send(on.LinkUp(1), now)
+        self._now = now
+        self._send(on.LinkUp(1))
 
     def update(self, seq: int, worker: str = "w0", **more: Any) -> None:
         """An update of ones arrives, and is durable when this returns."""
         self._tag += 1
+        self._now += 1.0
         ones = {name: np.ones_like(array) for name, array in TENSORS.items()}
         more = {"base_version": self.machine.version, "metrics": {"loss": 0.5}, **more}
         update: Update = update_of(ones, worker=worker, seq=seq, run=self.store.run, **more)
-        self._send(on.Arrived(Token(1, self._tag), update, 100), 20.0 + self._tag)
+        self._send(on.Arrived(Token(1, self._tag), update, 100))
 
-    def _send(self, event: on.Happening, now: float) -> None:
-        for effect in self.machine.handle(event, now):
+    def _send(self, event: on.Happening) -> None:
+        for effect in self.machine.handle(event, self._now):
             match effect:
                 case do.WriteCheckpoint(commit, snapshot):
                     self.history.sync()
                     self.store.write(snapshot)
-                    self._send(on.CheckpointWritten(commit), now)
+                    self._send(on.CheckpointWritten(commit))
                 case do.Record(do.VersionMade(record)):
                     self.history.version(record)
                 case do.Reject(_, reason, _):

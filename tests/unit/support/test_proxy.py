@@ -14,6 +14,8 @@ from tests.support.frames import BODY, HEADER, METHOD
 from tests.support.proxy import Direction, Proxy
 from tests.support.waiting import wait_for
 
+#: On a busy machine.
+PATIENCE = 60.0
 GREETING = b"AMQP\x00\x00\x09\x01"
 
 
@@ -55,7 +57,7 @@ class Far:
         for peer in self.peers:
             peer.close()
         for thread in self._threads:
-            thread.join(10)
+            thread.join(PATIENCE)
 
 
 @pytest.fixture
@@ -78,7 +80,7 @@ def near(proxy: Proxy) -> Iterator[socket.socket]:
 
 
 def dial(proxy: Proxy) -> socket.socket:
-    made = socket.create_connection(("127.0.0.1", proxy.port), timeout=20)
+    made = socket.create_connection(("127.0.0.1", proxy.port), timeout=PATIENCE)
     made.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
     return made
 
@@ -88,7 +90,7 @@ def frame(kind: int, payload: bytes) -> bytes:
 
 
 def wait_said(far: Far, data: bytes, index: int = 0) -> None:
-    wait_for(lambda: len(far.said) > index and far.said[index] == data, what=f"{data!r}")
+    wait_for(lambda: len(far.said) > index and far.said[index] == data, PATIENCE, what=f"{data!r}")
 
 
 def is_reset(near: socket.socket) -> bool:
@@ -117,10 +119,10 @@ def test_it_forwards_both_ways_and_passes_on_the_end(far: Far, proxy: Proxy, nea
     assert near.recv(100) == b"answer"
 
     near.shutdown(socket.SHUT_WR)
-    wait_for(lambda: far.ends[0] == "closed")
+    wait_for(lambda: far.ends[0] == "closed", PATIENCE)
     far.peers[0].shutdown(socket.SHUT_WR)
     assert near.recv(100) == b""
-    wait_for(lambda: proxy.connections == 0)
+    wait_for(lambda: proxy.connections == 0, PATIENCE)
 
 
 def test_a_large_amount_comes_through_unharmed(far: Far, near: socket.socket) -> None:
@@ -134,12 +136,12 @@ def test_a_cut_ends_all_connections_on_both_sides(far: Far, proxy: Proxy, near: 
     with dial(proxy) as other:
         near.sendall(b"a")
         other.sendall(b"b")
-        wait_for(lambda: sorted(far.said) == [b"a", b"b"])
+        wait_for(lambda: sorted(far.said) == [b"a", b"b"], PATIENCE)
 
         assert proxy.cut(reset=reset) == 2
 
         assert is_reset(near) is is_reset(other) is reset
-        wait_for(lambda: far.ends == [("reset" if reset else "closed")] * 2)
+        wait_for(lambda: far.ends == [("reset" if reset else "closed")] * 2, PATIENCE)
 
     # Then whoever comes again is served
     with dial(proxy) as again:
@@ -162,7 +164,7 @@ def test_a_hole_keeps_what_it_swallows_until_it_is_healed(far: Far, proxy: Proxy
 
     proxy.heal()
     wait_said(far, b"before and after")
-    wait_for(lambda: far.ends[0] == "closed")
+    wait_for(lambda: far.ends[0] == "closed", PATIENCE)
 
 
 def test_a_hole_in_both_directions_takes_new_connections_and_says_nothing(far: Far, proxy: Proxy) -> None:
@@ -232,7 +234,7 @@ def test_a_cut_in_a_frame_lets_the_beginning_through(
 
     assert is_reset(near)
     assert cut.happened.is_set()
-    wait_for(lambda: far.ends[0] == "reset")
+    wait_for(lambda: far.ends[0] == "reset", PATIENCE)
     assert far.said[0] == (first + last)[: len(first) + 15 + 12]
 
     # Then it has happened once
@@ -252,7 +254,7 @@ def test_a_cut_after_a_number_of_bytes_counts_from_when_it_was_ordered(
 
     assert is_reset(near)
     assert cut.happened.is_set()
-    wait_for(lambda: far.ends[0] == "reset")
+    wait_for(lambda: far.ends[0] == "reset", PATIENCE)
     assert far.said[0] == b"12345678"
 
 

@@ -24,11 +24,11 @@ from tests.support.waiting import wait_for
 from worker_client.client import Summary, run_worker
 from worker_client.config import WorkerConfig
 
-pytestmark = [pytest.mark.broker, pytest.mark.slow]
+pytestmark = [pytest.mark.broker, pytest.mark.slow, pytest.mark.timeout(600)]
 
 WORKERS = 2
 UPDATES = 11
-PATIENCE = 90.0
+PATIENCE = 180.0
 
 #: At which passing of its label the aggregator dies, if one is not enough to have something to lose.
 PASSINGS = {

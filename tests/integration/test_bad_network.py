@@ -17,10 +17,10 @@ from tests.support.node import config_of, fresh_topology, ready
 from tests.support.proxy import Direction, Proxy
 from tests.support.waiting import Inbox, wait_for
 
-pytestmark = pytest.mark.broker
+pytestmark = [pytest.mark.broker, pytest.mark.timeout(600)]
 
 #: Heartbeats come every few seconds at most, and a silent peer is given up after about two.
-PATIENCE = 90.0
+PATIENCE = 180.0
 LARGE = bytes(range(256)) * 2000
 
 

@@ -230,6 +230,8 @@ class Replay:
         self.lineage = lineage
         self.base_version = 0
         """The version that it began with."""
+        self.workers: set[str] = set()
+        """Whose updates it has met."""
         self._store = store
         self._leave_out = leave_out
         self._done: Way | None = None
@@ -273,6 +275,7 @@ class Replay:
         """
         try:
             for record in rebuild(self.lineage.links(self._ahead), self.lineage.fetch, *self._rebuilds):
+                self.workers.update(entry.id.worker for entry in (*record.updates, *record.dropped))
                 yield record.version
         finally:
             self.lineage.kept.close()

@@ -74,8 +74,8 @@ def say_history(file: Path, recent: tuple[VersionRecord, ...], wanted: Wanted, *
         _say_table(table)
     if count > limit:
         say(f"… and {count - limit:,} earlier ones (--limit, or --json)")
-    elif not count:
-        say("no version yet")
+    elif not count and wanted == Wanted():
+        say("nothing yet")
     return count
 
 

@@ -52,9 +52,9 @@ def history(
         show = say_json if as_json else say_history
         shown = show(place / "history.jsonl", snapshot.records, wanted, limit=limit)
         if not shown and (version is not None or worker is not None):
-            what = f"version {version}" if version is not None else f"an update of {worker!r}"
+            what = f"version {version}" if version is not None else f"update of {worker!r}"
             raise ConfigError(
-                f"the history of run {read.run!r} has no {what}; its newest version is {snapshot.version}"
+                f"the history of run {read.run!r} knows no {what}; its newest version is {snapshot.version}"
             )
 
 
@@ -212,7 +212,8 @@ def _report(rebuilding: Replay, leave_out: frozenset[str]) -> None:
     before = f"; updates are kept from version {base} on, and what came before is in" if base else ""
     before += f" ({stuck} of the round that was open then)" if stuck else ""
     if not left_out:
-        raise ConfigError(f"no update of {names} is in the lineage of version {original.version}{before}")
+        known = ", ".join(sorted(rebuilding.workers)) or "nobody"
+        raise ConfigError(f"no update of {names} made version {original.version}; there are some of {known}{before}")
     versions = ranges(sorted(left_out))
     say(f"without {names}: {sum(left_out.values())} updates left out, in versions {versions}{before}")
     say(f"digest {result.digest}, at a distance (L2) of {rebuilding.distance:.6g} from the original")

@@ -243,13 +243,15 @@ class CheckpointStore:
                 )
             claimed = max(self.stored_epoch(), snapshot.epoch) + 1
             changed = change(replace(snapshot, epoch=claimed))
-            self._store_epoch(claimed)
-            self._put(changed, self._next_file())
+            # Late, so that whoever owns the run goes on until then, and its successor does not wait for a large file.
+            self._put(changed, self._next_file(), first=lambda: self._store_epoch(claimed))
         return changed
 
-    def _put(self, snapshot: Snapshot, target: Path, *, epoch: int | None = None) -> None:
+    def _put(
+        self, snapshot: Snapshot, target: Path, *, epoch: int | None = None, first: Callable[[], None] | None = None
+    ) -> None:
         arrays, metadata = contents(snapshot)
-        self._replace(target, lambda file: write_tensors(file, arrays, metadata), epoch=epoch)
+        self._replace(target, lambda file: write_tensors(file, arrays, metadata), epoch=epoch, first=first)
 
     def _next_file(self) -> Path:
         number = max(map(_number, self.files()), default=0) + 1
@@ -258,8 +260,13 @@ class CheckpointStore:
     def _store_epoch(self, epoch: int) -> None:
         self._replace(self.folder / "epoch", lambda file: file.write(f"{epoch}\n".encode()))
 
-    def _replace(self, target: Path, write: Any, *, epoch: int | None = None) -> None:
-        """Write ``target`` so that it is there whole and durable, or as it was before."""
+    def _replace(
+        self, target: Path, write: Any, *, epoch: int | None = None, first: Callable[[], None] | None = None
+    ) -> None:
+        """Write ``target`` so that it is there whole and durable, or as it was before.
+
+        ``first`` is done when all is written, and before it has its name.
+        """
         # A name that nobody else can have: a replaced aggregator must not write into what its successor renames,
         # and two containers on one folder often have the same process number.
         temporary = target.with_name(f".{target.name}.{secrets.token_hex(8)}")
@@ -272,6 +279,8 @@ class CheckpointStore:
             with self._locked() if epoch is not None else contextlib.nullcontext():
                 if epoch is not None:
                     self.require_epoch(epoch)
+                if first is not None:
+                    first()
                 temporary.replace(target)
                 sync_folder(target.parent)
         except OSError as error:

@@ -21,6 +21,10 @@ __all__ = ["adopt", "checkpoint_versions", "find_checkpoint", "open_lineage", "r
 
 log = logging.getLogger("fedmq.lineage")
 
+#: How often to run after a run that goes on, and how many versions behind it are near enough.
+CATCH_UPS = 5
+FEW = 3
+
 
 def open_lineage(folder: Path, store: CheckpointStore) -> Lineage:
     """The lineage of the run in ``folder`` as it is now. Raises :class:`CheckpointError`."""
@@ -89,13 +93,16 @@ def adopt(
     Raises :class:`CheckpointError`; nothing has changed then.
     """
 
-    def change(head: Snapshot) -> Snapshot:
+    def catch_up(head: Snapshot) -> int:
         replay.lineage.refresh(head)
+        count = replay.plan(head.version) if go_on else 0
+        for version in replay.run() if go_on else ():
+            report(version)
+        return count
+
+    def change(head: Snapshot) -> Snapshot:
+        catch_up(head)
         _require_newest(replay.lineage, head)
-        if go_on:
-            replay.plan(head.version)
-            for version in replay.run():
-                report(version)
         result = replay.result
         altered = min(version for version, count in result.left_out.items() if count)
         return rolled_back(
@@ -109,6 +116,10 @@ def adopt(
             without=tuple(sorted(leave_out)),
         )
 
+    # Most of it while the run goes on: in the last step its aggregator has to wait.
+    for _ in range(CATCH_UPS):
+        if catch_up(store.load()) < FEW:
+            break
     return store.supersede(change)
 
 

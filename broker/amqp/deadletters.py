@@ -140,12 +140,12 @@ class DeadLetterQueue:
                     f"somebody else reads {self._topology.dead!r} ({others} consumers): wait until that has ended and "
                     "try again (a command that was cut off counts for up to two heartbeats more)"
                 )
-            publisher = Publisher(self._config, f"{self._name} · publish", prepare=_nothing, failed=_ignore)
-            reading = _Reading(self._topology, channel, publisher, decide, report)
+            name = f"{self._name} · publish"
+            reading = _Reading(channel, self._topology, self._config, name, decide=decide, report=report)
             try:
                 await reading.run(waiting, self._what)
             finally:
-                publisher.stop()
+                reading.close()
                 await channel.close()
             return Looked(reading.seen, others)
         finally:
@@ -178,13 +178,13 @@ class _Reading:
     """One pass through the queue: consumes on the loop, decides, publishes on the publisher's thread."""
 
     def __init__(
-        self, topology: Topology, channel: Channel, publisher: Publisher, decide: Decide, report: Report
+        self, channel: Channel, topology: Topology, config: BrokerConfig, name: str, *, decide: Decide, report: Report
     ) -> None:
         self.seen = 0
         self._expected = 0
         self._topology = topology
         self._channel = channel
-        self._publisher = publisher
+        self._publisher = Publisher(config, name, prepare=_nothing, failed=self._publishing_failed)
         self._publishes = False
         self._decide = decide
         self._report = report
@@ -193,6 +193,7 @@ class _Reading:
         self._reports: deque[tuple[DeadLetter, Outcome, str]] = deque()
         self._in_hand: set[int] = set()  # delivery tags of the present consumer
         self._on_way = 0
+        self._is_refused = False
         self._loop = asyncio.get_running_loop()
         self._breathed = self._loop.time()
         self._change: asyncio.Future[None] = self._loop.create_future()
@@ -205,10 +206,14 @@ class _Reading:
             # By their tags in this order they give back what they hold.
             if self.seen >= waiting or not await self._consume(f"fedmq dead {what} {number:03d}", share):
                 break
-        while self._on_way:
+        while self._on_way or self._is_refused:
             if not await self._next_change(PATIENCE_SECONDS):
                 raise _not_confirmed(self._publisher)
         self._tell()
+
+    def close(self) -> None:
+        """Publish no more."""
+        self._publisher.stop()
 
     async def _consume(self, tag: str, share: int) -> bool:
         """Read through one consumer until it has its share in hand; False if the queue is empty."""
@@ -306,10 +311,15 @@ class _Reading:
             self._acknowledge(tag)
             self._reports.append((letter, Outcome.REPLAYED, ""))
         elif isinstance(error, FATAL):
-            self._channel.end(error)
+            self._is_refused = True  # the publisher's connection ends of it, and then says so
         else:
             self._reports.append((letter, _outcome_of(error), str(error)))
         self._wake()
+
+    def _publishing_failed(self, error: BrokerError) -> None:
+        """On the publisher's thread."""
+        with contextlib.suppress(RuntimeError):
+            self._loop.call_soon_threadsafe(self._channel.end, error)
 
     def _acknowledge(self, tag: int) -> None:
         if self._channel.raw.is_open:
@@ -375,7 +385,3 @@ async def _look(channel: Channel, queue: str) -> tuple[int, int]:
 
 async def _nothing(_channel: Channel) -> None:
     """What is published to was declared by the aggregator."""
-
-
-def _ignore(_error: BrokerError) -> None:
-    """Each message's future says it."""

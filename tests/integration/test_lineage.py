@@ -24,7 +24,8 @@ from tests.support.pair import Pair
 from tests.support.tasks import CELLS
 from tests.support.waiting import wait_for
 
-pytestmark = pytest.mark.broker
+# A dozen processes, one after the other, on a machine that may be busy.
+pytestmark = [pytest.mark.broker, pytest.mark.timeout(400)]
 
 KEEP = ("--set", "aggregator.keep_updates=true")
 POISON = """

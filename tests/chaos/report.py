@@ -17,6 +17,9 @@ from tests.chaos.nemesis import KILLS, KINDS, Done
 
 __all__ = ["Report", "show"]
 
+#: A fault is undisturbed if there was a version so many seconds before it, and no other fault.
+AT_WORK, ALONE = 1.0, 8.0
+
 
 @dataclass
 class Report:
@@ -56,6 +59,19 @@ class Report:
                 times[done.fault.kind].append(self.made[index] - begin)
         return times
 
+    def undisturbed(self) -> dict[str, list[float]]:
+        """The same from the fault, of faults that met a run at work and had nothing else near them."""
+        times: dict[str, list[float]] = defaultdict(list)
+        moments = [done.at for done in self.done]
+        for done in self.done:
+            index = bisect_right(self.made, done.at)
+            if not 0 < index < len(self.made) or done.at - self.made[index - 1] > AT_WORK:
+                continue
+            begin, end = done.at - ALONE, self.made[index]
+            if bisect_right(moments, end) - bisect_right(moments, begin) == 1:
+                times[done.fault.kind].append(end - done.at)
+        return times
+
     def plain(self) -> dict[str, Any]:
         """For a file."""
         return {
@@ -69,6 +85,7 @@ class Report:
             "faults": [asdict(done.fault) | {"target": done.target, "at": done.at} for done in self.done],
             "missed": dict(self.missed),
             "recovery": {kind: _spread(times) for kind, times in self.recovery(from_healing=False).items()},
+            "undisturbed": {kind: _spread(times) for kind, times in self.undisturbed().items()},
         }
 
 
@@ -96,13 +113,13 @@ def show(report: Report, console: Console) -> None:
 
 def _faults(report: Report) -> Table:
     table = Table(title="Faults, and seconds until the next new version (median, 95 %, longest)")
-    for name in ("fault", "times", "found nobody", "from the fault", "from its end"):
+    for name in ("fault", "times", "found nobody", "from the fault", "if undisturbed", "from its end"):
         table.add_column(name, justify="left" if name == "fault" else "right")
     counts = Counter(done.fault.kind for done in report.done)
-    from_fault, from_end = report.recovery(from_healing=False), report.recovery(from_healing=True)
+    columns = report.recovery(from_healing=False), report.undisturbed(), report.recovery(from_healing=True)
     for kind in KINDS:
         if counts[kind] or report.missed.get(kind):
-            spreads = (_shown(times.get(kind, [])) for times in (from_fault, from_end))
+            spreads = (_shown(times.get(kind, [])) for times in columns)
             table.add_row(kind, str(counts[kind]), str(report.missed.get(kind, 0)), *spreads)
     return table
 

@@ -201,6 +201,9 @@ def test_recovery_is_the_time_until_the_next_version(case: Case) -> None:
 
     assert report.recovery(from_healing=False) == {"kill worker": [1.0, 1.0]}
     assert report.recovery(from_healing=True) == {"kill worker": [3.0]}
+    # The second fault met a run that had made nothing for a while.
+    assert report.undisturbed() == {"kill worker": [1.0]}
+    assert not replace(report, done=[*done, replace(done[0], at=10.5)]).undisturbed()
     assert report.longest_gap == 16.0
     assert report.is_good
     assert not replace(report, problems=["a hang"]).is_good

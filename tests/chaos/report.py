@@ -62,7 +62,7 @@ class Report:
     def undisturbed(self) -> dict[str, list[float]]:
         """The same from the fault, of faults that met a run at work and had nothing else near them."""
         times: dict[str, list[float]] = defaultdict(list)
-        moments = [done.at for done in self.done]
+        moments = sorted(done.at for done in self.done)
         for done in self.done:
             index = bisect_right(self.made, done.at)
             if not 0 < index < len(self.made) or done.at - self.made[index - 1] > AT_WORK:

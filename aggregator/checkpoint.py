@@ -181,10 +181,6 @@ class CheckpointStore:
                 )
             claimed = max(known, epoch) + 1
             self._store_epoch(claimed)
-            for file in damaged:
-                # Out of the way of KEEP, which would rather delete the whole one before it.
-                with contextlib.suppress(OSError):
-                    file.replace(file.with_name(f"{file.name}.damaged"))
             self._remove_torsos()
         snapshot = replace(snapshot, epoch=claimed)
         if version > snapshot.version:
@@ -198,7 +194,12 @@ class CheckpointStore:
                 now=now,
                 drop=False,
             )
-            self.write(snapshot)
+            self._put(snapshot, self._next_file(), epoch=snapshot.epoch)
+        for file in damaged:
+            # Out of the way of KEEP, which would rather delete the whole one before it. Not earlier: as long as the
+            # new number is not durable, it must be seen why the state is older than what the run has told.
+            with contextlib.suppress(OSError):
+                file.replace(file.with_name(f"{file.name}.damaged"))
         return snapshot
 
     def write(self, snapshot: Snapshot) -> Path:

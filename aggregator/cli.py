@@ -119,10 +119,11 @@ def serve(settings: Settings, *, accept_older: bool = False, drop_changes: bool 
                 return service.run(_transport(settings, config, size))
             except StaleEpoch as error:
                 log.warning("%s", error)
-                if service.leads:
+                if service.leads and not _by_command(store):
                     ousted.append(time.monotonic())
                     _require_no_rival(ousted, folder)
-            accept_older = drop_changes = False
+            if service.has_claimed:
+                accept_older = drop_changes = False
     return None
 
 
@@ -142,6 +143,12 @@ def _write_settings(settings: Settings, folder: Path) -> None:
         replace_file(folder / "config.toml", lambda file: file.write(content))
     except OSError as error:
         raise CheckpointNotWritten(f"{folder}: {error.strerror}; make room or make the folder writable") from None
+
+
+def _by_command(store: CheckpointStore) -> bool:
+    """Whether it was a command that superseded the aggregator, like ``fedmq rollback``: it does so once."""
+    snapshot = store.load()
+    return any(record.epoch == snapshot.epoch and record.source is not None for record in snapshot.records)
 
 
 def _require_no_rival(ousted: list[float], folder: Path) -> None:

@@ -20,7 +20,10 @@ from broker.settings import Table
 
 __all__ = ["LIVE", "AggregatorConfig"]
 
-Positive = Annotated[int, Field(ge=1)]
+#: Far more than makes sense, and what every part of the system can hold.
+MAX = 2**40
+
+Positive = Annotated[int, Field(ge=1, le=MAX)]
 Seconds = Annotated[float, Field(gt=0)]
 
 #: What ``fedmq set`` may change on a running run. Not what workers have taken for granted (the mode, the kind of
@@ -57,12 +60,12 @@ class AggregatorConfig(Table):
     """What workers send: ``delta`` after local training, or ``gradient`` at the version."""
     rounds: Rounds = Rounds.BUFFERED
     """When a round closes: ``buffered`` at ``buffer_size`` updates, ``synchronous`` when all have answered."""
-    stop_after_rounds: Annotated[int, Field(ge=0)] | None = None
+    stop_after_rounds: Annotated[int, Field(ge=0, le=MAX)] | None = None
     """The run is done at this version; without it, it goes on until it is stopped."""
 
     buffer_size: Positive = 10
     """Buffered rounds: updates in a round (K)."""
-    max_staleness: Annotated[int, Field(ge=0)] = 20
+    max_staleness: Annotated[int, Field(ge=0, le=MAX)] = 20
     """Buffered rounds: updates that started more versions ago are rejected."""
     updates_per_version: Positive | None = None
     """Buffered rounds: updates that one worker may send from one version; ``buffer_size`` if not set. Below it,

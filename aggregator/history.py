@@ -134,7 +134,8 @@ class History:
             try:
                 _write_all(file, content)
             except OSError:
-                file.truncate(end)
+                if file.seek(0, os.SEEK_END) <= end + len(content):  # nobody else has written behind it
+                    file.truncate(end)
                 raise
         self._written.append((end, content))
         self._late.clear()
@@ -169,11 +170,16 @@ class History:
 
 
 def read_history(file: Path) -> Iterator[dict[str, Any]]:
-    """The lines of a history file as dictionaries; an unfinished last line and damaged ones are passed over."""
+    """The lines of a history file as dictionaries; an unfinished last line and damaged ones are passed over.
+
+    So is a version that comes again: an aggregator that hung may tell what its successor has made up for.
+    """
+    newest = 0
     for number, (_, line) in enumerate(scan_history(file), 1):
         if line is None:
             log.warning("%s: line %d is damaged and passed over", file, number)
-        else:
+        elif line.get("kind") != "version" or line["version"] > newest:
+            newest = max(newest, line["version"]) if line.get("kind") == "version" else newest
             yield line
 
 

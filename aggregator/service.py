@@ -29,10 +29,11 @@ from aggregator.reporting import Reporter
 from aggregator.results import Outcome, write_results
 from broker.errors import (
     BrokerError,
-    CheckpointCorrupt,
+    CheckpointError,
     CheckpointNotWritten,
     ConfigError,
     FedmqError,
+    StaleEpoch,
     WireError,
 )
 from broker.messages import Action, Command, Parameters, Scalar, Update
@@ -55,6 +56,10 @@ log = logging.getLogger("fedmq.aggregator")
 
 #: Longest wait for an event; what health checks rely on.
 IDLE_SECONDS = 1.0
+#: Before it is tried again to own a run whose folder did not let it.
+RETRY_SECONDS = 5.0
+#: How long to listen, once superseded, whether the connection is lost as well.
+LISTEN_SECONDS = 2.0
 #: How long a leaving aggregator goes on settling what has been delivered already.
 DRAIN_SECONDS = 0.3
 
@@ -86,6 +91,8 @@ class AggregatorService:
         self.run_name = run
         self.leads = False
         """Whether the broker has this aggregator for the active one, as far as it knows."""
+        self.has_claimed = False
+        """Whether it has owned the run."""
         self._config = config
         self._store = store
         self._accept_older, self._drop_changes = accept_older, drop_changes
@@ -100,6 +107,8 @@ class AggregatorService:
         self._finish: str | None = None
         self._delivery: Delivery | None = None
         self._stands_by = False
+        self._claim_again: tuple[float, Connected] | None = None
+        self._early: list[Delivery] = []
 
     def stop(self) -> None:
         """Ask the service to commit what is folded and to leave. May be called from any thread, or a signal."""
@@ -120,6 +129,9 @@ class AggregatorService:
             deadline = time.monotonic() + DRAIN_SECONDS
             self._loop(lambda: time.monotonic() > deadline and self._inbox.empty())
             wait(self._broadcasts.copy(), timeout=10.0)  # callbacks take from it on other threads
+        except StaleEpoch:
+            self._listen()
+            raise
         finally:
             transport.close()
             self._writer.shutdown()
@@ -138,6 +150,9 @@ class AggregatorService:
             except queue.Empty:
                 item = on.Tick()
             self._show_life()
+            if self._claim_again is not None and time.monotonic() > self._claim_again[0]:
+                self._inbox.put(item)
+                item = self._claim_again[1]
             event = self._event(item)
             if event is None:
                 continue
@@ -149,6 +164,16 @@ class AggregatorService:
                 self._perform(effect)
             self._delivery = None
 
+    def _listen(self) -> None:
+        """Superseded: because the turn was lost (one that hung hears of it late), or though it was not?"""
+        deadline = time.monotonic() + LISTEN_SECONDS
+        while self.leads and (left := deadline - time.monotonic()) > 0:
+            try:
+                if isinstance(self._inbox.get(timeout=left), Disconnected | Standby | Failed):
+                    self.leads = False
+            except queue.Empty:
+                return
+
     def _now(self) -> float:
         """Seconds since 1970 that never fall, even if somebody sets the clock back."""
         return self._wall + time.monotonic()
@@ -158,12 +183,21 @@ class AggregatorService:
         if time.monotonic() - self._touched > IDLE_SECONDS:
             self._touched = time.monotonic()
             try:
-                if self._led is not None:
-                    self._store.require_epoch(self._led.epoch)
+                self._require_ours()
                 if not self._stands_by:  # the file is the active one's, whose health it shows
                     (self.folder / "alive").touch()
-            except (OSError, CheckpointCorrupt, CheckpointNotWritten) as error:
+            except OSError as error:
                 log.warning("the folder %s does not answer as it should: %s", self.folder, error)
+
+    def _require_ours(self) -> None:
+        """Raise :class:`StaleEpoch` if the run has a newer owner. Whatever else is wrong, the next write will tell."""
+        try:
+            if self._led is not None:
+                self._store.require_epoch(self._led.epoch)
+        except StaleEpoch:
+            raise
+        except CheckpointError as error:
+            log.warning("the folder %s does not answer as it should: %s", self.folder, error)
 
     def _event(self, item: Incoming | on.Happening) -> on.Happening | None:
         match item:
@@ -171,24 +205,42 @@ class AggregatorService:
                 return self._read(item)
             case Connected(generation, newest):
                 self.leads, self._stands_by = True, False
-                if self._led is None:
-                    self._led = self._claim(newest)
-                self._store.require_epoch(self._led.epoch)
-                version = self._led.machine.version
-                log.info("leads run %s at version %d, epoch %d", self.run_name, version, self._led.epoch)
-                return on.LinkUp(generation)
+                return on.LinkUp(generation) if self._lead(item, newest) else None
             case Standby():
                 self.leads, self._stands_by = False, True
+                if self._accept_older or self._drop_changes:
+                    log.warning("--accept-older and --drop-changes are for whoever leads now, and forgotten here")
+                    self._accept_older = self._drop_changes = False
                 log.info("another aggregator leads run %s; standing by", self.run_name)
                 return None
             case Disconnected(generation, error):
                 self.leads = False
+                self._claim_again = None
+                self._early.clear()
                 log.warning("connection to the broker lost (%s); connecting again", error)
                 return on.LinkLost(generation)
             case Failed(error):
                 raise error
             case _:
                 return item
+
+    def _lead(self, turn: Connected, newest: tuple[int, int] | None) -> bool:
+        """It is this one's turn (again). False if the folder does not let it; that is tried again."""
+        if self._led is None:
+            try:
+                self._led = self._claim(newest)
+            except CheckpointNotWritten as error:
+                # As from a disk that is full, or a lock whose holder hangs: leaving would help nobody.
+                log.warning("cannot lead run %s yet: %s; trying again", self.run_name, error)
+                self._claim_again = time.monotonic() + RETRY_SECONDS, turn
+                return False
+        self._require_ours()
+        log.info("leads run %s at version %d, epoch %d", self.run_name, self._led.machine.version, self._led.epoch)
+        self._claim_again = None
+        for delivery in self._early:
+            self._inbox.put(delivery)
+        self._early.clear()
+        return True
 
     def _claim(self, newest: tuple[int, int] | None) -> _Reign:
         """Own the run from now on. ``newest`` are epoch and version of the newest broadcast."""
@@ -203,6 +255,7 @@ class AggregatorService:
         )
         if self._drop_changes:
             snapshot = replace(snapshot, changes={}, pending=None)
+            self._store.write(snapshot)
         elif snapshot.changes:
             log.info("changed while the run went on, and still in force: %s", _shown(snapshot.changes))
         latest = max([snapshot.started, self._history.last_time, *(record.time for record in snapshot.records)])
@@ -212,6 +265,7 @@ class AggregatorService:
         pending = None if snapshot.pending is None else self._rules(snapshot, snapshot.pending)
         snapshot = self._keep_base(snapshot)
         machine = RoundMachine(rules, snapshot, now, pending=pending)
+        self.has_claimed = True
         self._history.open(snapshot.records, epoch=snapshot.epoch, version=snapshot.version, now=now)
         archive = UpdateArchive(self.folder / "updates", snapshot.epoch) if self._config.keep_updates else None
         return _Reign(machine, snapshot, archive)
@@ -237,7 +291,10 @@ class AggregatorService:
             ) from None
 
     def _read(self, delivery: Delivery) -> on.Happening | None:
-        assert self._led is not None  # noqa: S101  (nothing is delivered before the turn)
+        if self._led is None:
+            if delivery.token is not None:  # it was given to this one, which cannot lead yet
+                self._early.append(delivery)
+            return None
         self._delivery = delivery
         if delivery.source is not Source.UPDATE:
             return self._read_aside(delivery, self._led.machine)
@@ -246,7 +303,7 @@ class AggregatorService:
             case Update() as update:
                 if update.base_epoch > self._led.epoch:
                     # A newer aggregator has spoken to this worker: the update is for it, and goes back to the queue.
-                    self._store.require_epoch(self._led.epoch)
+                    self._require_ours()
                 return on.Arrived(delivery.token, update, len(delivery.body))
             case reason, detail:
                 return on.Unreadable(delivery.token, reason, detail, str(delivery.headers.get("worker", "")))
@@ -270,7 +327,7 @@ class AggregatorService:
     def _ordered(self, command: Command, delivery: Delivery, machine: RoundMachine) -> on.Ordered | None:
         assert delivery.token is not None  # noqa: S101  (the caller has looked)
         order = None
-        if command.action is Action.SET:
+        if command.action is Action.SET and not machine.controls.knows(command.id):
             try:
                 changes = self._config.normal({**machine.controls.newest, **command.changes})
                 order = Order(changes, self._config.changed(changes).rules(machine.model.nbytes))

@@ -308,7 +308,10 @@ class Plan:
     """Synchronous rounds: the share of workers that train; each decides for itself, see ``is_sampled``."""
     seed: Count = 0
     attempt: Count = 0
-    """Counts up when the same version is asked for again because too few usable updates came."""
+    """Counts up whenever the same version is told again with another plan, so that the newer one is known."""
+    asked: Count = 0
+    """Counts up when updates for the same version are asked for again, because too few usable ones came: each worker
+    may then send as many as if it had sent none."""
     answered: Annotated[tuple[Name, ...], Field(max_length=1000)] = ()
     """Synchronous rounds, where workers are asked again: those whose update is in already, or a thousand of them."""
     updates_per_version: Count = 1
@@ -321,12 +324,12 @@ class Plan:
     def is_sampled(self, worker: str, version: int) -> bool:
         """Whether ``worker`` takes part in the round of ``version``: the same answer on both sides.
 
-        A hash of (seed, version, attempt, worker) read as a number in [0, 1) is compared with ``fraction``,
+        A hash of (seed, version, asked, worker) read as a number in [0, 1) is compared with ``fraction``,
         so no list of workers is needed and each one is sampled independently (Bernoulli sampling).
         """
         if worker in self.answered:
             return False
-        text = f"{self.seed}:{version}:{self.attempt}:{worker}".encode()
+        text = f"{self.seed}:{version}:{self.asked}:{worker}".encode()
         draw = int.from_bytes(hashlib.sha256(text).digest()[:8], "big") / 2**64
         return draw < self.fraction
 

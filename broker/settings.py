@@ -33,7 +33,9 @@ class Table(BaseModel):
     """Base of a table: frozen, no unknown keys, wrong types are errors and not guesses."""
 
     # The docstring under a field becomes its description, from which docs/configuration.md is made.
-    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True, use_attribute_docstrings=True)
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, validate_default=True, use_attribute_docstrings=True, allow_inf_nan=False
+    )
 
 
 class BrokerConfig(Table):

@@ -119,7 +119,7 @@ class Trainer:
         self._state.load(parameters.tensors)
         self._model.zero_grad(set_to_none=True)
         seed = derived_seed(
-            self._task.seed, self._config.name, (parameters.epoch, parameters.version, parameters.plan.attempt), ordinal
+            self._task.seed, self._config.name, (parameters.epoch, parameters.version, parameters.plan.asked), ordinal
         )
         context = TrainingContext(
             mode=parameters.plan.mode,

@@ -44,6 +44,10 @@ class Controls:
         """All changes, in force or to come: what a further change adds to."""
         return self.changes if self.pending is None else self.pending.changes
 
+    def knows(self, command: str) -> bool:
+        """Whether ``command`` was executed."""
+        return command in self.commands
+
     def hold(self, command: str, token: Token) -> None:
         """``command`` is executed; its message is acknowledged when that is durable."""
         self.held[command] = [token]

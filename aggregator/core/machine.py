@@ -94,6 +94,7 @@ class RoundMachine:
         self._last_arrival = now
         self._ask_again_at: float | None = None
         self._spoiled = 0
+        self._gave_up = False
         self._stopping = self._finished = self._announced = self._linked = False
         self._done_at = now
         self._set_done(now)
@@ -226,7 +227,8 @@ class RoundMachine:
             controls.held[command].append(event.token)
             return []
         if command in controls.commands:
-            return [do.Ack(event.token)]
+            executed = do.Executed(command, self.version, is_pending=controls.pending is not None)
+            return [do.Ack(event.token), do.Record(executed)]
         controls.hold(command, event.token)
         match event.action:
             case Action.SET:
@@ -259,7 +261,9 @@ class RoundMachine:
 
     def _renew_plan(self) -> list[do.Effect]:
         """Tell the workers of another plan for the version that they have."""
-        self._round.plan = replace(self._plan(self._round.plan.attempt + 1), answered=self._answered())
+        plan = self._round.plan
+        self._round.plan = replace(self._plan(plan.attempt + 1), asked=plan.asked, answered=plan.answered)
+        self._round.draws.clear()
         # A version that is not durable, or a connection that is not there, will bring the plan with it.
         ready = self._linked and self._durable.version == self.version
         return [self._broadcast()] if ready else []
@@ -328,7 +332,7 @@ class RoundMachine:
         self._round.opened = now
         self._round.refused.clear()
         plan = self._round.plan
-        self._round.plan = replace(plan, attempt=plan.attempt + 1, answered=self._answered())
+        self._round.plan = replace(plan, attempt=plan.attempt + 1, asked=plan.asked + 1, answered=self._answered())
         return [do.Record(do.Warn(text)), self._broadcast()]
 
     def _close(self, now: float) -> list[do.Effect]:
@@ -454,6 +458,7 @@ class RoundMachine:
     def _failed(self, commit: int, error: str, now: float) -> list[do.Effect]:
         if self._commits.land(commit) is None:
             return []
+        self._gave_up = self._stopping
         self._commits.retry_at = now + self.rules.retry_seconds
         return [do.Record(do.Warn(f"checkpoint not written ({error}); nothing was acknowledged; trying again"))]
 
@@ -467,6 +472,10 @@ class RoundMachine:
 
     def _finish(self, now: float) -> do.Finish | None:
         commits = self._commits
+        if self._gave_up and not self._finished:
+            # Whoever asked it to leave must not wait for room on the disk; nothing was acknowledged.
+            self._finished = True
+            return do.Finish("stopped")
         if self._finished or commits.flight or commits.held or self._records or self.controls.held:
             return None
         reason = None

@@ -25,7 +25,7 @@ class Round:
     refused: set[str] = field(default_factory=set)
     """Workers whose answer to this attempt was rejected."""
     draws: dict[tuple[int, str], bool] = field(default_factory=dict)
-    """Who was sampled, by attempt and worker, as far as that was asked."""
+    """Who was sampled, by question and worker, as far as that was asked."""
 
     @property
     def folded(self) -> set[str]:
@@ -34,7 +34,7 @@ class Round:
 
     def is_sampled(self, worker: str) -> bool:
         """Whether ``worker`` takes part: the plan's draw, which takes a hash, made once."""
-        key = self.plan.attempt, worker
+        key = self.plan.asked, worker
         if key not in self.draws:
             self.draws[key] = self.plan.is_sampled(worker, self.version)
         return self.draws[key]

@@ -61,10 +61,10 @@ class Operator:
             BrokerError: the broker cannot be reached or refuses.
         """
         message = Outgoing(body=encode(command), message_id=command.id, headers={"run": command.run})
-        future = self._publisher.publish(CONTROL, self._topology.command_key, message, kind="command")
         try:
+            # First, or a quick answer would be gone before anybody listens.
             self._watch.watching.result(self._patience)
-            future.result(self._patience)
+            self._publisher.publish(CONTROL, self._topology.command_key, message, kind="command").result(self._patience)
         except TimeoutError:
             problem = self._publisher.link.problem or "it takes no messages (memory or disk alarm?)"
             raise BrokerUnreachable(f"RabbitMQ did not take the command: {problem}") from None

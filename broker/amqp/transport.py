@@ -25,7 +25,7 @@ from broker.amqp.publisher import Publisher, plain
 from broker.amqp.session import Channel
 from broker.amqp.turn import Turn
 from broker.amqp.versions import newest_broadcast, order_of, read_versions
-from broker.errors import BrokerError, BrokerUnreachable, MessageTooLarge, Unroutable
+from broker.errors import BrokerError, BrokerUnreachable, MessageTooLarge, PublishRefused, Unroutable
 from broker.messages import NAME_PATTERN, Reason
 from broker.seldom import Seldom
 from broker.settings import BrokerConfig
@@ -169,6 +169,10 @@ class AmqpAggregatorTransport(_Transport):
         # Of this generation, by delivery tag: the routing key and properties, for a copy in the dead letters.
         self._unacked: dict[int, tuple[str, pika.BasicProperties]] = {}
         self._newest: Outgoing | None = None
+        # One broadcast is with the publisher, and the newest of those that came since waits: while the broker
+        # takes nothing, versions that nobody will read must not pile up.
+        self._broadcasting = False
+        self._next: tuple[Outgoing, Future[None]] | None = None
         self._has_declared = False
         self._turn = Turn(topology, self._publisher, standby=self._stand_by)
 
@@ -185,8 +189,12 @@ class AmqpAggregatorTransport(_Transport):
         """See the port. Tried again until it succeeds or a newer one has taken its place."""
         future: Future[None] = Future()
         future.set_running_or_notify_cancel()
-        self._newest = message
-        self._broadcast(message, future)
+        with self._lock:
+            self._newest = message
+            replaced, self._next = self._next, (message, future)
+        if replaced is not None:
+            replaced[1].set_exception(PublishRefused("a newer version has taken its place"))
+        self._broadcast_next()
         return future
 
     def notify(self, worker: str, message: Outgoing) -> None:
@@ -203,7 +211,7 @@ class AmqpAggregatorTransport(_Transport):
         gone = await self._declare(channel)
         if self._topology.parameters in gone and self._newest is not None and self._connected:
             # Else whoever joins finds nothing in the new stream until the next version.
-            self._broadcast(self._newest, Future())
+            self.broadcast(self._newest)
 
     async def _declare(self, channel: Channel) -> tuple[str, ...]:
         """Declare what the run needs; the names of what was there once and was missing."""
@@ -307,6 +315,19 @@ class AmqpAggregatorTransport(_Transport):
             facts, body = {**facts, "body": f"{len(body)} bytes, left out"}, b""
         self._redeclare_for(error)
         self._consumer.call(self._bury, token, facts, body, attempt + 1, after=pause(attempt))
+
+    def _broadcast_next(self) -> None:
+        with self._lock:
+            if self._broadcasting or self._next is None:
+                return
+            (message, future), self._next = self._next, None
+            self._broadcasting = True
+        future.add_done_callback(self._broadcast_over)
+        self._broadcast(message, future)
+
+    def _broadcast_over(self, _future: Future[None]) -> None:
+        self._broadcasting = False
+        self._broadcast_next()
 
     def _broadcast(self, message: Outgoing, future: Future[None], attempt: int = 1) -> None:
         sent = self._publisher.publish(self._topology.parameters, "", message, kind="parameters")

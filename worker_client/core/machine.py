@@ -132,8 +132,8 @@ class WorkerMachine:
             return []
         allowance = 1 if plan.rounds is Rounds.SYNCHRONOUS else plan.updates_per_version
         # With the epoch: an aggregator that came back may not know that it rejected this worker's update, or may
-        # come from an older copy. With the attempt: it asks again. Whose update is in stands in the plan.
-        this_round = (head.epoch, head.version, plan.attempt)
+        # come from an older copy. And it may ask again. Whose update is in stands in the plan.
+        this_round = (head.epoch, head.version, plan.asked)
         if this_round != self._round:
             self._round, self._trained_in_round = this_round, 0
         if self._trained_in_round >= allowance:

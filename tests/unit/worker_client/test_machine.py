@@ -127,7 +127,9 @@ def test_a_synchronous_round_is_answered_once_whatever_the_allowance() -> None:
 def test_another_attempt_at_a_synchronous_round_is_answered_again() -> None:
     worker = machine(arrived(5, **SYNCHRONOUS), *TRAINED_AND_PUBLISHED)
 
-    assert worker.handle(arrived(5, attempt=1, **SYNCHRONOUS)) == [ev.Train(head_of(5, attempt=1, **SYNCHRONOUS), 0)]
+    assert worker.handle(arrived(5, attempt=1, asked=1, **SYNCHRONOUS)) == [
+        ev.Train(head_of(5, attempt=1, asked=1, **SYNCHRONOUS), 0)
+    ]
 
 
 @pytest.mark.parametrize("worker", [f"w{n}" for n in range(10)])

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from broker.errors import BrokerUnreachable, MessageTooLarge, Unroutable
+from broker.errors import BrokerUnreachable, MessageTooLarge, PublishRefused, Unroutable
 from broker.messages import Reason
 from broker.transport import Outgoing, Source, Token
 from tests.contract.backends import (
@@ -314,3 +314,20 @@ def test_a_transport_that_is_not_open_says_so_and_closes_as_often_as_one_likes(b
     opened.close()
     opened.close()
     assert isinstance(opened.publish(Outgoing(body=b"a")).exception(PATIENCE), BrokerUnreachable)
+
+
+def test_of_the_versions_that_come_while_one_is_on_its_way_the_newest_arrives(backend: Backend) -> None:
+    """Each is settled; none waits for ever, and the last one is what workers get."""
+    aggregator = backend.aggregator()
+    aggregator.open(Inbox(), wait=PATIENCE)
+    worker, inbox = backend.worker("w0"), Inbox()
+    worker.open(inbox, wait=PATIENCE)
+
+    futures = [aggregator.broadcast(version(1, number)) for number in range(50)]
+
+    errors = [future.exception(PATIENCE) for future in futures]
+    assert errors[-1] is None
+    assert all(error is None or isinstance(error, PublishRefused) for error in errors)
+    inbox.wait(lambda: inbox.bodies(Source.PARAMETERS)[-1:] == [b"1.49.0"])
+    worker.close()
+    aggregator.close()

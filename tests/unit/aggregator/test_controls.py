@@ -190,6 +190,18 @@ def test_commands_of_a_lost_connection_are_not_acknowledged_on_the_next() -> Non
     assert driver.acked == [again]
 
 
+def test_who_is_asked_to_leave_while_the_disk_takes_nothing_leaves_and_acknowledges_nothing() -> None:
+    machine = RoundMachine(SMALL, snapshot_of({"w": vector(0)}), 0.0)
+    machine.handle(on.LinkUp(1), 0.0)
+    machine.handle(on.Arrived(Token(1, 1), update_of(ONE), 8), 0.0)
+    (write,) = [e for e in machine.handle(on.StopRequested(), 0.0) if isinstance(e, do.WriteCheckpoint)]
+
+    effects = machine.handle(on.CheckpointFailed(write.commit, "disk full"), 1.0)
+
+    assert do.Finish("stopped") in effects
+    assert not any(isinstance(effect, do.Ack) for effect in effects)
+
+
 # --------------------------------------------------------------------------------------------- taking a run back
 
 
@@ -284,6 +296,11 @@ def test_changes_are_checked_like_the_settings_file() -> None:
         ({"bufer_size": 4}, "did you mean buffer_size"),
         ({"minimum_updates": 9}, "larger than buffer_size"),
         ({"commit_count": 5}, "cannot be changed"),
+        ({"buffer_size": 10**20}, "aggregator.buffer_size"),
+        ({"updates_per_version": 2**53}, "aggregator.updates_per_version"),
+        ({"learning_rate": "inf"}, "aggregator.learning_rate"),
+        ({"linger": float("inf")}, "aggregator.linger"),
+        ({"worker_timeout": "nan"}, "aggregator.worker_timeout"),
     ],
 )
 def test_a_change_that_makes_no_sense_says_what_is_wrong(changes: dict[str, Any], words: str) -> None:

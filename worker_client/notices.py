@@ -5,8 +5,15 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from broker.messages import Reason
+from worker_client.core.rejections import MOST_NOT_FINITE
 
-__all__ = ["MEANINGS"]
+__all__ = ["DIVERGED", "MEANINGS"]
+
+DIVERGED = (
+    f"training diverges: the last {MOST_NOT_FINITE} updates held NaN or infinity and were rejected. Lower "
+    "worker.learning_rate, set worker.clip_norm, or look for what is wrong in the task's loss or data; then start "
+    "this worker again"
+)
 
 MEANINGS: Mapping[Reason, str] = {
     Reason.MALFORMED: "it could not be read; is everything between here and there the same release of fedmq?",

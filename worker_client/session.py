@@ -16,7 +16,7 @@ from concurrent.futures import Future
 from dataclasses import dataclass, fields, replace
 from typing import Any, Protocol, assert_never
 
-from broker.errors import BrokerError, ConnectionLost, FedmqError, WireError
+from broker.errors import BrokerError, ConnectionLost, FedmqError, TaskError, WireError
 from broker.messages import Event, EventKind, Parameters, ParametersHead, Reason, Role, UpdateId
 from broker.seldom import Seldom
 from broker.transport import Connected, Delivery, Disconnected, Failed, Outgoing, Source, Standby, WorkerTransport
@@ -26,7 +26,7 @@ from worker_client.context import Abandoned
 from worker_client.core import EvaluatorMachine, WorkerMachine
 from worker_client.core import events as ev
 from worker_client.mailbox import Bench, Finished, Item, Mailbox, Published
-from worker_client.notices import MEANINGS
+from worker_client.notices import DIVERGED, MEANINGS
 from worker_client.outbox import Outbox
 from worker_client.sending import Sender
 from worker_client.training import Evaluation, Trained, Trainer
@@ -97,7 +97,7 @@ class Session:
         self._base: Parameters | None = None
         self._trained: Trained | None = None
         self._publishing: tuple[UpdateId, Outgoing] | None = None
-        self._alarms: dict[type[ev.BackOffOver | ev.GraceOver], float] = {}
+        self._alarms: dict[type[ev.BackOffOver | ev.RestOver | ev.GraceOver], float] = {}
         self._hello: Future[None] | None = None
         self._farewells: dict[str, Future[None]] = {}
         self._connected = False
@@ -257,7 +257,7 @@ class Session:
                 # The effects after it still count: if the machine gave up already, the last of them is Exit.
                 self._fail(error)
 
-    def _do(self, effect: ev.Effect) -> None:
+    def _do(self, effect: ev.Effect) -> None:  # noqa: PLR0912 - one branch a kind of effect
         match effect:
             case ev.SayHello(version):
                 self._greet(version)
@@ -274,10 +274,15 @@ class Session:
                 self._send()
             case ev.BackOff(seconds):
                 self._alarms[ev.BackOffOver] = time.monotonic() + seconds
+            case ev.Rest(seconds):
+                log.info("the next training waits for %.1f s, because updates were rejected", seconds)
+                self._alarms[ev.RestOver] = time.monotonic() + seconds
             case ev.SayGoodbye(reason):
                 self._say_goodbye(reason)
             case ev.Exit(reason):
                 self._reason = reason
+                if reason == "diverged":
+                    self._error = TaskError(DIVERGED)
                 if reason == "failed" and self._error is None:
                     self._error = BrokerError("the aggregator rejects what this worker publishes; see the warnings")
             case _:

@@ -29,7 +29,7 @@ from aggregator.core.rounds import Buffered, RoundRule, Synchronous
 from aggregator.core.rules import CommitPolicy, Rules
 from aggregator.core.snapshot import Changes, Snapshot
 from aggregator.optimizers import Sgd
-from broker.messages import Action, Goodbye, Hello, ParametersHead, Role, Update, UpdateId
+from broker.messages import Action, Goodbye, Hello, ParametersHead, Reason, Role, Update, UpdateId
 from broker.transport import Token
 from tests.support.builders import RUN, rules_of, snapshot_of, update_of
 from worker_client.core import WorkerMachine
@@ -172,10 +172,13 @@ class World:
                 if isinstance(thing, Update):
                     assert thing.id in Ledger(self.disk.ledger), "acknowledged before it was durable"
                 self.later(0.0, self.pump)
-            case do.Reject(token, _, _):
+            case do.Reject(token, reason, _):
                 thing = self.unacked.pop(token)
                 assert isinstance(thing, Update)
                 self.dead.add(thing.id)
+                if isinstance(reason, Reason):
+                    notice = ev.NoticeArrived(reason, thing.id)
+                    self.later(0.1, lambda: self.notify(notice))
                 self.later(0.0, self.pump)
             case do.WriteCheckpoint(commit, snapshot):
                 copied = copy.deepcopy(snapshot)
@@ -194,6 +197,14 @@ class World:
                 self.requeue()
                 self.aggregator = None
                 self.reign += 1
+
+    def notify(self, notice: ev.NoticeArrived) -> None:
+        """Tell a worker of a rejection, mostly."""
+        if self.faults and self.random.random() < 0.2:
+            return
+        for worker in self.workers:
+            if worker.name == notice.update.worker:
+                self.say(worker, notice)
 
     def written(self, commit: int, snapshot: Snapshot, reign: int, *, fails: bool) -> None:
         if reign != self.reign:
@@ -259,6 +270,8 @@ class World:
                     self.publish(worker, life)
                 case ev.BackOff(seconds):
                     soon(seconds, ev.BackOffOver())
+                case ev.Rest(seconds):
+                    soon(seconds, ev.RestOver())
                 case ev.Abandon():
                     soon(0.1, ev.Abandoned())
                 case ev.SayGoodbye(reason):

@@ -42,7 +42,7 @@ class EvaluatorMachine:
             case ev.Failed(detail):
                 self.state = State.GONE
                 return [ev.SayGoodbye(detail), ev.Exit("failed")]
-            case ev.BackOffOver() | ev.NoticeArrived():
+            case ev.BackOffOver() | ev.RestOver() | ev.NoticeArrived():
                 return []
             case _:
                 raise RuntimeError(f"an evaluator knows no {event}")

@@ -25,6 +25,8 @@ __all__ = [
     "PublishAgain",
     "PublishConfirmed",
     "PublishFailed",
+    "Rest",
+    "RestOver",
     "SayGoodbye",
     "SayHello",
     "StopRequested",
@@ -76,6 +78,11 @@ class BackOffOver:
 
 
 @dataclass(frozen=True, slots=True)
+class RestOver:
+    """The time that ``Rest`` asked to wait is over."""
+
+
+@dataclass(frozen=True, slots=True)
 class NoticeArrived:
     """The aggregator rejected ``update``."""
 
@@ -109,6 +116,7 @@ Event = (
     | PublishConfirmed
     | PublishFailed
     | BackOffOver
+    | RestOver
     | NoticeArrived
     | StopRequested
     | GraceOver
@@ -161,6 +169,13 @@ class BackOff:
 
 
 @dataclass(frozen=True, slots=True)
+class Rest:
+    """Report ``RestOver`` after ``seconds``; a second one replaces the first."""
+
+    seconds: float
+
+
+@dataclass(frozen=True, slots=True)
 class SayGoodbye:
     """Tell the aggregator that the worker leaves, and why."""
 
@@ -169,9 +184,9 @@ class SayGoodbye:
 
 @dataclass(frozen=True, slots=True)
 class Exit:
-    """Close everything and return. ``reason`` is ``done``, ``limit``, ``stopped`` or ``failed``."""
+    """Close everything and return. ``reason`` is ``done``, ``limit``, ``stopped``, ``diverged`` or ``failed``."""
 
     reason: str
 
 
-Effect = SayHello | Train | Evaluate | Abandon | Publish | PublishAgain | BackOff | SayGoodbye | Exit
+Effect = SayHello | Train | Evaluate | Abandon | Publish | PublishAgain | BackOff | Rest | SayGoodbye | Exit

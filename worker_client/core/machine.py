@@ -6,6 +6,9 @@
                            │                  ▼      │
                            └──abandoned    BACKING_OFF          any state ──Exit──▶ GONE
 
+A worker whose update was rejected for what it holds is RESTING for a while before it trains again, in place of
+WAITING; the longer, the more were rejected in a row.
+
 One update is in hand at any time. A newer version that arrives in mid-training does not stop the training:
 that is what staleness is for. Time and chance come from outside; nothing here does I/O.
 """
@@ -15,8 +18,9 @@ from __future__ import annotations
 import hashlib
 from enum import StrEnum
 
-from broker.messages import ParametersHead, Reason, Rounds
+from broker.messages import ParametersHead, Reason, Rounds, UpdateId
 from worker_client.core import events as ev
+from worker_client.core.rejections import Rejections
 
 __all__ = ["State", "WorkerMachine", "is_newer"]
 
@@ -36,6 +40,7 @@ class State(StrEnum):
     EVALUATING = "evaluating"
     PUBLISHING = "publishing"
     BACKING_OFF = "backing-off"
+    RESTING = "resting"
     GONE = "gone"
 
 
@@ -69,6 +74,8 @@ class WorkerMachine:
         self._round: tuple[int, int, int] | None = None
         self._trained_in_round = 0
         self._failures = 0
+        self._rejections = Rejections()
+        self._rest_owed = False
         self._leaving: str | None = None
 
     def handle(self, event: ev.Event) -> list[ev.Effect]:  # noqa: PLR0911, PLR0912 - one branch a kind of event
@@ -95,9 +102,11 @@ class WorkerMachine:
                 return self._refused()
             case ev.BackOffOver():
                 return self._publish_again()
+            case ev.RestOver():
+                return self._next() if self.state is State.RESTING else []
             case ev.NoticeArrived(reason, update):
                 ours = (update.worker, update.incarnation) == (self._worker, self._incarnation)
-                return self._fail(f"update {update} rejected: {reason}") if ours and reason in HOPELESS else []
+                return self._rejected(reason, update) if ours else []
             case ev.StopRequested():
                 return self._leave("stopped")
             case ev.GraceOver():
@@ -126,6 +135,10 @@ class WorkerMachine:
         if head is None:
             return []
         plan = head.plan
+        if self._rest_owed:
+            self._rest_owed = False
+            self.state = State.RESTING
+            return [ev.Rest(self._spread(self._rejections.rest, self._rejections.in_a_row))]
         if plan.paused:
             return []
         if plan.rounds is Rounds.SYNCHRONOUS and not plan.is_sampled(self._worker, head.version):
@@ -164,9 +177,21 @@ class WorkerMachine:
         self.state = State.BACKING_OFF
         self._failures += 1
         longest = min(LONGEST_BACK_OFF, FIRST_BACK_OFF * 2 ** min(self._failures - 1, 10))
-        # Spread out, lest all workers come back to a full queue at once; by hash, for want of randomness here.
-        draw = hashlib.sha256(f"{self._worker}:{self._incarnation}:{self._failures}".encode()).digest()[0] / 256
-        return [ev.BackOff(longest * (0.5 + draw / 2))]
+        return [ev.BackOff(self._spread(longest, self._failures))]
+
+    def _spread(self, longest: float, attempt: int) -> float:
+        # Lest all workers come back to a full queue at once; by hash, for want of randomness here.
+        draw = hashlib.sha256(f"{self._worker}:{self._incarnation}:{attempt}".encode()).digest()[0] / 256
+        return longest * (0.5 + draw / 2)
+
+    def _rejected(self, reason: Reason, update: UpdateId) -> list[ev.Effect]:
+        if reason in HOPELESS:
+            return self._fail(f"update {update} rejected: {reason}")
+        self._rest_owed |= self._rejections.add(reason, update.seq)
+        if self._rejections.has_diverged:
+            return self._exit("diverged")
+        # What is trained or published just now takes its course; the rest comes before the next training.
+        return self._next() if self._rest_owed and self.state in {State.WAITING, State.RESTING} else []
 
     def _publish_again(self) -> list[ev.Effect]:
         if self.state is not State.BACKING_OFF:

@@ -34,6 +34,7 @@ from broker.wire import decode, encode
 from tests.unit.worker_client.models import RUN, Points, config, version_of
 from worker_client.client import Summary, run_evaluator, run_worker
 from worker_client.config import WorkerConfig
+from worker_client.core.rejections import MOST_NOT_FINITE
 from worker_client.task import Examples, Shard, Task, TrainingContext, TrainingResult
 from worker_client.training import initial_parameters
 
@@ -442,13 +443,19 @@ def test_an_update_that_diverged_is_published_with_a_warning(
             return TrainingResult(examples=1, metrics={"loss": float("nan")}, tensors=tensors)
 
     aggregator = Aggregator(broker, Points())
-    with caplog.at_level(logging.WARNING), running(broker, Diverging()):
+    with caplog.at_level(logging.WARNING), running(broker, Diverging()) as worker:
         aggregator.broadcast(0)
         [update] = aggregator.wait_for(lambda: aggregator.of(Update))
         aggregator.wait_for(lambda: aggregator.of(Event) and aggregator.of(Event)[-1].data["confirmed"] == 1)
+        last = aggregator.of(Event)[-1]
+        for seq in range(MOST_NOT_FINITE):
+            notice = f"w0/{update.id.incarnation}/{seq}"
+            aggregator.notify("w0", reason=str(Reason.NOT_FINITE), update=notice)
+        with pytest.raises(TaskError, match="training diverges: the last 10 updates"):
+            worker.result(LIMIT)
 
     assert np.isnan(update.tensors["0.weight"]).all()
-    assert aggregator.of(Event)[-1].data["loss"] is None
+    assert last.data["loss"] is None
     assert "training diverged" in caplog.text
 
 

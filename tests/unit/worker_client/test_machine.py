@@ -264,7 +264,7 @@ def test_a_failure_ends_it_in_any_state() -> None:
 # --------------------------------------------------------------------------------------------------- notices
 
 
-@pytest.mark.parametrize("reason", [Reason.TOO_STALE, Reason.ROUND_CLOSED, Reason.RUN_DONE, Reason.NOT_FINITE])
+@pytest.mark.parametrize("reason", [Reason.TOO_STALE, Reason.ROUND_CLOSED, Reason.RUN_DONE])
 def test_a_rejection_that_time_cures_changes_nothing(reason: Reason) -> None:
     worker = machine(arrived(0))
 
@@ -285,6 +285,76 @@ def test_a_rejection_of_a_predecessors_update_is_not_its_own() -> None:
     assert machine().handle(ev.NoticeArrived(Reason.MODEL_MISMATCH, UpdateId("w0", "before", 3))) == NOTHING
 
 
+def rejected(seq: int, reason: Reason = Reason.NOT_FINITE) -> ev.NoticeArrived:
+    return ev.NoticeArrived(reason, UpdateId("w0", "i0", seq))
+
+
+def rest_of(effects: list[ev.Effect]) -> float:
+    [effect] = effects
+    assert isinstance(effect, ev.Rest)
+    return effect.seconds
+
+
+def test_after_a_rejection_the_next_training_waits_ever_longer() -> None:
+    worker = machine()
+    rests = []
+    for seq in range(9):
+        assert isinstance(worker.handle(arrived(seq))[0], ev.Train)
+        for event in TRAINED_AND_PUBLISHED:
+            worker.handle(event)
+        rests.append(rest_of(worker.handle(rejected(seq))))
+        assert worker.state is State.RESTING
+        assert worker.handle(ev.RestOver()) == NOTHING
+
+    assert 0.5 <= rests[0] <= 1
+    assert 30 <= rests[-1] <= 60
+
+
+def test_what_arrives_while_it_rests_is_trained_afterwards() -> None:
+    worker = machine(arrived(0), *TRAINED_AND_PUBLISHED, rejected(0))
+
+    assert worker.handle(arrived(0, attempt=1, asked=1)) == NOTHING
+    assert worker.handle(ev.Connected()) == [ev.SayHello(0)]
+    assert worker.handle(ev.RestOver()) == [ev.Train(head_of(0, attempt=1, asked=1), 0)]
+    assert worker.handle(ev.RestOver()) == NOTHING
+
+
+def test_a_training_in_progress_is_published_before_the_rest() -> None:
+    worker = machine(arrived(0), *TRAINED_AND_PUBLISHED, arrived(1))
+
+    assert worker.handle(rejected(0)) == NOTHING
+    assert worker.handle(ev.TrainingDone()) == [ev.Publish()]
+    assert rest_of(worker.handle(ev.PublishConfirmed())) <= 1
+
+
+@pytest.mark.parametrize("reason", [Reason.TOO_STALE, Reason.SECOND_IN_ROUND, Reason.ROLLED_BACK])
+def test_a_rejection_for_its_time_asks_for_no_rest(reason: Reason) -> None:
+    worker = machine(arrived(0), *TRAINED_AND_PUBLISHED)
+
+    assert worker.handle(rejected(0, reason)) == NOTHING
+    assert worker.state is State.WAITING
+
+
+def test_a_resting_worker_can_be_asked_to_leave() -> None:
+    for leave, reason in ((ev.StopRequested(), "stopped"), (arrived(9, done=True), "done")):
+        assert machine(arrived(0), *TRAINED_AND_PUBLISHED, rejected(0)).handle(leave) == GOODBYE[reason]
+
+
+def test_it_gives_up_after_ten_updates_in_a_row_that_are_not_finite() -> None:
+    worker = machine(*map(rejected, range(9)))
+
+    assert worker.handle(rejected(9)) == [ev.SayGoodbye("diverged"), ev.Exit("diverged")]
+
+
+def test_an_update_that_was_taken_between_them_ends_the_row() -> None:
+    worker = machine(arrived(0), *TRAINED_AND_PUBLISHED, *map(rejected, range(9)))
+
+    # Nobody said anything against 9; and the former ones may be told again, or replayed from the dead letters.
+    assert rest_of(worker.handle(rejected(10))) <= 1
+    for seq in range(10):
+        assert worker.handle(rejected(seq)) == NOTHING
+
+
 # ------------------------------------------------------------------------------------------------- invariants
 
 
@@ -302,12 +372,13 @@ VERSIONS: st.SearchStrategy[ev.Event] = st.builds(
     updates_per_version=st.integers(1, 3),
     rounds=st.sampled_from(Rounds),
 )
-ALWAYS: st.SearchStrategy[ev.Event] = st.sampled_from([ev.Connected(), ev.BackOffOver()])
+ALWAYS: st.SearchStrategy[ev.Event] = st.sampled_from([ev.Connected(), ev.BackOffOver(), ev.RestOver()])
 IN_STATE: dict[State, st.SearchStrategy[ev.Event]] = {
     State.WAITING: VERSIONS | ALWAYS,
     State.TRAINING: VERSIONS | ALWAYS | st.just(ev.TrainingDone()),
     State.PUBLISHING: VERSIONS | ALWAYS | st.sampled_from([ev.PublishConfirmed(), ev.PublishFailed()]),
     State.BACKING_OFF: VERSIONS | ALWAYS,
+    State.RESTING: VERSIONS | ALWAYS | st.just(ev.RestOver()),
 }
 
 
@@ -315,14 +386,17 @@ IN_STATE: dict[State, st.SearchStrategy[ev.Event]] = {
 def test_whatever_happens_one_update_is_in_hand_and_the_newest_version_is_trained(data: st.DataObject) -> None:
     worker = WorkerMachine("w0", "i0")
     trainings: list[ev.Train] = []
-    for _ in range(data.draw(st.integers(0, 40))):
+    for turn in range(data.draw(st.integers(0, 40))):
         before = worker.state
+        if data.draw(st.integers(0, 9)) == 0:
+            worker.handle(rejected(turn, Reason.NO_EXAMPLES))
+            before = worker.state
         effects = worker.handle(data.draw(IN_STATE[worker.state]))
 
         works = [effect for effect in effects if isinstance(effect, ev.Train | ev.Publish | ev.PublishAgain)]
         assert len(works) <= 1
         if works and isinstance(works[0], ev.Train):
-            assert before in {State.WAITING, State.PUBLISHING}
+            assert before in {State.WAITING, State.PUBLISHING, State.RESTING}
             assert works[0].head == worker.newest
             trainings.append(works[0])
 

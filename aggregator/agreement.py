@@ -27,6 +27,11 @@ class Agreement:
 
     snapshot: Snapshot
     problems: list[str] = field(default_factory=list)
+    """What does not agree, but for the following two."""
+    damaged: list[str] = field(default_factory=list)
+    """Lines that cannot be read."""
+    gaps: list[str] = field(default_factory=list)
+    """Versions that no line tells of."""
     versions: int = 0
     """Versions up to the checkpoint's that are told."""
     newest: int = 0
@@ -59,7 +64,7 @@ class Agreement:
     def _records(self, history: Path) -> Iterator[VersionRecord]:
         for start, line in scan_history(history):
             if line is None:
-                self.problems.append(f"{history.name}: the line at byte {start} is damaged")
+                self.damaged.append(f"{history.name}: the line at byte {start} is damaged")
             elif line.get("kind") == "version":
                 yield from self._record(history, line)
 
@@ -67,7 +72,7 @@ class Agreement:
         try:
             yield version_record(line)
         except CheckpointCorrupt as error:
-            self.problems.append(f"{history.name}: {error}")
+            self.damaged.append(f"{history.name}: {error}")
 
     def _take(self, record: VersionRecord) -> None:
         version = record.version
@@ -99,7 +104,7 @@ class Agreement:
         missing = [version for version in range(first, last + 1) if not self._is_void(version)]
         if missing:
             which = f"version {missing[0]}" if len(missing) == 1 else f"{len(missing)} versions from {missing[0]} on"
-            self.problems.append(f"no line tells of {which}")
+            self.gaps.append(f"no line tells of {which}")
 
     def _close(self) -> None:
         snapshot = self.snapshot

@@ -13,6 +13,7 @@ from __future__ import annotations
 import os
 import struct
 import threading
+from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO
 
@@ -27,6 +28,8 @@ from broker.wire.envelope import MAX_HEADER, PREFIX, unpack
 __all__ = ["KeptUpdates", "UpdateArchive", "base_file"]
 
 HEAD = struct.Struct("<QQ")
+#: Bytes that a check reads at once.
+PIECE = 1 << 20
 
 #: Where a record begins takes one number: the file's epoch, and so many bits for the position in it.
 _OFFSET_BITS = 48
@@ -143,6 +146,24 @@ class KeptUpdates:
             except OSError as error:
                 raise CheckpointError(f"{file} cannot be read: {error.strerror or error}") from None
 
+    def __len__(self) -> int:
+        """Updates that were found; one that stands there twice counts once."""
+        return sum(len(by_seq) for by_seq in self._places.values())
+
+    def check(self) -> Iterator[str]:
+        """Read all records that were found; where one does not match its checksum.
+
+        Raises :class:`CheckpointError` if a file cannot be read.
+        """
+        for file, end in sorted(self._ends.items()):
+            try:
+                with file.open("rb") as content:
+                    for start, is_sound in _records(content, end):
+                        if not is_sound:
+                            yield f"{file}: the record at byte {start} does not match its checksum"
+            except (OSError, struct.error) as error:
+                raise CheckpointError(f"{file} cannot be read: {error}") from None
+
     def has(self, update_id: UpdateId, epoch: int) -> bool:
         """Whether there is an update with this id that was folded under ``epoch`` or an earlier one."""
         return self._place(update_id, epoch) is not None
@@ -205,6 +226,19 @@ class KeptUpdates:
         self._unread.pop(file, None)
         if start < size:
             self._unread[file] = f"{file} cannot be read from byte {start} on"
+
+
+def _records(content: BinaryIO, end: int) -> Iterator[tuple[int, bool]]:
+    """Where each record before ``end`` begins, and whether it matches its checksum; in pieces, as it may be large."""
+    start = 0
+    while start < end:
+        length, checksum = HEAD.unpack(content.read(HEAD.size))
+        found, rest = xxhash.xxh3_64(), length
+        while rest and (piece := content.read(min(rest, PIECE))):
+            found.update(piece)
+            rest -= len(piece)
+        yield start, not rest and found.intdigest() == checksum
+        start += HEAD.size + length
 
 
 def _read_all(file: BinaryIO, length: int) -> bytes:

@@ -184,7 +184,8 @@ class CheckpointStore:
             self._remove_torsos()
         snapshot = replace(snapshot, epoch=claimed)
         if version > snapshot.version:
-            log.error("version %d goes on as version %d; those in between are void", snapshot.version, version + 1)
+            level = logging.WARNING if accept_older else logging.ERROR
+            log.log(level, "version %d goes on as version %d; those between are void", snapshot.version, version + 1)
             snapshot = rolled_back(
                 snapshot,
                 to=snapshot.version,
@@ -297,8 +298,8 @@ class CheckpointStore:
         stored = self.stored_epoch()
         if stored > epoch:
             raise StaleEpoch(
-                f"another aggregator has taken over run {self.run!r} (epoch {stored}, this one has {epoch}); "
-                "nothing of what it did is lost, this one stops"
+                f"another aggregator, or a command, has taken over run {self.run!r} (epoch {stored}, this one has "
+                f"{epoch}); nothing of what it did is lost"
             )
 
     def stored_epoch(self) -> int:

@@ -6,7 +6,7 @@ Reads only, without broker and torch, also while the aggregator runs.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
@@ -23,8 +23,9 @@ from aggregator.cli import FolderOption, checkpoint_folder, run_folder
 from aggregator.config import AggregatorConfig
 from aggregator.core.ledger import Ledger
 from aggregator.core.snapshot import Snapshot
-from aggregator.inspection import Condition, FileFacts, check_epoch, check_files, describe, survey
+from aggregator.inspection import Condition, FileFacts, describe, survey
 from aggregator.results import write_model
+from aggregator.verification import Verification
 from broker.console import ConfigOption, RunOption, SetOption, VerboseOption, guard, parse_flags, set_up_logging
 from broker.errors import CheckpointCorrupt, CheckpointMissing, CheckpointNotWritten, ConfigError
 from broker.letterdisplay import say, say_table
@@ -107,34 +108,45 @@ def verify(
     config: ConfigOption = None,
     run: RunOption = None,
     folder: FolderOption = None,
+    skip_updates: Annotated[
+        bool, typer.Option("--skip-updates", help="Leave out the kept updates, which take as long as the disk to read.")
+    ] = False,
+    as_json: JsonOption = False,
     settings: SetOption = None,
     verbose: VerboseOption = 0,
 ) -> None:
-    """Read all checkpoints and the history: checksums, digests, finite numbers, each applied update told exactly once.
+    """Read all checkpoints, the history and the kept updates: checksums, digests, each applied update told once.
 
-    Exit code 5 if anything is wrong, with a line for each thing.
+    Exit code 5 if anything is wrong, with a line for each thing and what to do about it.
 
     Example: fedmq checkpoint verify --run digits
     """
     with _command(config, run, folder, settings, verbose) as (read, store):
-        problems: list[str] = []
-        newest: Snapshot | None = None
-        for facts, snapshot, wrong in check_files(survey(store)):
-            newest = newest or snapshot
-            say(_verdict(facts, wrong))
-            problems += wrong
-        if newest is not None:
-            problems += check_epoch(store, newest)
-            problems += _compare(store, newest, run_folder(read) / "history.jsonl")
-        elif not problems:
+        tell: Callable[[str], None] = _silent if as_json else say
+        checked = Verification(run_folder(read), store)
+        files: list[dict[str, Any]] = []
+
+        def report(facts: FileFacts, is_sound: bool) -> None:
+            files.append({**_plain(facts), "sound": is_sound})
+            tell(_verdict(facts, is_sound))
+
+        checked.files(report)
+        if checked.newest is not None:
+            _say_agreement(checked.history(), tell)
+            if not skip_updates and (count := checked.kept()):
+                tell(f"updates: {count:,} were kept, read in full")
+        elif not checked.findings:
             raise CheckpointMissing(_missing(read, store))
-        for problem in problems:
-            say(f"wrong: {problem}")
-        if problems:
-            count = "one thing is" if len(problems) == 1 else f"{len(problems)} things are"
+        if as_json:
+            findings = [{"what": finding.what, "todo": finding.todo} for finding in checked.findings]
+            say(json.dumps({"files": files, "findings": findings}, indent=2))
+        for finding in checked.findings:
+            tell(f"wrong: {finding}")
+        if checked.findings:
+            count = len(checked.findings)
+            things = "one thing is" if count == 1 else f"{count} things are"
             raise CheckpointCorrupt(
-                f"{count} wrong with the state of run {read.run!r} in {store.folder}; 'fedmq aggregator' goes on from "
-                "the newest file that is whole; what that lacks is in your backup or nowhere"
+                f"{things} wrong with the state of run {read.run!r} in {store.folder}: what to do stands with each"
             )
 
 
@@ -224,28 +236,23 @@ def _file(store: CheckpointStore, name: str) -> Path:
 # ------------------------------------------------------------------------------------------------ checking
 
 
-def _verdict(facts: FileFacts, wrong: list[str]) -> str:
+def _verdict(facts: FileFacts, is_sound: bool) -> str:
     if facts.condition is not Condition.WHOLE:
         return f"{facts.file}: {facts.condition}"
-    state = "wrong" if wrong else "whole"
+    state = "whole" if is_sound else "wrong"
     return f"{facts.file}: {state}, version {facts.version}, epoch {facts.epoch}, {facts.applied:,} updates applied"
 
 
-def _compare(store: CheckpointStore, newest: Snapshot, history: Path) -> list[str]:
-    """Problems between ``newest`` and the history, which an aggregator may have gone on writing."""
-    agreement = Agreement(newest)
-    agreement.read(history)
-    updates = len(Ledger(newest.ledger))
-    if not agreement.problems:
-        say(f"{history.name}: {agreement.versions:,} versions and the buffer tell of {updates:,} updates, each once")
+def _say_agreement(agreement: Agreement, tell: Callable[[str], None]) -> None:
+    if not (agreement.problems or agreement.gaps or agreement.damaged):
+        updates = len(Ledger(agreement.snapshot.ledger))
+        tell(f"history.jsonl: {agreement.versions:,} versions and the buffer tell of {updates:,} updates, each once")
     if given_up := agreement.given_up:
-        say(f"{given_up:,} updates of versions that were taken back do not count: an older state has taken over")
-    if agreement.newest > newest.version and store.load().version < agreement.newest:
-        agreement.problems.append(
-            f"{history} tells of version {agreement.newest}, and the newest checkpoint has {newest.version}: was an "
-            "old copy restored? Restore the newest, or go on from this one with 'fedmq aggregator --accept-older'"
-        )
-    return agreement.problems
+        tell(f"{given_up:,} updates of versions that were taken back do not count: an older state has taken over")
+
+
+def _silent(_: str) -> None:
+    """For machines, which get it all at the end."""
 
 
 # ------------------------------------------------------------------------------------------------ showing

@@ -16,7 +16,7 @@ import typer
 from aggregator.checkpoint import CheckpointStore
 from aggregator.config import AggregatorConfig
 from aggregator.results import Outcome, replace_file
-from aggregator.service import AggregatorService
+from aggregator.service import AggregatorService, rules_of
 from broker.amqp.transport import AmqpAggregatorTransport
 from broker.console import (
     BrokerOption,
@@ -92,7 +92,10 @@ def serve(settings: Settings, *, accept_older: bool = False, drop_changes: bool 
     config = settings.table("aggregator", AggregatorConfig)
     folder = run_folder(settings)
     store = CheckpointStore(checkpoint_folder(settings), settings.run, keep=config.keep_checkpoints)
-    size = store.load().model.nbytes
+    snapshot = store.load()
+    # Now, not at the takeover: a standby with other settings would be none.
+    rules_of(config, snapshot, {} if drop_changes else snapshot.changes)
+    size = snapshot.model.nbytes
     _write_settings(settings, folder)
     stop = threading.Event()
     serving: list[AggregatorService] = []
@@ -118,8 +121,9 @@ def serve(settings: Settings, *, accept_older: bool = False, drop_changes: bool 
             try:
                 return service.run(_transport(settings, config, size))
             except StaleEpoch as error:
-                log.warning("%s", error)
-                if service.leads and not _by_command(store):
+                by_command = _by_command(store)
+                log.warning("%s; %s", error, "a command has: taking up what it made" if by_command else "standing by")
+                if service.leads and not by_command:
                     ousted.append(time.monotonic())
                     _require_no_rival(ousted, folder)
             if service.has_claimed:

@@ -180,6 +180,17 @@ class AggregatorConfig(Table):
             },
         )
 
+    @classmethod
+    def check(cls, name: str, value: Scalar) -> None:
+        """Raise :class:`ConfigError` if ``name`` cannot be changed on a running run, or not to ``value``.
+
+        As far as that can be told without the run's other settings; None takes a change back.
+        """
+        _require_live(name)
+        if value is not None:
+            others = {"buffer_size": MAX} if name == "minimum_updates" else {}
+            cls(**others).changed({name: value})
+
     def normal(self, changes: Changes) -> dict[str, Scalar]:
         """``changes`` as the types that the settings have, without those that are None, which takes one back.
 
@@ -195,13 +206,19 @@ class AggregatorConfig(Table):
         Raises :class:`ConfigError` for a setting that cannot be changed then, or to this value.
         """
         for name in changes:
-            if name not in LIVE:
-                near = difflib.get_close_matches(name, LIVE, 1)
-                known = f"did you mean {near[0]}?" if near else f"these can: {', '.join(sorted(LIVE))}"
-                raise ConfigError(f"aggregator.{name} cannot be changed while the run goes on; {known}")
+            _require_live(name)
         try:
             return AggregatorConfig.model_validate({**self.model_dump(), **changes})
         except ValidationError as error:
             first = error.errors(include_url=False, include_input=False)[0]
             where = ".".join(str(part) for part in first["loc"]) or "these changes"
             raise ConfigError(f"aggregator.{where}: {first['msg']}") from None
+
+
+def _require_live(name: str) -> None:
+    if name in LIVE:
+        return
+    near = difflib.get_close_matches(name, LIVE, 1)
+    known = f"did you mean {near[0]}?" if near else f"these can: {', '.join(sorted(LIVE))}"
+    what = "cannot be changed while the run goes on" if name in AggregatorConfig.model_fields else "is no setting"
+    raise ConfigError(f"aggregator.{name} {what}; {known}")

@@ -99,9 +99,10 @@ class Reporter:
                 log.info("%s %s has left: %s", role, worker, reason)
             case do.Repeated(update_id):
                 log.debug("update %s came again; it counts once", update_id)
-            case do.Executed(command, made, is_pending):
+            case do.Executed(command, made, is_pending, is_done):
                 text = self._commands.pop(command, "a command")
                 when = f"from version {made + 1} on" if is_pending else f"at version {made}"
+                when += "; the run has ended" if is_done else ""
                 log.info("%s: in force %s", text, when)
                 self._history.command(text, version=made, is_pending=is_pending, now=self._now())
                 self.progress("command", version, id=command, accepted=True, text=f"{text}: in force {when}"[:500])

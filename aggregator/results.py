@@ -15,7 +15,7 @@ from aggregator.checkpoint import write_tensors
 from broker.errors import CheckpointNotWritten
 from broker.messages import Tensors
 
-__all__ = ["Outcome", "replace_file", "write_model", "write_results"]
+__all__ = ["Outcome", "is_written", "replace_file", "write_model", "write_results"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,6 +32,11 @@ class Outcome:
     """The newest evaluation's."""
     evaluated: int = -1
     """The version that was evaluated last; -1 for none."""
+
+
+def is_written(folder: Path) -> bool:
+    """Whether both files are in ``folder``."""
+    return all((folder / name).exists() for name in ("summary.json", "model.safetensors"))
 
 
 def write_results(folder: Path, run: str, outcome: Outcome, parameters: Tensors, *, seconds: float) -> None:

@@ -26,7 +26,7 @@ from aggregator.core.snapshot import Changes, Snapshot
 from aggregator.history import History
 from aggregator.reading import from_aside, read_update
 from aggregator.reporting import Reporter
-from aggregator.results import Outcome, write_results
+from aggregator.results import Outcome, is_written, write_results
 from broker.errors import (
     BrokerError,
     CheckpointError,
@@ -50,7 +50,7 @@ from broker.transport import (
 )
 from broker.wire import encode
 
-__all__ = ["AggregatorService", "Outcome"]
+__all__ = ["AggregatorService", "Outcome", "rules_of"]
 
 log = logging.getLogger("fedmq.aggregator")
 
@@ -258,12 +258,16 @@ class AggregatorService:
             self._store.write(snapshot)
         elif snapshot.changes:
             log.info("changed while the run went on, and still in force: %s", _shown(snapshot.changes))
+            if snapshot.done and "stop_after_rounds" in snapshot.changes:
+                log.warning("this has ended the run; --drop-changes goes on with it")
         latest = max([snapshot.started, self._history.last_time, *(record.time for record in snapshot.records)])
         if now < latest - 60:
             log.warning("the clock says %.0f s before the run's last version: times in the history fall", latest - now)
-        rules = self._rules(snapshot, snapshot.changes)
-        pending = None if snapshot.pending is None else self._rules(snapshot, snapshot.pending)
+        rules = rules_of(self._config, snapshot, snapshot.changes)
+        pending = None if snapshot.pending is None else rules_of(self._config, snapshot, snapshot.pending)
         snapshot = self._keep_base(snapshot)
+        if snapshot.done and is_written(self.folder):
+            snapshot = replace(snapshot, trainers=())  # whoever led to the end has waited for them
         machine = RoundMachine(rules, snapshot, now, pending=pending)
         self.has_claimed = True
         self._history.open(snapshot.records, epoch=snapshot.epoch, version=snapshot.version, now=now)
@@ -280,15 +284,6 @@ class AggregatorService:
         self._store.save(snapshot, base_file(folder, snapshot.version))
         log.info("keeping every update that is applied from now on in %s", folder)
         return replace(snapshot, kept_from=snapshot.version)
-
-    def _rules(self, snapshot: Snapshot, changes: Changes) -> Rules:
-        try:
-            return self._config.changed(changes).rules(snapshot.model.nbytes)
-        except ConfigError as error:
-            raise ConfigError(
-                f"{error}: it was changed while the run went on, and does not go with the settings of now; mend "
-                "these, or start with --drop-changes"
-            ) from None
 
     def _read(self, delivery: Delivery) -> on.Happening | None:
         if self._led is None:
@@ -431,8 +426,7 @@ class AggregatorService:
             evaluated=self._reporter.metrics[0],
         )
         log.info("run %s %s at version %d; results in %s", self.run_name, outcome.reason, outcome.version, self.folder)
-        is_written = all((self.folder / name).exists() for name in ("summary.json", "model.safetensors"))
-        if self._led.begun_at == (outcome.version, True) and is_written:
+        if self._led.begun_at == (outcome.version, True) and is_written(self.folder):
             return outcome  # the run had been done before: what was written then still stands
         seconds = self._now() - self._led.started
         write_results(self.folder, self.run_name, outcome, machine.parameters, seconds=seconds)
@@ -450,5 +444,27 @@ class _Reign:
         self.begun_at = (snapshot.version, snapshot.done)
 
 
+def rules_of(config: AggregatorConfig, snapshot: Snapshot, changes: Changes) -> Rules:
+    """The rules that ``config`` with ``changes`` makes for the run of ``snapshot``.
+
+    Raises :class:`ConfigError` if they do not go together, or not with how the run has been going on.
+    """
+    if snapshot.mode not in ("", config.mode.value):
+        raise ConfigError(
+            f"aggregator.mode = {config.mode.value!r}, but run {snapshot.run!r} has been going on with "
+            f"{snapshot.mode!r}; the mode of a run cannot change"
+        )
+    try:
+        return config.changed(changes).rules(snapshot.model.nbytes)
+    except ConfigError as error:
+        raise ConfigError(
+            f"{error}: it was changed while the run went on, and does not go with the settings of now; mend these, "
+            "or start with --drop-changes"
+        ) from None
+
+
 def _shown(changes: Mapping[str, Scalar]) -> str:
-    return ", ".join(f"{name}={value}" for name, value in sorted(changes.items()))
+    shown = (
+        f"{name}={value}" if value is not None else f"{name} taken back" for name, value in sorted(changes.items())
+    )
+    return ", ".join(shown)

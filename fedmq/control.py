@@ -9,9 +9,18 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from aggregator.config import LIVE
+from aggregator.config import AggregatorConfig
 from broker.amqp.operator import Operator
-from broker.console import BrokerOption, ConfigOption, RunOption, VerboseOption, guard, parse_flags, set_up_logging
+from broker.console import (
+    BrokerOption,
+    ConfigOption,
+    RunOption,
+    VerboseOption,
+    errors,
+    guard,
+    parse_flags,
+    set_up_logging,
+)
 from broker.errors import ConfigError
 from broker.messages import Action, Command, Scalar
 from broker.settings import Settings, load
@@ -22,10 +31,13 @@ __all__ = ["pause", "register", "resume", "set_", "stop"]
 #: What the field calls it, and what it is called here.
 ALIASES = {"server_lr": "learning_rate", "lr": "learning_rate"}
 
+#: Exit code for a command that waits in the run's queue.
+UNANSWERED = 6
+
 out = Console()
 
 WaitOption = Annotated[float, typer.Option("--wait", min=0.0, help="Seconds to wait for the aggregator's answer.")]
-ChangesArgument = Annotated[list[str], typer.Argument(metavar="NAME=VALUE...", help="Settings of [aggregator].")]
+ChangesArgument = Annotated[list[str], typer.Argument(metavar="NAME=VALUE...", help="Settings of the aggregator.")]
 
 
 def set_(
@@ -40,7 +52,9 @@ def set_(
     """Change settings of a running run, from its next round on.
 
     They stay over restarts and go before the settings file, until they are changed again; NAME= with nothing
-    behind it takes a change back. The run's history says which settings made which version.
+    behind it takes a change back. The run's history tells of each change, and which settings made which version.
+
+    Exit code 6: the command waits in the run's queue, and no aggregator has answered yet.
 
     Example: fedmq set --run digits buffer_size=16 learning_rate=0.5
     """
@@ -113,10 +127,8 @@ def _parsed(pairs: list[str]) -> dict[str, Scalar]:
         name = ALIASES.get(name, name)
         if not equals:
             raise ConfigError(f"{pair!r}: give it as NAME=VALUE, like buffer_size=16; NAME= takes a change back")
-        if name not in LIVE:
-            known = ", ".join(sorted(LIVE))
-            raise ConfigError(f"aggregator.{name} cannot be changed while the run goes on; these can: {known}")
         changes[name] = value.strip() or None
+        AggregatorConfig.check(name, changes[name])
     return changes
 
 
@@ -125,9 +137,13 @@ def _give(action: Action, settings: Settings, wait: float, changes: dict[str, Sc
     with Operator(settings.broker, Topology(settings.run)) as operator:
         answer = operator.give(command, wait=wait)
     if answer is None:
-        text = f"no aggregator of run {settings.run!r} has answered in {wait:g} s; it will do so when it is back"
-        out.print(f"[yellow]{text}[/]", highlight=False, soft_wrap=True)
-    elif answer.accepted:
+        text = (
+            f"no aggregator of run {settings.run!r} has answered in {wait:g} s: it is away, or cannot write its "
+            "checkpoint (its log says so). The command waits in the run's queue, and is executed when it can be"
+        )
+        errors.print(text, highlight=False, soft_wrap=True, style="yellow")
+        raise typer.Exit(UNANSWERED)
+    if answer.accepted:
         out.print(answer.text, highlight=False, soft_wrap=True)
     else:
         raise ConfigError(f"refused: {answer.text}")

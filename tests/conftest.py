@@ -5,9 +5,15 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import pytest
+from hypothesis import settings
 
 from broker.amqp.node import PrivateNode
 from tests.support.node import given_node, require_rabbitmq
+
+
+# A busy machine is no bug: nothing here judges how long something takes.
+settings.register_profile("fedmq", deadline=None)
+settings.load_profile("fedmq")
 
 
 @pytest.fixture(scope="session")

@@ -148,6 +148,8 @@ class Executed:
     command: str
     version: int
     is_pending: bool
+    is_done: bool = False
+    """The run has ended all the same."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -227,8 +227,7 @@ class RoundMachine:
             controls.held[command].append(event.token)
             return []
         if command in controls.commands:
-            executed = do.Executed(command, self.version, is_pending=controls.pending is not None)
-            return [do.Ack(event.token), do.Record(executed)]
+            return [do.Ack(event.token), do.Record(self._executed(command))]
         controls.hold(command, event.token)
         match event.action:
             case Action.SET:
@@ -245,6 +244,9 @@ class RoundMachine:
                 controls.pending = Order(changes, replace(newest, stop_after_rounds=self.version))
                 return closed
         return self._renew_plan()
+
+    def _executed(self, command: str) -> do.Executed:
+        return do.Executed(command, self.version, is_pending=self.controls.pending is not None, is_done=self.done)
 
     def _take_up(self, now: float) -> None:
         """What was ordered is in force; only between two rounds."""
@@ -445,7 +447,7 @@ class RoundMachine:
         effects: list[do.Effect] = [do.Ack(token) for token in self._commits.release(flight)]
         for command in sorted(flight.commands):
             effects += [do.Ack(token) for token in self.controls.held.pop(command)]
-            effects.append(do.Record(do.Executed(command, self.version, is_pending=self.controls.pending is not None)))
+            effects.append(do.Record(self._executed(command)))
         written = len(flight.snapshot.records)
         effects += [do.Record(do.VersionMade(record)) for record in self._records[:written]]
         del self._records[:written]

@@ -43,7 +43,8 @@ def test_a_run_is_changed_paused_resumed_and_stopped_while_it_goes_on(node: Priv
         assert pair.lines("version")[0]["settings"]["learning_rate"] == 2.0
 
         # What makes no sense is refused, by whoever notices first
-        assert_one_message(fedmq(tmp_path, "set", "buffer_size=none", url=node.url), 2, "refused", "buffer_size")
+        assert_one_message(fedmq(tmp_path, "set", "buffer_size=none", url=node.url), 2, "buffer_size")
+        assert_one_message(fedmq(tmp_path, "set", "minimum_updates=9", url=node.url), 2, "refused", "minimum_updates")
         assert_one_message(fedmq(tmp_path, "set", "mode=delta", url=node.url), 2, "cannot be changed")
         assert_one_message(fedmq(tmp_path, "set", "buffer_size", url=node.url), 2, "NAME=VALUE")
 
@@ -62,7 +63,9 @@ def test_a_run_is_changed_paused_resumed_and_stopped_while_it_goes_on(node: Priv
 
         # When the aggregator is away, the command waits for it
         assert second.terminate() == 0
-        assert "when it is back" in give("set", "buffer_size=", "learning_rate=", "--wait", "0.5")
+        away = fedmq(tmp_path, "set", "buffer_size=", "learning_rate=", "--wait", "0.5", url=node.url)
+        assert (away.code, away.out) == (6, "")
+        assert "waits in the run's queue" in away.err
         third = pair.start("aggregator", "third")
         wait_for(
             lambda: [len(line["updates"]) for line in pair.lines("version")][-2:] == [2, 2], 60, what="rounds of 2"
@@ -77,7 +80,7 @@ def test_a_run_is_changed_paused_resumed_and_stopped_while_it_goes_on(node: Priv
             "set buffer_size=4, learning_rate=4",
             "pause",
             "resume",
-            "set buffer_size=None, learning_rate=None",
+            "set buffer_size taken back, learning_rate taken back",
             "stop",
         ]
 

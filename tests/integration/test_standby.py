@@ -84,3 +84,17 @@ def test_two_that_lead_in_one_folder_over_two_brokers_do_not_fight_for_ever(pair
             assert winner.terminate() == 0
     finally:
         pair.node.ctl("delete_vhost", "elsewhere")
+
+
+def test_a_standby_with_other_settings_is_refused_when_it_joins_and_not_at_the_takeover(pair: Pair) -> None:
+    with pair.stack:
+        first = pair.start("aggregator", "first")
+        first.wait_log("leads run")
+        worker = pair.start("worker", "worker", "--name", "w0", "--shard", "0/1")
+        pair.wait_progress("under the first")
+
+        second = pair.start("aggregator", "second", "--set", "aggregator.mode=gradient")
+
+        assert second.wait() == 2
+        assert "the mode of a run cannot change" in second.log
+        pair.finish(first, worker=worker)

@@ -293,7 +293,7 @@ def test_changes_are_checked_like_the_settings_file() -> None:
         ({"buffer_size": "many"}, "aggregator.buffer_size"),
         ({"buffer_size": 0}, "aggregator.buffer_size"),
         ({"mode": "gradient"}, "cannot be changed while the run goes on"),
-        ({"bufer_size": 4}, "did you mean buffer_size"),
+        ({"bufer_size": 4}, "is no setting; did you mean buffer_size"),
         ({"minimum_updates": 9}, "larger than buffer_size"),
         ({"commit_count": 5}, "cannot be changed"),
         ({"buffer_size": 10**20}, "aggregator.buffer_size"),

@@ -15,7 +15,8 @@ import pytest
 from aggregator.agreement import Agreement
 from aggregator.checkpoint import CheckpointStore, write_tensors
 from aggregator.core.snapshot import Snapshot
-from aggregator.inspection import Condition, check_epoch, check_files, check_snapshot, describe, survey
+from aggregator.inspection import Condition, check_files, check_snapshot, describe, survey
+from aggregator.verification import Verification
 from broker.errors import CheckpointCorrupt
 from broker.messages import Reason
 from tests.support.builders import RUN
@@ -36,15 +37,11 @@ def place(tmp_path: Path) -> RunFolder:
 
 def wrong(place: RunFolder) -> list[str]:
     """All that ``fedmq checkpoint verify`` would say."""
-    problems: list[str] = []
-    newest = None
-    for _, snapshot, found in check_files(survey(place.store)):
-        newest = newest or snapshot
-        problems += found
-    assert newest is not None
-    agreement = Agreement(newest)
-    agreement.read(place.folder / "history.jsonl")
-    return [*problems, *check_epoch(place.store, newest), *agreement.problems]
+    checked = Verification(place.folder, place.store)
+    checked.files(lambda *_: None)
+    checked.history()
+    checked.kept()
+    return [finding.what for finding in checked.findings]
 
 
 def test_a_sound_run_has_nothing_wrong(place: RunFolder) -> None:

@@ -35,7 +35,7 @@ from broker.errors import (
     PublishRefused,
     Unroutable,
 )
-from broker.letters import DeadLetter, RawLetter, letter_of, original_headers
+from broker.letters import DeadLetter, RawLetter, letter_of, replayed_headers
 from broker.settings import BrokerConfig, redacted
 from broker.topology import UPDATES, Topology
 from broker.transport import Outgoing
@@ -55,6 +55,8 @@ PATIENCE_SECONDS = 30.0
 #: that is on its way, so it counts only if the line has been silent since the one before.
 LOOK_SECONDS = 0.25
 SILENCE_BYTES = 4096
+#: A quorum queue learns a moment late that a consumer has gone.
+FIRST_LOOKS = 8
 #: How long letters may be gone through without a look at the connection.
 BREATH_SECONDS = 1.0
 #: What AMQP has room for.
@@ -134,7 +136,7 @@ class DeadLetterQueue:
         session = await self._connect()
         try:
             channel = await self._open(session)
-            waiting, others = await _look(channel, self._topology.dead)
+            waiting, others = await self._look_first(channel)
             if others and alone:
                 raise BrokerError(
                     f"somebody else reads {self._topology.dead!r} ({others} consumers): wait until that has ended and "
@@ -172,6 +174,15 @@ class DeadLetterQueue:
                 f"run {self._topology.run!r} there (another --run, another broker.url?)"
             ) from None
         return await session.channel()
+
+    async def _look_first(self, channel: Channel) -> tuple[int, int]:
+        """Letters and other consumers, once a consumer that has just ended is forgotten and has given back all."""
+        for _ in range(FIRST_LOOKS):
+            waiting, others = await _look(channel, self._topology.dead)
+            if not others:
+                break
+            await asyncio.sleep(LOOK_SECONDS)
+        return waiting, others
 
 
 class _Reading:
@@ -294,7 +305,7 @@ class _Reading:
         if not self._room.enter(size, PATIENCE_SECONDS):
             raise _not_confirmed(self._publisher)
         self._on_way += 1
-        copy = Outgoing(body=raw.body, message_id=raw.message_id, headers=original_headers(raw.headers))
+        copy = Outgoing(body=raw.body, message_id=raw.message_id, headers=replayed_headers(raw.headers, letter))
         key = self._topology.key(letter.worker)
         future = self._publisher.publish(UPDATES, key, copy, kind=raw.type or "update")
         future.add_done_callback(lambda done: self._confirmed(done, letter, tag, size))

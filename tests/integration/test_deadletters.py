@@ -130,7 +130,8 @@ def test_a_replay_publishes_the_update_as_it_was(node: PrivateNode, topology: To
         assert (method.exchange, method.routing_key) == (UPDATES, topology.key("w7"))
         assert body == encode(one)
         assert (properties.message_id, properties.delivery_mode, properties.type) == ("w7/i/1", 2, "update")
-        assert properties.headers == {"run": topology.run, "worker": "w7", "base_version": 0, "examples": 32}
+        facts = {"run": topology.run, "worker": "w7", "base_version": 0, "examples": 32}
+        assert properties.headers == {**facts, "former_reasons": "not-finite"}
 
 
 def test_no_more_is_on_its_way_than_there_is_room_for(
@@ -148,8 +149,15 @@ def test_what_is_rejected_again_meanwhile_is_not_met_twice(node: PrivateNode, to
     with rejecting(node, topology) as rejected:
         assert do(node, topology, Wish.REPLAY) == {Outcome.REPLAYED: 50}
         wait_for(lambda: len(rejected) == 50, what="all rejected again")
-    wait_for(lambda: ready(node, topology.dead) == 50, what="all dead again")
-    assert sorted(ids_in(node, topology.dead)) == sorted(f"w1/i/{seq}" for seq in range(50))
+    # Quorum queues dead-letter at least once: there may be copies.
+    again: set[str] = set()
+
+    def all_again() -> bool:
+        again.update(ids_in(node, topology.dead))
+        return len(again) == 50
+
+    wait_for(all_again, what="all dead again")
+    assert again == {f"w1/i/{seq}" for seq in range(50)}
 
 
 @contextmanager
@@ -245,17 +253,25 @@ def test_a_message_larger_than_this_broker_takes_stays_and_the_others_go(node: P
 # ------------------------------------------------------------------------------------- what RabbitMQ gives up on
 
 
+def given_up(node: PrivateNode, topology: Topology) -> DeadLetter:
+    """The one letter that RabbitMQ itself puts there, once it has; of a quorum queue it may be there twice."""
+    wait_for(lambda: ready(node, topology.dead), what="a dead letter of RabbitMQ's own")
+    first, *copies = letters(node, topology)
+    assert {copy.id for copy in copies} <= {first.id}
+    wait_for(lambda: ready(node, topology.dead), what="the letter back in its queue")
+    return first
+
+
 def test_what_expired_in_the_queue_is_listed_and_can_be_replayed(node: PrivateNode, topology: Topology) -> None:
     body = publish(node, topology, 1, expiration="1")
-    wait_for(lambda: ready(node, topology.dead) == 1, what="a dead letter of RabbitMQ's own")
-    (letter,) = letters(node, topology)
+    letter = given_up(node, topology)
     assert (letter.origin, letter.reason, letter.worker) == (Origin.BROKER, "broker: expired", "w1")
     assert letter.time is not None
     assert str(letter.id) == "w1/i/1"
     assert topology.updates in letter.detail
-    assert do(node, topology, Wish.REPLAY) == {Outcome.REPLAYED: 1}
+    assert do(node, topology, Wish.REPLAY).keys() == {Outcome.REPLAYED}
     # It does not expire a second time.
-    wait_for(lambda: ready(node, topology.updates) == 1, what="the update")
+    wait_for(lambda: ready(node, topology.updates) >= 1, what="the update")
     with channel(node) as inside:
         method, properties, again = next(inside.consume(topology.updates, inactivity_timeout=PATIENCE))
         assert method is not None
@@ -270,8 +286,7 @@ def test_what_somebody_rejected_by_hand_is_listed(node: PrivateNode, topology: T
         method, _, _ = next(inside.consume(topology.updates, inactivity_timeout=PATIENCE))
         assert method is not None
         inside.basic_reject(method.delivery_tag, requeue=False)
-    wait_for(lambda: ready(node, topology.dead) == 1, what="a dead letter of RabbitMQ's own")
-    assert [letter.reason for letter in letters(node, topology)] == ["broker: rejected"]
+    assert given_up(node, topology).reason == "broker: rejected"
 
 
 @pytest.mark.parametrize("queue_type", ["auto", "quorum"])
@@ -295,10 +310,10 @@ def test_an_update_that_comes_back_for_ever_is_never_dropped_silently(node: Priv
         wait_for(lambda: ready(node, topology.updates) == 1, what="the update")
         return
     assert returns > 21
-    (letter,) = letters(node, topology)
+    letter = given_up(node, topology)
     assert (letter.reason, letter.worker, str(letter.id)) == ("broker: delivery-limit", "w1", "w1/i/1")
-    assert do(node, topology, Wish.REPLAY) == {Outcome.REPLAYED: 1}
-    wait_for(lambda: ready(node, topology.updates) == 1, what="the update")
+    assert do(node, topology, Wish.REPLAY).keys() == {Outcome.REPLAYED}
+    wait_for(lambda: ready(node, topology.updates) >= 1, what="the update")
     with channel(node) as inside:
         assert next(inside.consume(topology.updates, inactivity_timeout=PATIENCE))[2] == body
 

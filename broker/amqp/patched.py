@@ -46,12 +46,16 @@ def _guard_resets() -> None:
     done = AMQPConnector._on_tcp_connection_done  # noqa: SLF001
 
     def guarded(connector: Any, error: BaseException | None) -> None:
-        if error is None:
+        try:
+            done(connector, error)
+        except ValueError as complaint:
             try:
                 connector._sock.getpeername()  # noqa: SLF001
             except OSError as gone:
-                error = gone
-        done(connector, error)
+                # Not asked before: the reset may come between our question and pika's.
+                done(connector, gone)
+            else:
+                raise complaint from None
 
     AMQPConnector._on_tcp_connection_done = guarded  # noqa: SLF001
 

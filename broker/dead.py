@@ -282,6 +282,8 @@ def _change(read: Settings, wanted: Selection, wish: Wish, what: str, *, most: i
         say(summary.text(read.run))
         return
     say(f"run {read.run!r}: {_told(outcomes)}")
+    if outcomes[Outcome.REPLAYED]:
+        say("what is rejected again comes back: fedmq dead list")
     left = outcomes.total() - outcomes[Outcome.REPLAYED] - outcomes[Outcome.DROPPED]
     if left:
         raise BrokerError(f"{left} of {summary.meant} were not replayed; they are in the queue still")

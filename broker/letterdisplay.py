@@ -92,7 +92,7 @@ def row_of(letter: DeadLetter) -> list[str]:
         letter.base_version,
         letter.examples,
         f"{letter.bytes:,}",
-        letter.reason,
+        f"{letter.reason} (before: {letter.former})" if letter.former else letter.reason,
         letter.detail,
     )
     return ["-" if cell is None else escape(str(cell)) for cell in cells]

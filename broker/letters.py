@@ -35,6 +35,7 @@ __all__ = [
     "parse_id",
     "parse_time",
     "printable",
+    "replayed_headers",
 ]
 
 #: Stands for a worker whom nothing names, in the key of a dead letter as well as here.
@@ -45,6 +46,9 @@ REASON_HEADERS = frozenset({"reason", "detail", "time", "body"})
 #: What the header ``body`` says if a rejection had to leave the body out.
 LEFT_OUT = re.compile(r"(\d{1,12}) bytes, left out", re.ASCII)
 REASON_LENGTH = 100
+#: The header that keeps, over replays, why an update was rejected before: the oldest first, separated by commas.
+FORMER = "former_reasons"
+FORMER_LENGTH = 300
 
 #: Elements that are looked at together: tensors are widened to float64 for it, piece by piece.
 PIECE = 2**20
@@ -88,6 +92,8 @@ class DeadLetter:
     reason: str
     """The rejection's; ``broker: …`` if RabbitMQ gave up on it; ``unknown`` if nobody says why."""
     detail: str
+    former: str
+    """Why it was rejected before it was replayed: the oldest first, separated by commas; empty if it never was."""
     time: datetime | None
     """When it was rejected, in UTC."""
     origin: Origin
@@ -120,6 +126,7 @@ def letter_of(raw: RawLetter, number: int, run: str) -> DeadLetter:
         worker=_worker_of(key, run) or (identity.worker if identity is not None else UNKNOWN),
         reason=printable(reason, REASON_LENGTH),
         detail=printable(detail),
+        former=printable(str(headers.get(FORMER, "")), FORMER_LENGTH),
         time=_time_of(time),
         origin=origin,
         base_version=update.base_version if update is not None else _count_of(headers.get("base_version")),
@@ -132,6 +139,16 @@ def letter_of(raw: RawLetter, number: int, run: str) -> DeadLetter:
 def original_headers(headers: Mapping[str, Any]) -> dict[str, Any]:
     """``headers`` as they were before the rejection."""
     return {key: value for key, value in headers.items() if key not in REASON_HEADERS and not key.startswith("x-")}
+
+
+def replayed_headers(headers: Mapping[str, Any], letter: DeadLetter) -> dict[str, Any]:
+    """The headers with which ``letter`` is published again: the original ones, and why it was rejected until now."""
+    former = letter.former.split(", ") if letter.former else []
+    if letter.reason != UNKNOWN and letter.reason not in former[-1:]:
+        former.append(letter.reason)
+    while len(", ".join(former)) > FORMER_LENGTH:
+        former.pop(0)
+    return original_headers(headers) | ({FORMER: ", ".join(former)} if former else {})
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -197,6 +214,7 @@ def facts(letter: DeadLetter) -> dict[str, Any]:
         "worker": letter.worker,
         "reason": letter.reason,
         "detail": letter.detail,
+        "former_reasons": letter.former,
         "time": None if letter.time is None else letter.time.isoformat(),
         "origin": letter.origin.value,
         "base_version": letter.base_version,

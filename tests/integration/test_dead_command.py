@@ -85,6 +85,11 @@ def test_a_rejected_update_is_seen_mended_and_replayed_and_counts_once(tmp_path:
         wait_for(lambda: applied() == [1, 0, 0], PATIENCE, what="the first update applied")
         send(node, topology, counting(topology, 1))
         wait_for(lambda: ready(node, topology.dead) == 1, PATIENCE, what="the second rejected")
+        # A replay before anything is mended is rejected again, and tells why it was before.
+        replayed = dead(tmp_path, node, topology, "replay", "--all")
+        assert "what is rejected again comes back: fedmq dead list" in replayed.out
+        wait_for(lambda: ready(node, topology.dead) == 1, PATIENCE, what="the second rejected again")
+        assert "too-stale (before: too-stale)" in dead(tmp_path, node, topology, "list").out
         assert aggregator.terminate() == 0
 
     # When an operator looks

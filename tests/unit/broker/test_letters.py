@@ -26,6 +26,7 @@ from broker.letters import (
     parse_id,
     parse_time,
     printable,
+    replayed_headers,
 )
 from broker.messages import Hello, UpdateId
 from broker.wire import encode
@@ -67,6 +68,7 @@ def test_a_rejected_update_says_who_what_why_and_when() -> None:
         worker="w1",
         reason="not-finite",
         detail="w holds NaN",
+        former="",
         time=NOON,
         origin=Origin.AGGREGATOR,
         base_version=5,
@@ -123,6 +125,25 @@ def test_the_headers_of_the_rejection_go_and_those_of_the_update_stay() -> None:
     assert original_headers(REJECTED) == HEADERS
     assert original_headers(given_up().headers) == HEADERS
     assert original_headers({**HEADERS, "body": "1 bytes, left out"}) == HEADERS
+
+
+def test_a_replayed_update_keeps_the_reasons_of_its_rejections() -> None:
+    raw, rejections = buried(), []
+    for reason in ("not-finite", "rolled-back", "rolled-back", "broker: expired", "x" * 300):
+        letter = letter_of(replace(raw, headers={**raw.headers, "reason": reason, "time": 0}), 1, RUN)
+        rejections.append(letter.former)
+        raw = replace(raw, headers=replayed_headers(raw.headers, letter))
+        assert original_headers(HEADERS) == {k: v for k, v in raw.headers.items() if k != "former_reasons"}
+
+    assert rejections == [
+        "",
+        "not-finite",
+        "not-finite, rolled-back",
+        "not-finite, rolled-back",
+        "not-finite, rolled-back, broker: expired",
+    ]
+    assert len(raw.headers["former_reasons"]) <= 300
+    assert "former_reasons" not in replayed_headers(HEADERS, letter_of(buried(headers=HEADERS), 1, RUN))
 
 
 values = st.recursive(

@@ -103,7 +103,38 @@ def test_verify_says_that_an_old_copy_was_restored(tmp_path: Path, place: RunFol
     done = checkpoint(tmp_path, "verify")
 
     assert_one_message(done, 5, "one thing is wrong")
-    assert "tells of version 2, and the newest checkpoint has 1: was an old copy restored?" in done.out
+    assert "tells of version 2, and the newest checkpoint has 1: an old copy was restored" in done.out
+    assert "fedmq aggregator --accept-older" in done.out
+    assert "by itself" not in done.out + done.err
+
+
+def test_verify_says_that_an_aggregator_falls_back_behind_damage_by_itself(tmp_path: Path, place: RunFolder) -> None:
+    for file in place.store.files()[:2]:
+        file.write_bytes(file.read_bytes()[:-1])
+
+    done = checkpoint(tmp_path, "verify")
+
+    assert_one_message(done, 5, "2 things are wrong")
+    assert done.out.count("falls back to 0000000004.safetensors (version 1) by itself") == 2
+    assert "accept-older" not in done.out + done.err
+
+
+def test_verify_says_what_a_damaged_line_means(tmp_path: Path, place: RunFolder) -> None:
+    history = place.folder / "history.jsonl"
+    whole = history.read_text()
+    history.write_text("{no\n" + whole)
+    done = checkpoint(tmp_path, "verify", "--json")
+    assert_one_message(done, 5, "one thing is wrong")
+    (finding,) = json.loads(done.out)["findings"]
+    assert finding["what"] == "history.jsonl: the line at byte 0 is damaged"
+    assert "it told of no version" in finding["todo"]
+    assert "delete it while no aggregator runs" in finding["todo"]
+
+    history.write_text("".join("{" * ('"version": 1,' in line) + line for line in whole.splitlines(keepends=True)))
+    done = checkpoint(tmp_path, "verify")
+    assert_one_message(done, 5, "3 things are wrong")
+    assert "no line tells of version 1: restore history.jsonl from a backup" in done.out
+    assert "told of no version" not in done.out
 
 
 class Net(nn.Module):

@@ -328,7 +328,10 @@ class Session:
             return
         self._beat()  # the last figures: whoever watches a short run would see those of seconds ago
         try:
-            self._transport.control(self._sender.goodbye(self._outbox.confirmed, reason)).result(timeout=GOODBYE)
+            goodbye = self._transport.control(self._sender.goodbye(self._outbox.confirmed, reason))
+            # It goes the way that an update in hand has not got through all the time.
+            if self._publishing is None:
+                goodbye.result(timeout=GOODBYE)
         except (FedmqError, TimeoutError) as error:
             log.debug("the goodbye did not get out: %s", error)
 

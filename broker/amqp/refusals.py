@@ -30,6 +30,7 @@ OF_THE_TYPE = {"x-queue-type", "x-overflow", "x-dead-letter-strategy", "x-delive
 INEQUIVALENT = re.compile(r"inequivalent arg '([^']+)' for (\w+) '([^']+)'.*?: (received .*)")
 TOO_LARGE = re.compile(r"message size \d+ is larger than (?:configured )?max size (\d+)")
 NO_EXCHANGE = re.compile(r"no exchange '([^']+)'")
+SYSTEM_ERROR = re.compile(r"\w+[Ee]rror\(-?\d+, ['\"]([^'\"]+)['\"]\)")
 NAMED_RIGHT = re.compile(r"- (configure|write|read) access")
 
 
@@ -155,11 +156,17 @@ def _text(error: BaseException) -> str:
     if isinstance(error, pika.exceptions.ConnectionClosed):
         return f"{error.reply_code} {error.reply_text}"
     if isinstance(error, pika.exceptions.AMQPConnectionError):
-        return " ".join(str(part) for part in error.args) or repr(error)
-    return str(error) or repr(error)
+        return _plain(" ".join(str(part) for part in error.args)) or repr(error)
+    return _plain(str(error)) or repr(error)
+
+
+def _plain(text: str) -> str:
+    """``text``, or what the operating system said if its error is quoted in it."""
+    match = SYSTEM_ERROR.search(text)
+    return match.group(1) if match else text
 
 
 def _innermost(text: str) -> str:
     # pika wraps the operating system's error twice, each time with the whole text of the inner ones.
     match = re.search(r"last exception - (?:\w+: )?(.*?); first exception", text)
-    return match.group(1) if match else text
+    return _plain(match.group(1) if match else text)

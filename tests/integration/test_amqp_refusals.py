@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import socket
 
 import pika
 import pytest
@@ -63,6 +64,21 @@ def test_whatever_ends_an_open_connection_is_worth_retrying(error: Exception) ->
     translated = connection_error(error, PLACE, opened=True)
     assert type(translated) is ConnectionLost
     assert translated.retryable
+
+
+@pytest.mark.parametrize("opened", [True, False])
+@pytest.mark.parametrize(
+    "inner", [ConnectionResetError(104, "Connection reset by peer"), socket.gaierror(-2, "Name or service not known")]
+)
+def test_an_error_of_the_operating_system_is_told_in_its_words(inner: OSError, opened: bool) -> None:
+    lost, other = (
+        exceptions.StreamLostError(f"Stream connection lost: {inner!r}"),
+        exceptions.AMQPConnectionError(inner),
+    )
+    for error in (lost, other):
+        text = str(connection_error(error, PLACE, opened=opened))
+        assert text.endswith(str(inner.strerror))
+        assert "rror" not in text
 
 
 def closed(code: int, text: str) -> exceptions.ChannelClosedByBroker:

@@ -102,7 +102,7 @@ def test_a_worker_that_cannot_serve_the_run_says_why(tmp_path: Path, node: Priva
     run = f"run-{secrets.token_hex(4)}"
     assert fedmq(folder, "init", "--run", run, *LINE).code == 0
     with running(folder, "aggregator", "--run", run, url=node.url) as aggregator:
-        aggregator.wait_log("connected to the broker")
+        aggregator.wait_log("leads run")
 
         other = fedmq(folder, "worker", "--run", run, "--task", "wrong:Wider", "--name", "w1", url=node.url)
         broken = fedmq(folder, "worker", "--run", run, "--task", "wrong:BadTraining", "--name", "w2", url=node.url)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 from typing import Any
 
 import torch
@@ -11,10 +12,12 @@ from torch.utils.data import TensorDataset
 from worker_client.context import TrainingContext, TrainingResult
 from worker_client.task import Examples, Shard, Task
 
-__all__ = ["CELLS", "Counting", "Line"]
+__all__ = ["CELLS", "HELD_SECONDS", "Counting", "Holding", "Line"]
 
 #: Length of the vector of :class:`Counting`.
 CELLS = 8
+#: For how long :class:`Holding` lets no other thread run. With heartbeats of 5 s RabbitMQ gives up before that.
+HELD_SECONDS = 18
 
 
 class Line(Task):
@@ -71,3 +74,14 @@ class Counting(Task):
         delta = torch.zeros(CELLS, dtype=torch.float64)
         delta[int(index)] = 1.0
         return TrainingResult(examples=1, metrics={"loss": 0.0}, tensors={"cells": delta})
+
+
+class Holding(Counting):
+    """Counts, and lets no other thread of the process run while it trains.
+
+    As a library does that computes in C and keeps Python's interpreter lock all the while.
+    """
+
+    def train(self, model: nn.Module, dataset: Examples, context: TrainingContext) -> TrainingResult:
+        ctypes.PyDLL(None).sleep(HELD_SECONDS)
+        return super().train(model, dataset, context)

@@ -10,7 +10,6 @@ from hypothesis import settings
 from broker.amqp.node import PrivateNode
 from tests.support.node import given_node, require_rabbitmq
 
-
 # A busy machine is no bug: nothing here judges how long something takes.
 settings.register_profile("fedmq", deadline=None)
 settings.load_profile("fedmq")

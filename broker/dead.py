@@ -7,7 +7,7 @@ import logging
 import shutil
 import sys
 import tempfile
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import UTC, datetime
@@ -28,14 +28,27 @@ from broker.console import (
     set_up_logging,
 )
 from broker.errors import BrokerError, ConfigError
-from broker.letterdisplay import Summary, letter_table, row_of, say, say_letter, say_table
-from broker.letters import DeadLetter, RawLetter, Selection, contents, facts, parse_age, parse_id, parse_time
+from broker.letterdisplay import Summary, by_reason, count_reason, letter_table, row_of, say, say_letter, say_table
+from broker.letters import (
+    DeadLetter,
+    RawLetter,
+    Selection,
+    contents,
+    facts,
+    parse_age,
+    parse_id,
+    parse_reason,
+    parse_time,
+)
 from broker.settings import Settings, load
 from broker.topology import Topology
 
 __all__ = ["app", "drop", "list_", "replay", "show"]
 
 SPOOL_BYTES = 2**20
+DONE = (Outcome.REPLAYED, Outcome.DROPPED)
+#: Of letters that had to stay, so many are named without -v.
+FAILURES = 10
 
 WorkerOption = Annotated[list[str] | None, typer.Option("--worker", help="Of this worker. Repeatable.")]
 ReasonOption = Annotated[
@@ -154,7 +167,7 @@ def replay(
     """
     with _command(config, run, broker, settings, verbose) as read:
         wanted = _required(_selection(workers, reasons, ids, before, older_than), everything=everything)
-        _change(read, wanted, Wish.REPLAY, "replay")
+        _change(read, wanted, Wish.REPLAY, "replay", verbose=verbose)
 
 
 def drop(
@@ -186,7 +199,7 @@ def drop(
             if not most or not typer.confirm(f"Delete {most} for good?", err=True):
                 say("nothing was dropped")
                 return
-        _change(read, wanted, Wish.DROP, "drop", most=most)
+        _change(read, wanted, Wish.DROP, "drop", most=most, verbose=verbose)
 
 
 # ------------------------------------------------------------------------------------------------- selection
@@ -215,7 +228,7 @@ def _selection(
         times.append(datetime.now(UTC) - parse_age(older_than))
     return Selection(
         workers=tuple(workers or ()),
-        reasons=tuple(reasons or ()),
+        reasons=tuple(parse_reason(text) for text in reasons or ()),
         ids=tuple(parse_id(text) for text in ids or ()),
         before=min(times, default=None),
     )
@@ -257,10 +270,13 @@ def _count(read: Settings, wanted: Selection) -> int:
     return summary.meant
 
 
-def _change(read: Settings, wanted: Selection, wish: Wish, what: str, *, most: int | None = None) -> None:
-    """Replay or drop what is meant (``most`` letters, the oldest first) and report each."""
+def _change(
+    read: Settings, wanted: Selection, wish: Wish, what: str, *, most: int | None = None, verbose: int = 0
+) -> None:
+    """Replay or drop what is meant (``most`` letters, the oldest first) and report it: ``verbose``, each."""
     summary = Summary(wanted)
     outcomes: Counter[Outcome] = Counter()
+    reasons: defaultdict[Outcome, Counter[str]] = defaultdict(Counter)
 
     def decide(letter: DeadLetter, _raw: RawLetter) -> Wish:
         is_meant = (most is None or summary.meant < most) and summary.counts(letter)
@@ -268,8 +284,10 @@ def _change(read: Settings, wanted: Selection, wish: Wish, what: str, *, most: i
 
     def report(letter: DeadLetter, outcome: Outcome, detail: str) -> None:
         outcomes[outcome] += 1
+        count_reason(reasons[outcome], letter.reason)
         name = letter.id or f"letter {letter.number} of worker {letter.worker}"
-        say(f"{outcome:9} {name} ({letter.reason}){': ' if detail else ''}{detail}")
+        if verbose or (outcome not in DONE and outcomes[outcome] <= FAILURES):
+            say(f"{outcome:9} {name} ({letter.reason}){': ' if detail else ''}{detail}")
 
     queue = DeadLetterQueue(read.broker, Topology(read.run), what=what)
     try:
@@ -281,10 +299,11 @@ def _change(read: Settings, wanted: Selection, wish: Wish, what: str, *, most: i
     if not summary.meant:
         say(summary.text(read.run))
         return
-    say(f"run {read.run!r}: {_told(outcomes)}")
+    for outcome, counts in reasons.items():
+        say(f"run {read.run!r}: {outcomes[outcome]:,} {outcome}: {by_reason(counts)}")
     if outcomes[Outcome.REPLAYED]:
         say("what is rejected again comes back: fedmq dead list")
-    left = outcomes.total() - outcomes[Outcome.REPLAYED] - outcomes[Outcome.DROPPED]
+    left = outcomes.total() - sum(outcomes[outcome] for outcome in DONE)
     if left:
         raise BrokerError(f"{left} of {summary.meant} were not replayed; they are in the queue still")
 

@@ -12,7 +12,7 @@ from rich.table import Table as Grid
 
 from broker.letters import DeadLetter, Selection
 
-__all__ = ["Summary", "letter_table", "row_of", "say", "say_letter", "say_table"]
+__all__ = ["Summary", "by_reason", "count_reason", "letter_table", "row_of", "say", "say_letter", "say_table"]
 
 out = Console()
 
@@ -36,11 +36,11 @@ class Summary:
 
     def counts(self, letter: DeadLetter) -> bool:
         """Count ``letter``; whether it is meant."""
-        _add(self._all, letter.reason)
+        count_reason(self._all, letter.reason)
         is_meant = self._wanted.matches(letter)
         if is_meant:
             self.meant += 1
-            _add(self._reasons, letter.reason)
+            count_reason(self._reasons, letter.reason)
         return is_meant
 
     def text(self, run: str) -> str:
@@ -48,15 +48,17 @@ class Summary:
         if not self._all:
             return f"run {run!r}: no rejected updates"
         if not self.meant:
-            return f"run {run!r}: none of the {self._all.total():,} rejected updates is meant ({_by_reason(self._all)})"
-        return f"run {run!r}: {self.meant:,} rejected updates: {_by_reason(self._reasons)}"
+            return f"run {run!r}: none of the {self._all.total():,} rejected updates matches ({by_reason(self._all)})"
+        return f"run {run!r}: {self.meant:,} rejected updates: {by_reason(self._reasons)}"
 
 
-def _add(counter: Counter[str], reason: str) -> None:
+def count_reason(counter: Counter[str], reason: str) -> None:
+    """Count ``reason`` in ``counter``, which does not grow without bound."""
     counter[reason if reason in counter or len(counter) < REASONS else "(others)"] += 1
 
 
-def _by_reason(counter: Counter[str]) -> str:
+def by_reason(counter: Counter[str]) -> str:
+    """The counts, the largest first."""
     return ", ".join(f"{reason} {count:,}" for reason, count in counter.most_common())
 
 

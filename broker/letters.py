@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 
 from broker.errors import ConfigError, WireError
-from broker.messages import NAME_PATTERN, Array, Update, UpdateId
+from broker.messages import NAME_PATTERN, Array, Reason, Update, UpdateId
 from broker.wire import decode
 
 __all__ = [
@@ -33,6 +33,7 @@ __all__ = [
     "original_headers",
     "parse_age",
     "parse_id",
+    "parse_reason",
     "parse_time",
     "printable",
     "replayed_headers",
@@ -181,6 +182,16 @@ def parse_id(text: str) -> UpdateId:
     if identity is None:
         raise ConfigError(f"--id {text!r}: an update's id is WORKER/INCARNATION/SEQ, as 'fedmq dead list' shows it")
     return identity
+
+
+def parse_reason(text: str) -> str:
+    """A reason that a dead letter may have, of fedmq's or of RabbitMQ's. Raises :class:`ConfigError`."""
+    if text in {*Reason, UNKNOWN} or text.partition(":")[0] == "broker":
+        return text
+    raise ConfigError(
+        f"--reason {text!r}: the reasons are {', '.join(Reason)}, {UNKNOWN}; and for what RabbitMQ gave up on "
+        "'broker', or one of them, like 'broker: delivery-limit'"
+    )
 
 
 def parse_age(text: str) -> timedelta:

@@ -141,8 +141,8 @@ def test_the_list_has_a_line_a_letter_and_a_summary(tmp_path: Path, node: Privat
         "… and 3 more (--limit, or --json)",
         f"run '{topology.run}': 4 rejected updates: not-finite 4",
     ]
-    none = dead(tmp_path, node, topology, "list", "--reason", "not-finit").out
-    assert "none of the 5 rejected updates is meant (not-finite 4, malformed 1)" in none
+    none = dead(tmp_path, node, topology, "list", "--reason", "run-done").out
+    assert "none of the 5 rejected updates matches (not-finite 4, malformed 1)" in none
     assert [row["id"] for row in listed(tmp_path, node, topology, "--worker", "w2")] == ["w2/i/1"]
     assert listed(tmp_path, node, topology, "--before", "2026-08-01") == []
     assert len(listed(tmp_path, node, topology, "--older-than", "1s", "--before", "2026-08-02")) == 5
@@ -188,7 +188,8 @@ def test_what_is_selected_is_dropped_and_the_rest_stays(tmp_path: Path, node: Pr
     done = dead(tmp_path, node, topology, "drop", "--worker", "w1", "--reason", "not-finite", "--yes")
 
     assert done.code == 0, done
-    assert done.out.splitlines()[-1] == f"run '{topology.run}': 3 dropped"
+    assert done.out.splitlines()[-1] == f"run '{topology.run}': 3 dropped: not-finite 3"
+    assert "w1/i/0" not in done.out
     assert ids_in(node, topology.dead) == ["w2/i/1"]
 
 
@@ -267,7 +268,10 @@ def test_what_was_not_replayed_is_an_error(tmp_path: Path, node: PrivateNode, to
 
     assert_one_message(done, 4, "1 of 2 were not replayed")
     assert "refused   w1/i/1 (not-finite): its body was too large to be kept" in done.out
-    assert "replayed  w1/i/2 (not-finite)" in done.out
+    assert f"run '{topology.run}': 1 replayed: not-finite 1" in done.out
+    assert "w1/i/2" not in done.out
+    bury(node, topology, update(topology, 3))
+    assert "replayed  w1/i/3 (not-finite)" in dead(tmp_path, node, topology, "replay", "-v", "--id", "w1/i/3").out
 
 
 # ---------------------------------------------------------------------------------------------- what is refused
@@ -280,6 +284,7 @@ def test_what_was_not_replayed_is_an_error(tmp_path: Path, node: PrivateNode, to
         (("drop", "--yes"), ("say which",)),
         (("replay", "--all", "--worker", "w1"), ("contradict",)),
         (("replay", "--id", "w1"), ("WORKER/INCARNATION/SEQ",)),
+        (("replay", "--reason", "bogus"), ("--reason 'bogus'", "too-stale", "'broker: delivery-limit'")),
         (("list", "--older-than", "yesterday"), ("--older-than", "7d")),
         (("list", "--before", "noon"), ("--before", "2026-08-01")),
         (("list", "--run", "a.b"), ("run",)),

@@ -181,7 +181,12 @@ class Link:
         try:
             reason = await self._serve(session)
         finally:
-            await session.close()
+            closing = asyncio.ensure_future(session.close())
+            try:
+                await asyncio.shield(closing)
+            except asyncio.CancelledError:
+                await closing  # whoever stops the link in the middle of this would leave an open socket behind
+                raise
         if self._seldom.may("lost"):
             self._is_quiet = False
             log.warning("%s: %s; connecting again", self.name, reason)

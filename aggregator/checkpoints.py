@@ -32,7 +32,7 @@ from broker.letterdisplay import say, say_table
 from broker.messages import parameters_digest
 from broker.settings import Settings, load
 
-__all__ = ["app", "export", "list_", "show", "verify"]
+__all__ = ["app", "export", "list_", "require_some", "show", "verify"]
 
 NUMBERS = {"version", "epoch", "buffered", "applied", "bytes", "norm", "not finite", "confirmed", "staleness", "weight"}
 
@@ -197,6 +197,12 @@ def _command(
         flags = parse_flags(settings or [], run=run, aggregator__folder=folder)
         read = load({"aggregator": AggregatorConfig}, file=config, flags=flags)
         yield read, CheckpointStore(checkpoint_folder(read), read.run)
+
+
+def require_some(read: Settings, store: CheckpointStore) -> None:
+    """Raise :class:`CheckpointMissing`, for who looks at a run rather than begins one, if ``store`` has no file."""
+    if not store.files():
+        raise CheckpointMissing(_missing(read, store))
 
 
 def _missing(read: Settings, store: CheckpointStore) -> str:

@@ -176,10 +176,11 @@ def read_history(file: Path) -> Iterator[dict[str, Any]]:
     """
     newest = 0
     for number, (_, line) in enumerate(scan_history(file), 1):
-        if line is None:
-            log.warning("%s: line %d is damaged and passed over", file, number)
-        elif line.get("kind") != "version" or line["version"] > newest:
-            newest = max(newest, line["version"]) if line.get("kind") == "version" else newest
+        is_version = line is not None and line.get("kind") == "version"
+        if line is None or (is_version and not isinstance(line.get("version"), int)):
+            log.warning("%s: line %d is damaged and passed over ('fedmq checkpoint verify' says more)", file, number)
+        elif not is_version or line["version"] > newest:
+            newest = line["version"] if is_version else newest
             yield line
 
 

@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from aggregator.ancestry import Ancestry
 from aggregator.checkpoint import CheckpointStore
+from aggregator.checkpoints import require_some
 from aggregator.cli import FolderOption, checkpoint_folder, run_folder
 from aggregator.config import AggregatorConfig
+from aggregator.core.snapshot import Snapshot
 from aggregator.lineage import Lineage, Replay, ranges
 from aggregator.results import write_model
 from aggregator.rollback import adopt as adopt_without
@@ -27,6 +31,7 @@ from fedmq.historydisplay import Wanted, say, say_history, say_json
 __all__ = ["history", "register", "replay", "rollback"]
 
 YesOption = Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")]
+JsonOption = Annotated[bool, typer.Option("--json", help="As JSON.")]
 
 
 def history(
@@ -70,6 +75,7 @@ def replay(
     output: Annotated[Path | None, typer.Option("--output", "-o", help="Write the parameters to this file.")] = None,
     adopt: Annotated[bool, typer.Option("--adopt", help="Make the result the run's newest version.")] = False,
     yes: YesOption = False,
+    as_json: JsonOption = False,
     settings: SetOption = None,
     verbose: VerboseOption = 0,
 ) -> None:
@@ -83,20 +89,27 @@ def replay(
     with _command(config, run, folder, settings, verbose) as read:
         leave_out = frozenset(without or ())
         if adopt and not leave_out and version is None:
-            raise ConfigError("the newest version is the newest already: give --version or --without with --adopt")
-        _require_answer(adopt, yes)
+            raise ConfigError("nothing to adopt: name --version or --without")
         store = _store(read)
         lineage = open_lineage(run_folder(read), store)
         target = lineage.newest if version is None else version
         if adopt and not leave_out and target >= lineage.newest:
             raise ConfigError(f"version {target} is the newest already")
+        if target <= lineage.newest:
+            _require_known(_ancestry(read, store)[0].workers(target), leave_out, target)
+        _require_answer(adopt, yes)
+        tell = _silent if as_json else say
         rebuilding = Replay(lineage, store, leave_out)
         _rebuild(rebuilding, target)
-        _report(rebuilding, leave_out)
+        found = _report(rebuilding, leave_out, tell)
         if output is not None:
             _write(output, read.run, rebuilding, leave_out)
+            found["output"] = str(output)
+            tell(f"written to {output}")
         if adopt:
-            _adopt(read, rebuilding, store, leave_out, go_on=version is None, yes=yes)
+            found["adopted"] = _adopt(read, rebuilding, store, leave_out, tell, go_on=version is None, yes=yes)
+        if as_json:
+            say(json.dumps(found, indent=2))
 
 
 def rollback(
@@ -106,6 +119,7 @@ def rollback(
     run: RunOption = None,
     folder: FolderOption = None,
     yes: YesOption = False,
+    as_json: JsonOption = False,
     settings: SetOption = None,
     verbose: VerboseOption = 0,
 ) -> None:
@@ -117,30 +131,32 @@ def rollback(
     Example: fedmq rollback 12 --run digits
     """
     with _command(config, run, folder, settings, verbose) as read:
-        _require_answer(True, yes)
         store = _store(read)
         lineage = open_lineage(run_folder(read), store)
         if version >= lineage.newest:
             raise ConfigError(f"version {version} is not an earlier one: the newest is {lineage.newest}")
+        _require_answer(True, yes)
+        tell = _silent if as_json else say
         state = find_checkpoint(lineage, store, version)
         if state is not None:
             parameters, optimizer = state.parameters, state.optimizer
-            say(f"version {version} from a checkpoint; digest {state.digest}")
+            tell(f"version {version} from a checkpoint; digest {state.digest}")
         else:
             result = _rebuilt(lineage, store, version)
             parameters, optimizer = result.original.parameters, result.original.optimizer
-            _report(result, frozenset())
+            _report(result, frozenset(), tell)
+        ancestry, newest = _ancestry(read, store)
+        lost = _loss(ancestry.taken_back(newest.version, version), len(newest.entries))
         _confirm(
-            f"Take run {read.run!r} back to version {version}? What is in the buffer, and updates on their way that "
-            f"start from a version after {version}, will not count.",
+            f"Take run {read.run!r} back to version {version}? {lost}; what is on its way and starts from a version "
+            f"after {version} will be rejected.",
             yes,
         )
         head = roll_back(lineage, store, version, parameters, optimizer)
-        dropped = len(head.records[-1].dropped)
-        say(
-            f"version {head.version} of run {read.run!r} is version {version} again; {dropped} updates in the buffer "
-            "were dropped"
-        )
+        found = _taken(read, head)
+        tell(f"version {head.version} of run {read.run!r} is version {version} again; {_loss(*found)}")
+        if as_json:
+            say(json.dumps(_taken_plainly(head, *found), indent=2))
 
 
 def register(app: typer.Typer) -> None:
@@ -165,7 +181,16 @@ def _command(
 
 
 def _store(read: Settings) -> CheckpointStore:
-    return CheckpointStore(checkpoint_folder(read), read.run)
+    """Raises :class:`CheckpointMissing` if it is empty."""
+    store = CheckpointStore(checkpoint_folder(read), read.run)
+    require_some(read, store)
+    return store
+
+
+def _ancestry(read: Settings, store: CheckpointStore) -> tuple[Ancestry, Snapshot]:
+    """How the versions descend from each other, and the newest checkpoint."""
+    head = store.load()
+    return Ancestry(run_folder(read) / "history.jsonl", head.records), head
 
 
 def _rebuilt(lineage: Lineage, store: CheckpointStore, version: int) -> Replay:
@@ -200,12 +225,21 @@ def _progress(count: int) -> Iterator[Callable[[], object]]:
         yield lambda: progress.advance(task)
 
 
-def _report(rebuilding: Replay, leave_out: frozenset[str]) -> None:
+def _require_known(workers: set[str], leave_out: frozenset[str], version: int) -> None:
+    """Raise :class:`ConfigError` if a worker that is to be left out never took part."""
+    if strangers := sorted(leave_out - workers):
+        known = ", ".join(sorted(workers)) or "nobody"
+        raise ConfigError(f"no update of {', '.join(strangers)} made version {version}; there are some of {known}")
+
+
+def _report(rebuilding: Replay, leave_out: frozenset[str], tell: Callable[[str], None]) -> dict[str, Any]:
+    """Tell what was rebuilt; gives the same for ``--json``."""
     original, result, base = rebuilding.original, rebuilding.result, rebuilding.base_version
     agree = f"all versions since agree with the history; digest {original.digest}"
-    say(f"version {original.version} rebuilt from version {base}: {agree}")
+    tell(f"version {original.version} rebuilt from version {base}: {agree}")
+    found = {"version": original.version, "base_version": base, "digest": original.digest}
     if not leave_out:
-        return
+        return found
     left_out = {version: count for version, count in result.left_out.items() if count}
     names = ", ".join(sorted(leave_out))
     stuck = sum(result.stuck.values())
@@ -214,9 +248,19 @@ def _report(rebuilding: Replay, leave_out: frozenset[str]) -> None:
     if not left_out:
         known = ", ".join(sorted(rebuilding.workers)) or "nobody"
         raise ConfigError(f"no update of {names} made version {original.version}; there are some of {known}{before}")
-    versions = ranges(sorted(left_out))
-    say(f"without {names}: {sum(left_out.values())} updates left out, in versions {versions}{before}")
-    say(f"digest {result.digest}, at a distance (L2) of {rebuilding.distance:.6g} from the original")
+    count = sum(left_out.values())
+    tell(f"without {names}: {_updates(count)} left out, in versions {ranges(sorted(left_out))}{before}")
+    tell(f"digest {result.digest}, at a distance (L2) of {rebuilding.distance:.6g} from the original")
+    return {
+        **found,
+        "without": {
+            "workers": sorted(leave_out),
+            "left_out": count,
+            "versions": sorted(left_out),
+            "digest": result.digest,
+            "distance": rebuilding.distance,
+        },
+    }
 
 
 def _write(output: Path, run: str, rebuilding: Replay, leave_out: frozenset[str]) -> None:
@@ -226,18 +270,26 @@ def _write(output: Path, run: str, rebuilding: Replay, leave_out: frozenset[str]
         write_model(output, run, rebuilding.result.parameters, **facts)
     except OSError as error:
         raise CheckpointNotWritten(f"{output}: {error.strerror or error}; choose another --output") from None
-    say(f"written to {output}")
 
 
 def _adopt(
-    read: Settings, rebuilding: Replay, store: CheckpointStore, leave_out: frozenset[str], *, go_on: bool, yes: bool
-) -> None:
+    read: Settings,
+    rebuilding: Replay,
+    store: CheckpointStore,
+    leave_out: frozenset[str],
+    tell: Callable[[str], None],
+    *,
+    go_on: bool,
+    yes: bool,
+) -> dict[str, Any]:
     names = ", ".join(sorted(leave_out))
     lineage, version = rebuilding.lineage, rebuilding.result.version
     what = f"version {version}" + (f" without {names}" if names else "")
+    ancestry, newest = _ancestry(read, store)
+    later = {} if go_on else ancestry.taken_back(newest.version, version)
     _confirm(
-        f"Make {what} the newest of run {read.run!r}? What is in the buffer, and updates on their way that start from "
-        "versions that came out otherwise, will not count."
+        f"Make {what} the newest of run {read.run!r}? {_loss(_with_left_out(later, rebuilding), len(newest.entries))}; "
+        "what is on its way and starts from versions that came out otherwise will be rejected."
         + (f" Stop {names} first: what it sends from now on counts again." if names else ""),
         yes,
     )
@@ -246,11 +298,52 @@ def _adopt(
         head = roll_back(lineage, store, version, result.parameters, result.optimizer)
     else:
         head = adopt_without(rebuilding, store, leave_out, go_on=go_on, report=lambda _version: None)
-    record = head.records[-1]
-    what = f"version {record.source}" + (f" without {names}" if names else "")
-    say(f"version {head.version} of run {read.run!r} is {what}; {len(record.dropped)} updates were dropped")
+    later, dropped = _taken(read, head)
+    lost = _with_left_out(later, rebuilding)
+    what = f"version {head.records[-1].source}" + (f" without {names}" if names else "")
+    tell(f"version {head.version} of run {read.run!r} is {what}; {_loss(lost, dropped)}")
     if names:
-        say(f"what {names} sends from now on counts again: stop it, if it should not")
+        tell(f"what {names} sends from now on counts again: stop it, if it should not")
+    return _taken_plainly(head, lost, dropped)
+
+
+# ------------------------------------------------------------------------------------------- what counts no more
+
+
+def _taken(read: Settings, head: Snapshot) -> tuple[dict[int, int], int]:
+    """How many updates of which versions no longer count now that ``head`` is the newest, and how many were dropped."""
+    record = head.records[-1]
+    ancestry = Ancestry(run_folder(read) / "history.jsonl", head.records)
+    return ancestry.taken_back(head.version - 1, record.source or 0), len(record.dropped)
+
+
+def _with_left_out(later: Mapping[int, int], rebuilding: Replay) -> dict[int, int]:
+    return {**later, **{version: count for version, count in rebuilding.result.left_out.items() if count}}
+
+
+def _loss(lost: Mapping[int, int], dropped: int) -> str:
+    """``3 updates of versions 2-3 no longer count; 1 in the buffer dropped``."""
+    versions = f" of version{'s' * (len(lost) > 1)} {ranges(sorted(lost))}" if lost else ""
+    count = sum(lost.values())
+    return f"{_updates(count)}{versions} no longer count{'s' * (count == 1)}; {dropped} in the buffer dropped"
+
+
+def _taken_plainly(head: Snapshot, lost: Mapping[int, int], dropped: int) -> dict[str, Any]:
+    return {
+        "version": head.version,
+        "source": head.records[-1].source,
+        "digest": head.digest,
+        "taken_back": {"updates": sum(lost.values()), "versions": sorted(lost)},
+        "dropped": dropped,
+    }
+
+
+def _updates(count: int) -> str:
+    return f"{count:,} update{'s' * (count != 1)}"
+
+
+def _silent(_: str) -> None:
+    """With --json all is said at the end."""
 
 
 def _require_answer(changes: bool, yes: bool) -> None:

@@ -76,26 +76,35 @@ def test_what_makes_no_sense_is_refused_and_changes_nothing(run: OnDisk, give: G
     assert_one_message(give("replay", "--without", "x"), 2, "no update of x made version 3", "some of a, b, c")
     assert_one_message(give("replay", "--version", "9"), 5, "there is no version 9; the newest is 3")
     assert_one_message(give("replay", "--version", "1", "-o", "no/where"), 5, "no/where", "choose another --output")
-    assert_one_message(give("replay", "--adopt", "--yes"), 2, "give --version or --without")
+    assert_one_message(give("replay", "--adopt", "--yes"), 2, "nothing to adopt: name --version or --without")
     assert_one_message(give("replay", "--version", "3", "--adopt", "--yes"), 2, "version 3 is the newest already")
     assert_one_message(give("replay", "--without", "c", "--adopt"), 2, "give --yes")
     assert_one_message(give("rollback", "1"), 2, "give --yes")
     assert_one_message(give("rollback", "3", "--yes"), 2, "version 3 is not an earlier one: the newest is 3")
     elsewhere = fedmq(tmp_path, "rollback", "1", "--yes", "--run", "nobodys", url=None)
-    assert_one_message(elsewhere, 5, "no checkpoint of run 'nobodys'")
+    assert_one_message(elsewhere, 5, "no checkpoint of run 'nobodys'", "name the run with --run")
+    # Before anybody is asked, or anything rebuilt.
+    assert_one_message(give("rollback", "7"), 2, "version 7 is not an earlier one")
+    assert_one_message(
+        give("replay", "--without", "c", "--without", "x", "--adopt"), 2, "no update of x made version 3"
+    )
 
     assert sorted(file.name for file in run.store.folder.iterdir()) == before
 
 
 def test_a_rollback_takes_a_checkpoint_or_the_kept_updates_or_says_what_there_is(run: OnDisk, give: Give) -> None:
-    assert "version 2 from a checkpoint" in give("rollback", "2", "--yes").out
+    told = give("rollback", "2", "--yes").out
+    assert "version 2 from a checkpoint" in told
+    assert "is version 2 again; 3 updates of version 3 no longer count; 1 in the buffer dropped" in told
     for file in run.store.files():
         if run.store.read(file).version < 3:
             file.unlink()
 
     told = give("rollback", "1", "--yes").out
     assert "version 1 rebuilt from version 0" in told
-    assert f"version 5 of run '{RUN}' is version 1 again; 0 updates in the buffer were dropped" in told
+    assert (
+        f"version 5 of run '{RUN}' is version 1 again; 3 updates of version 2 no longer count; 0 in the buffer" in told
+    )
     assert run.store.load().digest == run.lines()[0]["after"]
 
     next((run.folder / "updates").glob("*.log")).unlink()
@@ -107,14 +116,18 @@ def test_a_rollback_takes_a_checkpoint_or_the_kept_updates_or_says_what_there_is
 def test_what_is_adopted_is_the_newest_version(run: OnDisk, give: Give) -> None:
     told = give("replay", "--without", "c", "--adopt", "--yes").out
 
-    assert "version 4 of run 'test' is version 3 without c; 1 updates were dropped" in told
+    assert "is version 3 without c; 2 updates of versions 2-3 no longer count; 1 in the buffer dropped" in told
     assert "what c sends from now on counts again" in told
     newest = run.store.load()
     assert (newest.version, newest.records[-1].without, newest.void) == (4, ("c",), ((2, 3),))
     shown = give("history", "--version", "4").out
     assert "taken back to version 3 without c; 1 updates dropped" in shown
     assert "all versions since agree" in give("replay").out
-    assert "version 5 of run 'test' is version 1;" in give("replay", "--version", "1", "--adopt", "--yes").out
+    found = json.loads(give("replay", "--version", "1", "--adopt", "--yes", "--json").out)["adopted"]
+    # Without those of c, which had been taken back before.
+    assert (found["version"], found["source"]) == (5, 1)
+    assert found["taken_back"] == {"updates": 4, "versions": [2, 3]}
+    assert json.loads(give("rollback", "4", "--yes", "--json").out)["version"] == 6
 
 
 @pytest.fixture

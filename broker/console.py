@@ -20,7 +20,7 @@ from rich.logging import RichHandler
 from rich.text import Text
 
 from broker.errors import ConfigError, FedmqError
-from broker.settings import redacted
+from broker.settings import Flag, Origin, redacted
 
 __all__ = [
     "BrokerOption",
@@ -42,6 +42,9 @@ BrokerOption = Annotated[str | None, typer.Option("--broker", help="Address of R
 SetOption = Annotated[list[str] | None, typer.Option("--set", help="Any setting: worker.batch_size=64. Repeatable.")]
 VerboseOption = Annotated[int, typer.Option("--verbose", "-v", count=True, help="Log details.")]
 
+#: Options that are not called as their setting is.
+OPTIONS = {"broker.url": "--broker", "aggregator.stop_after_rounds": "--rounds"}
+
 #: Whoever signals a process and its group as well (``timeout``, some supervisors) means it once.
 TWICE_SECONDS = 1.0
 
@@ -60,12 +63,12 @@ def guard() -> Iterator[None]:
         raise SystemExit(error.exit_code) from None
 
 
-def parse_flags(pairs: Sequence[str], **named: Any) -> list[tuple[str, Any]]:
-    """``--set table.key=value`` strings and named options as pairs for ``settings.load``.
+def parse_flags(pairs: Sequence[str], **named: Any) -> list[Flag]:
+    """``--set table.key=value`` strings and named options as flags for ``settings.load``.
 
     ``named`` holds values of dedicated options under the key with ``__`` for the dot; None means not given.
     """
-    result: list[tuple[str, Any]] = []
+    result: list[Flag] = []
     for pair in pairs:
         key, equals, value = pair.partition("=")
         if not equals or not key:
@@ -73,7 +76,12 @@ def parse_flags(pairs: Sequence[str], **named: Any) -> list[tuple[str, Any]]:
                 f"--set {redacted(pair)!r}: give it as table.key=value, like --set aggregator.buffer_size=8"
             )
         result.append((key.strip(), value))
-    return result + [(key.replace("__", "."), value) for key, value in named.items() if value is not None]
+    for name, value in named.items():
+        if value is not None:
+            key = name.replace("__", ".")
+            option = OPTIONS.get(key, f"--{key.rpartition('.')[2]}")
+            result.append((key, value, Origin("flag", option)))
+    return result
 
 
 def set_up_logging(verbosity: int = 0, *, quiet: bool = False) -> None:

@@ -16,14 +16,37 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, SecretStr, ValidationError
+from pydantic_core import ErrorDetails
 
 from broker.errors import ConfigError
 from broker.topology import check_name
 
-__all__ = ["DEFAULT_FILE", "TABLES", "BrokerConfig", "Origin", "Settings", "Table", "load", "plain", "redacted"]
+__all__ = ["DEFAULT_FILE", "TABLES", "BrokerConfig", "Flag", "Origin", "Settings", "Table", "load", "plain", "redacted"]
 
 DEFAULT_FILE = "fedmq.toml"
 PREFIX = "FEDMQ_"
+
+_NUMBER, _WHOLE, _BOOL = "a number is wanted", "a whole number is wanted", "true or false is wanted"
+#: What pydantic calls an error, in our words.
+_WANTED = {
+    "float_parsing": _NUMBER,
+    "float_type": _NUMBER,
+    "finite_number": "a number that is not infinite is wanted",
+    "int_parsing": _WHOLE,
+    "int_parsing_size": "a smaller number is wanted",
+    "int_type": _WHOLE,
+    "int_from_float": _WHOLE,
+    "bool_parsing": _BOOL,
+    "bool_type": _BOOL,
+    "string_type": "text is wanted",
+    "path_type": "a path is wanted",
+    "literal_error": "{expected} is wanted",
+    "greater_than_equal": "at least {ge} is wanted",
+    "greater_than": "more than {gt} is wanted",
+    "less_than_equal": "at most {le} is wanted",
+    "less_than": "less than {lt} is wanted",
+    "string_pattern_mismatch": "text that matches {pattern} is wanted",
+}
 
 #: Tables that a file may hold. A program reads those it needs; the others belong to another program.
 TABLES = ("broker", "aggregator", "worker", "demo")
@@ -91,6 +114,9 @@ class Origin:
         return self.where
 
 
+#: ``table.key`` (or ``run``), its value, and where it was given if that was not ``--set``.
+Flag = tuple[str, Any] | tuple[str, Any, Origin]
+
 T = TypeVar("T", bound=Table)
 
 
@@ -146,7 +172,7 @@ def load(
     kinds: Mapping[str, type[Table]],
     *,
     file: Path | None = None,
-    flags: Sequence[tuple[str, Any]] = (),
+    flags: Sequence[Flag] = (),
     environment: Mapping[str, str] | None = None,
 ) -> Settings:
     """Read, merge and validate.
@@ -154,7 +180,7 @@ def load(
     Args:
         kinds: the tables that the caller needs, by name; ``broker`` is always read.
         file: the TOML file; if None, ``fedmq.toml`` in the working directory if there is one.
-        flags: pairs of ``table.key`` (or ``run``) and value, from the command line.
+        flags: from the command line.
         environment: variables, by default the process's; ``FEDMQ_RUN``, ``FEDMQ_BROKER_URL`` and so on.
 
     Raises:
@@ -217,7 +243,8 @@ def _check_key(key: str, origin: Origin, kinds: Mapping[str, type[Table]]) -> No
     table, _, name = key.partition(".")
     if table not in TABLES:
         known = ["run", *TABLES]
-        raise ConfigError(f"{origin}: unknown key {key!r}{_nearest(table, known)}; at the top are {', '.join(known)}")
+        hint = _of_some_table(key, kinds) or _nearest(table, known)
+        raise ConfigError(f"{origin}: unknown key {key!r}{hint}; at the top are {', '.join(known)}")
     if not name:
         raise ConfigError(
             f"{origin}: {key!r} is a table: its settings are given as {key}.<name>, in a file under [{key}]"
@@ -226,6 +253,12 @@ def _check_key(key: str, origin: Origin, kinds: Mapping[str, type[Table]]) -> No
     if kind is not None and name not in kind.model_fields:
         known = list(kind.model_fields)
         raise ConfigError(f"{origin}: unknown key {key!r}{_nearest(name, known)}; [{table}] has {', '.join(known)}")
+
+
+def _of_some_table(key: str, kinds: Mapping[str, type[Table]]) -> str:
+    """The table that was forgotten in front of ``key``, as a question."""
+    found = [f"{table}.{key}" for table, kind in kinds.items() if key in kind.model_fields]
+    return f" (did you mean {' or '.join(map(repr, found))}?)" if found else ""
 
 
 def _nearest(word: str, known: Sequence[str]) -> str:
@@ -244,7 +277,7 @@ def _validated(name: str, kind: type[Table], values: dict[str, Any], origins: Ma
             secret = key in kind.model_fields and kind.model_fields[key].annotation is SecretStr
             shown = "" if secret or not key else f" = {problem['input']!r:.80}"
             where = str(origins.get(full, "default")) if key else _all_of(name, origins)
-            lines.append(f"{where}: {full}{shown}: {_lower(problem['msg'])}")
+            lines.append(f"{where}: {full}{shown}: {_wanted(problem)}")
         raise ConfigError("\n".join(lines)) from None
 
 
@@ -253,6 +286,10 @@ def _all_of(name: str, origins: Mapping[str, Origin]) -> str:
     return ", ".join(dict.fromkeys(str(origin) for key, origin in origins.items() if key.startswith(f"{name}.")))
 
 
-def _lower(text: str) -> str:
-    text = text.removeprefix("Value error, ")
+def _wanted(problem: ErrorDetails) -> str:
+    """What is wrong, in our words; in pydantic's where they come from a validator of ours or are rare."""
+    words = _WANTED.get(problem["type"])
+    if words is not None:
+        return words.format_map(problem.get("ctx", {}))
+    text = problem["msg"].removeprefix("Value error, ")
     return text[:1].lower() + text[1:]

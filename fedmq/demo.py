@@ -7,6 +7,7 @@ import logging
 import re
 import threading
 import time
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,7 +26,7 @@ from broker.amqp.transport import AmqpWorkerTransport
 from broker.amqp.watch import AmqpWatch
 from broker.console import stop_on_signals
 from broker.errors import BrokerUnreachable, FedmqError
-from broker.settings import BrokerConfig, Settings, Table, load, plain, redacted
+from broker.settings import BrokerConfig, Flag, Settings, Table, load, plain, redacted
 from broker.topology import Topology
 from fedmq.display import Board, Display
 from fedmq.initialise import initialise
@@ -76,7 +77,7 @@ class Place:
     admin: str
 
 
-def demo_settings(file: Path | None, flags: list[tuple[str, Any]]) -> Settings:
+def demo_settings(file: Path | None, flags: Sequence[Flag]) -> Settings:
     """The settings of a demonstration: defaults of its own under the user's."""
     kinds: dict[str, type[Table]] = {"aggregator": AggregatorConfig, "worker": WorkerConfig, "demo": DemoConfig}
     given = load(kinds, file=file, flags=flags)

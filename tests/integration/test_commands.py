@@ -24,8 +24,11 @@ def folder(tmp_path: Path) -> Path:
     [
         ("[aggregator]\nbufer_size = 8", ["fedmq.toml", "aggregator.bufer_size", "did you mean 'buffer_size'"]),
         ("[agregator]\nbuffer_size = 8", ["fedmq.toml", "agregator", "did you mean 'aggregator'", "run, broker"]),
-        ("[aggregator]\nbuffer_size = 'many'", ["fedmq.toml: aggregator.buffer_size = 'many'", "integer"]),
-        ("[aggregator]\nbuffer_size = 0", ["fedmq.toml: aggregator.buffer_size = 0", "greater than or equal to 1"]),
+        (
+            "[aggregator]\nbuffer_size = 'many'",
+            ["fedmq.toml: aggregator.buffer_size = 'many'", "a whole number is wanted"],
+        ),
+        ("[aggregator]\nbuffer_size = 0", ["fedmq.toml: aggregator.buffer_size = 0", "at least 1 is wanted"]),
         ("[aggregator]\noptimizer = 'lion'", ["aggregator.optimizer = 'lion'", "'sgd' or 'adam'"]),
         ("[aggregator]\nminimum_updates = 99", ["fedmq.toml: aggregator: minimum_updates is larger than buffer_size"]),
         ("aggregator = 3", ["fedmq.toml: 'aggregator' is a table", "[aggregator]"]),
@@ -44,7 +47,7 @@ def test_a_wrong_file_names_key_file_and_what_is_allowed(tmp_path: Path, content
         (("--set", "aggregator.bufer_size=8"), ["--set aggregator.bufer_size", "did you mean 'buffer_size'"]),
         (("--set", "aggregator.buffer_size"), ["--set 'aggregator.buffer_size'", "table.key=value"]),
         (("--set", f"broker.url amqp://u:{SECRET}@h/"), ["table.key=value"]),
-        (("--set", "worker.batch_size=-1"), ["--set worker.batch_size", "'-1'", "greater than or equal to 1"]),
+        (("--set", "worker.batch_size=-1"), ["--set worker.batch_size", "'-1'", "at least 1 is wanted"]),
         (("--config", "nowhere.toml"), ["nowhere.toml: no such file"]),
         (("--config", "."), [".: cannot be read"]),
         (("--broker", f"http://u:{SECRET}@h/"), ["broker.url", "begins with amqp://"]),
@@ -60,7 +63,9 @@ def test_a_wrong_variable_is_named(tmp_path: Path) -> None:
     done = fedmq(tmp_path, "config", environment={"FEDMQ_AGGREGATOR_BUFER_SIZE": "8"})
     assert_one_message(done, 2, "environment variable FEDMQ_AGGREGATOR_BUFER_SIZE", "did you mean 'buffer_size'")
     done = fedmq(tmp_path, "config", environment={"FEDMQ_WORKER_BATCH_SIZE": "lots"})
-    assert_one_message(done, 2, "environment variable FEDMQ_WORKER_BATCH_SIZE: worker.batch_size = 'lots'", "integer")
+    assert_one_message(
+        done, 2, "environment variable FEDMQ_WORKER_BATCH_SIZE: worker.batch_size = 'lots'", "whole number"
+    )
 
 
 def test_config_shows_values_and_where_they_are_set(tmp_path: Path) -> None:

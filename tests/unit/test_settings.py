@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,7 @@ import tomli_w
 from aggregator.config import AggregatorConfig
 from broker.console import parse_flags
 from broker.errors import ConfigError
-from broker.settings import BrokerConfig, Origin, Settings, load, plain, redacted
+from broker.settings import BrokerConfig, Flag, Origin, Settings, load, plain, redacted
 
 PASSWORD = "pl4nted-s3cret"  # noqa: S105 (of nothing)
 KINDS = {"aggregator": AggregatorConfig}
@@ -20,13 +21,13 @@ def _nowhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
 
 
-def read(text: str = "", flags: list[tuple[str, Any]] | None = None, **environment: str) -> Settings:
+def read(text: str = "", flags: Sequence[Flag] | None = None, **environment: str) -> Settings:
     if text:
         Path("fedmq.toml").write_text(text)
     return load(KINDS, flags=flags or [], environment=environment)
 
 
-def complaint(text: str = "", flags: list[tuple[str, Any]] | None = None, **environment: str) -> str:
+def complaint(text: str = "", flags: Sequence[Flag] | None = None, **environment: str) -> str:
     with pytest.raises(ConfigError) as caught:
         read(text, flags, **environment)
     return str(caught.value)
@@ -57,7 +58,8 @@ def test_flags_outrank_the_environment_and_that_outranks_the_file() -> None:
 
 def test_later_flags_outrank_earlier_ones_and_options_outrank_set() -> None:
     flags = parse_flags(["aggregator.seed=1", "aggregator.seed=2", "run=a"], run="b", broker__url=None)
-    assert flags == [("aggregator.seed", "1"), ("aggregator.seed", "2"), ("run", "a"), ("run", "b")]
+    given = [("aggregator.seed", "1"), ("aggregator.seed", "2"), ("run", "a")]
+    assert flags == [*given, ("run", "b", Origin("flag", "--run"))]
     settings = read("", flags)
     assert (settings.run, settings.table("aggregator", AggregatorConfig).seed) == ("b", 2)
 
@@ -81,8 +83,8 @@ def test_a_table_of_another_program_is_not_looked_into() -> None:
 def test_all_problems_are_told_at_once() -> None:
     told = complaint("[aggregator]\nbuffer_size = 0\noptimizer = 'lion'\n")
     assert told.splitlines() == [
-        "fedmq.toml: aggregator.buffer_size = 0: input should be greater than or equal to 1",
-        "fedmq.toml: aggregator.optimizer = 'lion': input should be 'sgd' or 'adam'",
+        "fedmq.toml: aggregator.buffer_size = 0: at least 1 is wanted",
+        "fedmq.toml: aggregator.optimizer = 'lion': 'sgd' or 'adam' is wanted",
     ]
 
 
@@ -100,6 +102,40 @@ def test_a_word_far_from_all_known_ones_gets_no_suggestion() -> None:
     told = complaint("[aggregator]\nxyzzy = 1\n")
     assert "did you mean" not in told
     assert "[aggregator] has folder, mode, rounds" in told
+
+
+@pytest.mark.parametrize(
+    ("setting", "words"),
+    [
+        ("learning_rate=fast", "--set aggregator.learning_rate: aggregator.learning_rate = 'fast': a number is wanted"),
+        ("buffer_size=1.5", "aggregator.buffer_size = '1.5': a whole number is wanted"),
+        ("learning_rate=inf", "a number that is not infinite is wanted"),
+        ("keep_updates=perhaps", "true or false is wanted"),
+    ],
+)
+def test_what_is_wanted_is_said_in_plain_words(setting: str, words: str) -> None:
+    assert words in complaint("", parse_flags([f"aggregator.{setting}"]))
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"run": "Bad Name"}, "--run"),
+        ({"broker__url": 3}, "--broker: broker.url"),
+        ({"aggregator__stop_after_rounds": "x"}, "--rounds: aggregator.stop_after_rounds = 'x'"),
+        ({"aggregator__mode": "x"}, "--mode: aggregator.mode = 'x'"),
+    ],
+)
+def test_an_option_is_named_as_it_was_typed(options: dict[str, Any], words: str) -> None:
+    told = complaint("", parse_flags([], **options))
+    assert words in told
+    assert "--set" not in told
+
+
+def test_a_key_without_its_table_is_found_in_any() -> None:
+    assert "unknown key 'buffer_size' (did you mean 'aggregator.buffer_size'?)" in complaint(
+        "", parse_flags(["buffer_size=3"])
+    )
 
 
 # -------------------------------------------------------------------------------------------------- secrets
@@ -133,7 +169,7 @@ def test_an_address_that_is_none_is_refused_without_showing_it(url: str) -> None
 
 def test_a_wrong_type_of_address_does_not_show_it() -> None:
     told = complaint(f"[broker]\nurl = ['amqp://me:{PASSWORD}@host/']\n")
-    assert told == "fedmq.toml: broker.url: input should be a valid string"
+    assert told == "fedmq.toml: broker.url: text is wanted"
 
 
 def test_an_address_may_come_from_a_file() -> None:

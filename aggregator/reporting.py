@@ -115,7 +115,7 @@ def _senders(record: VersionRecord) -> str:
     counts = Counter(entry.id.worker for entry in record.updates)
     names = [f"{name} ({n})" if n > 1 else name for name, n in sorted(counts.items())]
     shown = ", ".join(names[:SHOWN_NAMES]) + (f" and {len(names) - SHOWN_NAMES} more" if names[SHOWN_NAMES:] else "")
-    return f"{len(record.updates)} updates of {shown}"
+    return f"{len(record.updates)} update{'s' * (len(record.updates) != 1)} of {shown}"
 
 
 def _figures(metrics: Mapping[str, float]) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import math
 import os
 import secrets
@@ -11,11 +12,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
+from aggregator.ancestry import Ancestry
 from aggregator.checkpoint import write_tensors
-from broker.errors import CheckpointNotWritten
+from broker.errors import CheckpointError, CheckpointNotWritten
 from broker.messages import Tensors
 
 __all__ = ["Outcome", "is_written", "replace_file", "write_model", "write_results"]
+
+log = logging.getLogger("fedmq.aggregator")
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,6 +36,8 @@ class Outcome:
     """The newest evaluation's."""
     evaluated: int = -1
     """The version that was evaluated last; -1 for none."""
+    buffered: int = 0
+    """Updates of those applied that are in the open round yet."""
 
 
 def is_written(folder: Path) -> bool:
@@ -50,6 +56,7 @@ def write_results(folder: Path, run: str, outcome: Outcome, parameters: Tensors,
         "updates": {
             "confirmed": outcome.confirmed,
             "applied": outcome.applied,
+            "taken_back": _taken_back(folder, outcome),
             "rejected": sum(outcome.rejected.values()),
             "rejected_by_reason": dict(outcome.rejected),
         },
@@ -64,6 +71,18 @@ def write_results(folder: Path, run: str, outcome: Outcome, parameters: Tensors,
         raise CheckpointNotWritten(
             f"{folder}: {error.strerror}; the run itself is safe in its checkpoint: make room, start again"
         ) from None
+
+
+def _taken_back(folder: Path, outcome: Outcome) -> int | None:
+    """Of the applied updates, those that do not count any more; None if the history does not tell."""
+    try:
+        ancestry = Ancestry(folder / "history.jsonl")
+    except CheckpointError as error:
+        log.warning("summary.json does not say how many updates were taken back: %s", error)
+        return None
+    if not ancestry.is_whole(outcome.version):
+        return None
+    return max(0, outcome.applied - outcome.buffered - sum(ancestry.updates(outcome.version).values()))
 
 
 def write_model(target: Path, run: str, parameters: Tensors, **facts: str) -> None:

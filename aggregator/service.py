@@ -424,6 +424,7 @@ class AggregatorService:
             confirmed=sum(sum(counts.values()) for counts in machine.roster.confirmed().values()),
             metrics=self._reporter.metrics[1],
             evaluated=self._reporter.metrics[0],
+            buffered=machine.fill,
         )
         log.info("run %s %s at version %d; results in %s", self.run_name, outcome.reason, outcome.version, self.folder)
         if self._led.begun_at == (outcome.version, True) and is_written(self.folder):

@@ -13,10 +13,11 @@ import pytest
 from aggregator.archive import base_file
 from aggregator.core.ledger import Ledger
 from aggregator.lineage import Lineage, Replay, ranges
+from aggregator.results import Outcome, write_results
 from aggregator.rollback import adopt, find_checkpoint, open_lineage, roll_back
 from broker.errors import CheckpointCorrupt, CheckpointOutdated, LineageError, StaleEpoch
 from broker.messages import Array, Reason
-from tests.support.builders import vector
+from tests.support.builders import RUN, vector
 from tests.support.ondisk import OnDisk
 
 MODEL = {"w": np.arange(4, dtype=np.float32)}
@@ -445,3 +446,23 @@ def test_ranges_are_written_as_people_do() -> None:
     assert ranges([]) == ""
     assert ranges([3]) == "3"
     assert ranges([1, 2, 3, 5, 7, 8]) == "1-3, 5, 7-8"
+
+
+def test_the_summary_says_how_many_updates_were_taken_back(make: Callable[..., OnDisk]) -> None:
+    run = make()
+    run.round("a", "b", "a", "b", "a", "b")
+    state = find_checkpoint(lineage_of(run), run.store, 1)
+    assert state is not None
+    roll_back(lineage_of(run), run.store, 1, state.parameters, state.optimizer)
+    run.restart()
+    run.round("a", "b", "a")
+
+    outcome = Outcome("stopped", run.version, 2, run.machine.applied, {}, 0, {}, buffered=run.machine.fill)
+    write_results(run.folder, RUN, outcome, run.machine.parameters, seconds=1.0)
+
+    updates = json.loads((run.folder / "summary.json").read_text())["updates"]
+    assert (updates["applied"], updates["taken_back"]) == (9, 4)
+    history = run.folder / "history.jsonl"
+    history.write_text("".join(line for line in history.read_text().splitlines(True) if '"version": 5' not in line))
+    write_results(run.folder, RUN, outcome, run.machine.parameters, seconds=1.0)
+    assert json.loads((run.folder / "summary.json").read_text())["updates"]["taken_back"] is None

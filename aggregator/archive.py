@@ -84,6 +84,11 @@ class UpdateArchive:
             raise CheckpointNotWritten(f"{self.file}: {error.strerror}; make room") from None
         self._durable, self._is_doubtful = end, False
 
+    @property
+    def size(self) -> int:
+        """Bytes of the file so far."""
+        return self._end
+
     def close(self) -> None:
         """Let go of the file."""
         self._out.close()

@@ -132,7 +132,7 @@ class Lineage:
             yield self.record(version)
 
     def way(self, version: int, leave_out: frozenset[str] = frozenset()) -> Way:
-        """How to rebuild ``version`` from the earliest state that there is.
+        """How to rebuild ``version``: from the newest state that serves, or from the earliest to leave somebody out.
 
         Raises :class:`LineageError` if it cannot be: it says what is missing, and which versions can be.
         """
@@ -178,7 +178,7 @@ class Lineage:
         return update
 
     def _search(self, version: int, leave_out: frozenset[str]) -> tuple[Way | None, str]:
-        """Walk down from ``version``: the way from the lowest state that is reached, and what ended the walk."""
+        """Walk down from ``version``: the way from the state that serves, and what ended the walk."""
         found: Way | None = None
         steps: list[tuple[int, frozenset[str]]] = []
         without: frozenset[str] = frozenset()
@@ -187,6 +187,8 @@ class Lineage:
         while True:
             if at in self._bases and (not missing or missing <= _partial(self._bases[at])):
                 found = Way(self._bases[at], tuple(reversed(steps)))
+                if not leave_out and not without and steps:
+                    return found, ""
             if at == 0 and at not in self._facts:
                 return found, trouble or "updates were not kept from the beginning"
             try:

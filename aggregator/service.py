@@ -62,6 +62,8 @@ RETRY_SECONDS = 5.0
 LISTEN_SECONDS = 2.0
 #: How long a leaving aggregator goes on settling what has been delivered already.
 DRAIN_SECONDS = 0.3
+#: Kept updates, in sizes of the model, after which another state is kept to begin replays with.
+BASE_EVERY = 64
 
 
 class AggregatorService:
@@ -280,6 +282,9 @@ class AggregatorService:
             return replace(snapshot, kept_from=None)
         folder = self.folder / "updates"
         if snapshot.kept_from is not None and base_file(folder, snapshot.kept_from).exists():
+            # One more where the run was taken back: replays of what comes now need nothing of before.
+            if snapshot.records and snapshot.records[-1].source is not None and not snapshot.entries:
+                self._store.save(snapshot, base_file(folder, snapshot.version))
             return snapshot
         self._store.save(snapshot, base_file(folder, snapshot.version))
         log.info("keeping every update that is applied from now on in %s", folder)
@@ -367,6 +372,8 @@ class AggregatorService:
             if self._led is not None and self._led.archive is not None:
                 self._led.archive.sync()
             self._store.write(snapshot)
+            if self._led is not None:
+                self._led.keep_another_base(self._store, snapshot)
         except CheckpointNotWritten as error:
             self._inbox.put(on.CheckpointFailed(commit, str(error)))
         except FedmqError as error:
@@ -443,6 +450,23 @@ class _Reign:
         self.epoch = snapshot.epoch
         self.started = snapshot.started
         self.begun_at = (snapshot.version, snapshot.done)
+        self._based_at = 0
+
+    def keep_another_base(self, store: CheckpointStore, snapshot: Snapshot) -> None:
+        """Keep ``snapshot`` as a state to begin replays with, if much was kept since the last and no round is open.
+
+        A record that is damaged then spoils the replays of few versions, not of all later ones.
+        """
+        if self.archive is None or snapshot.entries:
+            return
+        if self.archive.size - self._based_at < BASE_EVERY * snapshot.model.nbytes:
+            return
+        try:
+            store.save(snapshot, base_file(self.archive.file.parent, snapshot.version))
+        except CheckpointNotWritten as error:
+            log.warning("%s; replays begin further back", error)
+        else:
+            self._based_at = self.archive.size
 
 
 def rules_of(config: AggregatorConfig, snapshot: Snapshot, changes: Changes) -> Rules:

@@ -10,11 +10,12 @@ from typing import Any
 import numpy as np
 import pytest
 
-from aggregator.archive import base_file
+from aggregator.archive import HEAD, base_file
 from aggregator.core.ledger import Ledger
 from aggregator.lineage import Lineage, Replay, ranges
 from aggregator.results import Outcome, write_results
 from aggregator.rollback import adopt, find_checkpoint, open_lineage, roll_back
+from aggregator.service import _Reign
 from broker.errors import CheckpointCorrupt, CheckpointOutdated, LineageError, StaleEpoch
 from broker.messages import Array, Reason
 from tests.support.builders import RUN, vector
@@ -315,7 +316,7 @@ def test_another_update_under_a_kept_ones_name_is_found_out(make: Callable[..., 
         rebuilt(run, 1)
 
 
-def test_a_damaged_base_is_passed_over_for_a_later_one(make: Callable[..., OnDisk]) -> None:
+def test_a_damaged_base_is_passed_over_for_another(make: Callable[..., OnDisk]) -> None:
     run = make()
     run.round("a", "b")
     first = base_file(run.folder / "updates", 0)
@@ -324,12 +325,13 @@ def test_a_damaged_base_is_passed_over_for_a_later_one(make: Callable[..., OnDis
     run.restart()  # which keeps another
     run.round("a", "b")
     first.write_bytes(content)
-    assert rebuilt(run, 2).base_version == 0
-    first.write_bytes(content[:-1])
-
     assert rebuilt(run, 2).base_version == 1
+    assert rebuilt(run, 2, "a").base_version == 0
     second = base_file(run.folder / "updates", 1)
     second.write_bytes(second.read_bytes()[:-1])
+
+    assert rebuilt(run, 2).base_version == 0
+    first.write_bytes(content[:-1])
     with pytest.raises(LineageError, match="version 2 cannot be rebuilt"):
         rebuilt(run, 2)
 
@@ -466,3 +468,33 @@ def test_the_summary_says_how_many_updates_were_taken_back(make: Callable[..., O
     history.write_text("".join(line for line in history.read_text().splitlines(True) if '"version": 5' not in line))
     write_results(run.folder, RUN, outcome, run.machine.parameters, seconds=1.0)
     assert json.loads((run.folder / "summary.json").read_text())["updates"]["taken_back"] is None
+
+
+def test_a_later_base_spares_replays_a_damaged_record(make: Callable[..., OnDisk]) -> None:
+    run = make()
+    run.round("a", "b", "a", "b")
+    run.store.save(run.store.load(), base_file(run.folder / "updates", 2))
+    run.round("a", "c")
+    (file,) = archives(run)
+    content = bytearray(file.read_bytes())
+    content[HEAD.unpack_from(content)[0] + HEAD.size - 1] ^= 1  # in the first record's message
+    file.write_bytes(content)
+
+    assert rebuilt(run, 3).base_version == 2
+    with pytest.raises(LineageError, match="does not match its checksum"):
+        rebuilt(run, 3, "c")  # who is left out has to be from the beginning
+    assert rebuilt(run, 0).original.version == 0
+
+
+def test_an_aggregator_keeps_another_base_when_much_was_kept_and_no_round_is_open(make: Callable[..., OnDisk]) -> None:
+    run = make()
+    reign = _Reign(run.machine, run.store.load(), run._archive)
+    versions = []
+    for _ in range(40):
+        run.round("a", "b", "a")
+        reign.keep_another_base(run.store, run.store.load())
+        versions = sorted(lineage_of(run).bases)
+
+    assert len(versions) > 2
+    assert all(not run.store.read(base_file(run.folder / "updates", version)).entries for version in versions)
+    assert rebuilt(run, run.version).base_version == max(v for v in versions if v < run.version)

@@ -52,7 +52,10 @@ def worker(
     settings: SetOption = None,
     verbose: VerboseOption = 0,
 ) -> None:
-    """Train on this machine's data for a run, until the run is over or SIGTERM."""
+    """Train on this machine's data for a run, until the run is over or SIGTERM.
+
+    Example: fedmq worker --run digits --name w1 --shard 0/4 --task worker_client.tasks.digits:Digits
+    """
     with guard():
         set_up_logging(verbose)
         read = _load(config, settings, run=run, broker=broker, name=name, task=task, shard=shard, folder=folder)
@@ -72,7 +75,10 @@ def evaluate(
     settings: SetOption = None,
     verbose: VerboseOption = 0,
 ) -> None:
-    """Evaluate each version of a run on the task's held-out data, until the run is over or SIGTERM."""
+    """Evaluate each version of a run on the task's held-out data, until the run is over or SIGTERM.
+
+    Example: fedmq evaluate --run digits --task worker_client.tasks.digits:Digits
+    """
     with guard():
         set_up_logging(verbose)
         read = _load(config, settings, run=run, broker=broker, name=name, task=task)
@@ -90,6 +96,8 @@ def _load(config: Path | None, pairs: list[str] | None, *, run: str | None, brok
 
 
 def _live(settings: Settings, config: WorkerConfig, *, evaluator: bool) -> None:
+    if settings.origin("worker.task").kind == "default":
+        log.info("no task is given (--task, worker.task); taking the example %s", config.task)
     try:
         # Here, because the command line must also start where torch is not installed: the aggregator's image.
         from worker_client.client import run_evaluator, run_worker  # noqa: PLC0415
@@ -104,7 +112,8 @@ def _live(settings: Settings, config: WorkerConfig, *, evaluator: bool) -> None:
     with stop_on_signals(stop):
         transport = AmqpWorkerTransport(settings.broker, Topology(settings.run), worker=config.name)
         summary = live(config, settings.run, transport, task, stop=stop)
-    log.info("%s: %d updates confirmed, newest version %d", summary.reason, summary.confirmed, summary.version)
+    version = f"newest version {summary.version}" if summary.version >= 0 else "no version yet"
+    log.info("%s: %d updates confirmed, %s", summary.reason, summary.confirmed, version)
 
 
 app = typer.Typer(

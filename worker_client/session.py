@@ -102,6 +102,7 @@ class Session:
         self._farewells: dict[str, Future[None]] = {}
         self._connected = False
         self._stopping = False
+        self._paused = False
         self._reason: str | None = None
         self._error: BaseException | None = None
         self._metrics: Mapping[str, float] = {}
@@ -195,7 +196,13 @@ class Session:
         effects = self._machine.handle(ev.ParametersArrived(head))
         if self._machine.newest is head:
             self._parameters = parameters
+            self._tell_pause(is_paused=head.plan.paused)
         self._perform(effects)
+
+    def _tell_pause(self, *, is_paused: bool) -> None:
+        if is_paused is not self._paused and self._role is Role.TRAINER:
+            log.info("the run is paused; waiting" if is_paused else "the run goes on")
+        self._paused = is_paused
 
     def _noticed(self, data: Mapping[str, Any]) -> None:
         reason, update, detail = data.get("reason"), data.get("update"), data.get("detail")

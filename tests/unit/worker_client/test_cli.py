@@ -78,7 +78,16 @@ def test_a_signal_stops_a_worker_that_waits_for_its_broker(tmp_path: Path, verb:
 
         # Then
         assert process.wait(timeout=30) == 0
-        assert "Traceback" not in process.stderr.read()
+        rest = process.stderr.read()
+        assert "Traceback" not in rest
+        assert "0 updates confirmed, no version yet" in rest
+
+
+def test_the_task_that_is_taken_if_none_is_given_is_told_at_once(tmp_path: Path) -> None:
+    returned, errors = outcome(tmp_path, "run", *ABSENT, "--set", "worker.device=mps")
+
+    assert returned == 3
+    assert "taking the example worker_client.tasks.digits:Digits" in errors.splitlines()[0]
 
 
 def test_a_worker_keeps_its_identity_under_the_runs_folder(tmp_path: Path) -> None:

@@ -31,6 +31,7 @@ from broker.messages import (
 )
 from broker.transport import Delivery, Failed, Incoming, Outgoing, Sink, Source, WorkerTransport
 from broker.wire import decode, encode
+from tests.support.waiting import wait_for
 from tests.unit.worker_client.models import RUN, Points, config, version_of
 from worker_client.client import Summary, run_evaluator, run_worker
 from worker_client.config import WorkerConfig
@@ -422,6 +423,22 @@ def test_a_rejection_is_explained_in_the_log(broker: MemoryBroker, caplog: pytes
 
     assert f"update {update.id} was rejected: too-stale (12 versions): training took too long" in caplog.text
     assert "a reason of the future" in caplog.text
+
+
+def test_a_pause_is_told_once_and_its_end(broker: MemoryBroker, caplog: pytest.LogCaptureFixture) -> None:
+    aggregator = Aggregator(broker, Points())
+    with caplog.at_level(logging.INFO), running(broker, Points()) as worker:
+        aggregator.broadcast(0, paused=True)
+        aggregator.broadcast(0, paused=True, attempt=1)
+        wait_for(lambda: "the run is paused; waiting" in caplog.messages, LIMIT, what="the pause told")
+        assert aggregator.of(Update) == []
+        aggregator.broadcast(0, attempt=2)
+        aggregator.wait_for(lambda: aggregator.of(Update))
+        aggregator.broadcast(1, done=True)
+        worker.result(LIMIT)
+
+    told = [message for message in caplog.messages if message.startswith("the run")]
+    assert told == ["the run is paused; waiting", "the run goes on"]
 
 
 def test_a_rejection_that_would_meet_every_update_ends_the_worker(broker: MemoryBroker) -> None:

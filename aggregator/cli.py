@@ -41,7 +41,9 @@ log = logging.getLogger("fedmq.aggregator")
 RIVAL_TIMES = 3
 RIVAL_SECONDS = 60.0
 
-FolderOption = Annotated[Path | None, typer.Option("--folder", help="Where checkpoints are kept; runs/<run>.")]
+FolderOption = Annotated[
+    Path | None, typer.Option("--folder", help="The run's folder, runs/<run>; checkpoints are in <folder>/checkpoints.")
+]
 
 
 def aggregator(

@@ -44,6 +44,8 @@ def check(
     """Connect as an aggregator would: version, credentials, permissions; declare the run's exchanges and queues.
 
     Takes no message from any queue but hellos and goodbyes that wait there. Run it before the aggregator.
+
+    Example: fedmq broker check --run digits --broker amqp://user:password@host/
     """
     with guard():
         set_up_logging(verbose)

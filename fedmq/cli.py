@@ -149,9 +149,14 @@ def config(
     broker: BrokerOption = None,
     settings: SetOption = None,
     json: Annotated[bool, typer.Option("--json", help="As JSON.")] = False,
+    verbose: VerboseOption = 0,
 ) -> None:
-    """Show the settings in force, and where each one was set."""
+    """Show the settings in force, and where each one was set.
+
+    Example: fedmq config --set worker.batch_size=64
+    """
     with guard():
+        set_up_logging(verbose)
         read = load(KINDS, file=config, flags=parse_flags(settings or [], run=run, broker__url=broker))
         rows = _rows(read)
         if json:

@@ -27,7 +27,7 @@ from aggregator.inspection import Condition, FileFacts, describe, survey
 from aggregator.results import write_model
 from aggregator.verification import Verification
 from broker.console import ConfigOption, RunOption, SetOption, VerboseOption, guard, parse_flags, set_up_logging
-from broker.errors import CheckpointCorrupt, CheckpointMissing, CheckpointNotWritten, ConfigError
+from broker.errors import CheckpointCorrupt, CheckpointMissing, CheckpointNotWritten, ConfigError, WrongRun
 from broker.letterdisplay import say, say_table
 from broker.messages import parameters_digest
 from broker.settings import Settings, load
@@ -35,6 +35,9 @@ from broker.settings import Settings, load
 __all__ = ["app", "export", "list_", "require_some", "show", "verify"]
 
 NUMBERS = {"version", "epoch", "buffered", "applied", "bytes", "norm", "not finite", "confirmed", "staleness", "weight"}
+
+#: What a key is called where there is room for a word more.
+NAMES = {"void": "taken_back_versions"}
 
 JsonOption = Annotated[bool, typer.Option("--json", help="As JSON.")]
 VersionOption = Annotated[int | None, typer.Option("--version", min=0, help="The newest file of this version.")]
@@ -59,6 +62,7 @@ def list_(
             raise CheckpointMissing(_missing(read, store))
         if as_json:
             say(json.dumps([_plain(facts) for facts in found], indent=2))
+            _require_ours(found)
             return
         table = _table("file", "version", "epoch", "buffered", "applied", "written (UTC)", "bytes", "state")
         for facts in found:
@@ -68,6 +72,7 @@ def list_(
         for facts in found:
             if facts.detail:
                 say(f"{facts.condition}: {facts.detail}")
+        _require_ours(found)
 
 
 def show(
@@ -199,6 +204,13 @@ def _command(
         yield read, CheckpointStore(checkpoint_folder(read), read.run)
 
 
+def _require_ours(found: list[FileFacts]) -> None:
+    """Raise :class:`WrongRun` if all that was found is another run's."""
+    strange = [facts.detail for facts in found if facts.condition is Condition.STRANGE]
+    if strange and len(strange) == len(found):
+        raise WrongRun(strange[0])
+
+
 def require_some(read: Settings, store: CheckpointStore) -> None:
     """Raise :class:`CheckpointMissing`, for who looks at a run rather than begins one, if ``store`` has no file."""
     if not store.files():
@@ -265,13 +277,15 @@ def _silent(_: str) -> None:
 
 
 def _plain(facts: FileFacts) -> dict[str, Any]:
-    return {**asdict(facts), "written": facts.written.isoformat(timespec="milliseconds")}
+    plain = {**asdict(facts), "written": facts.written.isoformat(timespec="milliseconds")}
+    plain["state"] = plain.pop("condition")
+    return plain
 
 
 def _say_in_full(found: Mapping[str, Any]) -> None:
     for key, value in found.items():
         if key not in {"ledger", "buffer", "tensors"}:
-            say(f"{key.replace('_', ' '):20} {_text(value)}")
+            say(f"{NAMES.get(key, key).replace('_', ' '):20} {_text(value)}")
     say(f"{'buffer':20} {found['buffer']['updates']} updates, weight {found['buffer']['weight']:g}")
     _say_rows(found["buffer"]["entries"], "update", "base version", "staleness", "weight", "examples", "loss")
     _say_rows(found["ledger"], "worker", "incarnation", "applied", "seqs", "confirmed")

@@ -79,16 +79,23 @@ def say_history(file: Path, recent: tuple[VersionRecord, ...], wanted: Wanted, *
     return count
 
 
-def say_json(file: Path, recent: tuple[VersionRecord, ...], wanted: Wanted, *, limit: int) -> int:
-    """Write all lines that are wanted as one array, each as the history has it; how many there are."""
-    del limit
-    count = 0
-    for line in _lines(file, recent):
-        if wanted.matches(line):
-            sys.stdout.write(f"{',' if count else '['}\n{json.dumps(line)}")
-            count += 1
-    sys.stdout.write("\n]\n" if count else "[]\n")
-    return count
+def say_json(file: Path, recent: tuple[VersionRecord, ...], wanted: Wanted, *, limit: int | None) -> int:
+    """Write the newest ``limit`` lines that are wanted, or all, as one array; how many it wrote.
+
+    Each as the history has it, but for its time in ISO 8601.
+    """
+    shown = 0
+    lines = (line for line in _lines(file, recent) if wanted.matches(line))
+    for line in lines if limit is None else deque(lines, maxlen=limit):
+        sys.stdout.write(f"{',' if shown else '['}\n{json.dumps({**line, **_iso(line)})}")
+        shown += 1
+    sys.stdout.write("\n]\n" if shown else "[]\n")
+    return shown
+
+
+def _iso(line: Line) -> dict[str, str]:
+    moment = _moment(line)
+    return {} if moment is None else {"time": moment.isoformat(timespec="milliseconds")}
 
 
 def _lines(file: Path, recent: tuple[VersionRecord, ...]) -> Iterator[Line]:
@@ -180,11 +187,16 @@ def _prefixed(note: str) -> str:
 
 
 def _time(line: Line) -> str:
+    moment = _moment(line)
+    return "" if moment is None else f"{moment:%Y-%m-%d %H:%M:%S}"
+
+
+def _moment(line: Line) -> datetime | None:
     moment = line.get("time")
     try:
-        return f"{datetime.fromtimestamp(float(moment), UTC):%Y-%m-%d %H:%M:%S}" if moment is not None else ""
+        return None if moment is None else datetime.fromtimestamp(float(moment), UTC)
     except (TypeError, ValueError, OverflowError, OSError):
-        return ""
+        return None
 
 
 def _number(value: object) -> str:

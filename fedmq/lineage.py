@@ -31,6 +31,9 @@ from fedmq.historydisplay import Wanted, say, say_history, say_json
 __all__ = ["history", "register", "replay", "rollback"]
 
 YesOption = Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")]
+#: Lines that ``history`` shows unless told otherwise.
+LINES = 50
+
 JsonOption = Annotated[bool, typer.Option("--json", help="As JSON.")]
 
 
@@ -41,8 +44,10 @@ def history(
     folder: FolderOption = None,
     version: Annotated[int | None, typer.Option("--version", min=0, help="This version in full.")] = None,
     worker: Annotated[str | None, typer.Option("--worker", help="Versions with updates of this worker.")] = None,
-    limit: Annotated[int, typer.Option("--limit", min=1, help="Lines to show, the newest.")] = 50,
-    as_json: Annotated[bool, typer.Option("--json", help="As JSON, all of it.")] = False,
+    limit: Annotated[
+        int | None, typer.Option("--limit", min=1, help="Lines to show, the newest; if not given, 50, as JSON all.")
+    ] = None,
+    as_json: JsonOption = False,
     settings: SetOption = None,
     verbose: VerboseOption = 0,
 ) -> None:
@@ -54,8 +59,11 @@ def history(
         place = run_folder(read)
         snapshot = _store(read).load()
         wanted = Wanted(version=version, worker=worker)
-        show = say_json if as_json else say_history
-        shown = show(place / "history.jsonl", snapshot.records, wanted, limit=limit)
+        file = place / "history.jsonl"
+        if as_json:
+            shown = say_json(file, snapshot.records, wanted, limit=limit)
+        else:
+            shown = say_history(file, snapshot.records, wanted, limit=limit or LINES)
         if not shown and (version is not None or worker is not None):
             what = f"version {version}" if version is not None else f"update of {worker!r}"
             raise ConfigError(

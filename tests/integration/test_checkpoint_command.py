@@ -48,7 +48,7 @@ def test_list_has_a_line_for_each_file_and_changes_nothing(tmp_path: Path, place
         (["0000000004.safetensors", "1", "1", "1", "3"], "whole"),
     ]
     listed = json.loads(checkpoint(tmp_path, "list", "--json").out)
-    assert [(row["file"], row["version"], row["condition"]) for row in listed] == [
+    assert [(row["file"], row["version"], row["state"]) for row in listed] == [
         (row[0], int(row[1]), "whole") for row in rows[1:]
     ]
     assert contents(place.folder) == before
@@ -62,6 +62,7 @@ def test_show_tells_all_that_is_in_one(tmp_path: Path, place: RunFolder) -> None
     assert done.code == 0, done.err
     for words in ("0000000006.safetensors", "w0/i/4", "0-4", "float32", "momentum", "12"):
         assert words in done.out, done.out
+    assert "taken back versions  -" in done.out
     found = json.loads(checkpoint(tmp_path, "show", "--json", "--version", "1").out)
     assert (found["file"], found["version"]) == ("0000000004.safetensors", 1)
     path = str(place.store.files()[1])
@@ -185,8 +186,8 @@ def test_a_mistake_is_one_message(
 def test_another_runs_folder_is_named(tmp_path: Path, place: RunFolder) -> None:
     wrong = ("--run", "other", "--folder", str(place.folder))
     done = fedmq(tmp_path, "checkpoint", "list", *wrong)
-    assert done.code == 0
     assert "another run" in done.out
+    assert_one_message(done, 5, "holds run 'mine', not 'other'")
     for command in ("show", "verify", "export"):
         done = fedmq(tmp_path, "checkpoint", command, *wrong)
         assert done.code == 5, done

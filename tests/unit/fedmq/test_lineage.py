@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Callable, Iterator
+from datetime import datetime
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -53,7 +54,12 @@ def test_the_history_is_shown_as_a_table_in_full_and_as_json(run: OnDisk, give: 
     mine = give("history", "--worker", "c").out
     assert mine.count("1 of 3") == 2
 
-    assert json.loads(give("history", "--json").out) == run.lines("start") + run.lines()
+    lines = json.loads(give("history", "--json").out)
+    for line in lines:  # which the file has in seconds
+        line["time"] = datetime.fromisoformat(line["time"]).timestamp()
+    assert lines == run.lines("start") + run.lines()
+    (line,) = json.loads(give("history", "--json", "--limit", "1").out)
+    assert line["version"] == 3
     assert_one_message(give("history", "--version", "9"), 2, "knows no version 9; its newest version is 3")
     assert_one_message(give("history", "--worker", "x"), 2, "knows no update of 'x'")
 

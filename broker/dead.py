@@ -60,6 +60,9 @@ BeforeOption = Annotated[
 ]
 OlderOption = Annotated[str | None, typer.Option("--older-than", help="Rejected longer ago: 90s, 30m, 2h, 7d.")]
 AllOption = Annotated[bool, typer.Option("--all", help="All of them.")]
+#: Rows that ``list`` shows unless told otherwise.
+ROWS = 100
+
 JsonOption = Annotated[bool, typer.Option("--json", help="As JSON.")]
 
 
@@ -73,27 +76,29 @@ def list_(
     ids: IdOption = None,
     before: BeforeOption = None,
     older_than: OlderOption = None,
-    limit: Annotated[int, typer.Option("--limit", min=0, help="Rows to show; the summary counts all.")] = 100,
+    limit: Annotated[
+        int | None, typer.Option("--limit", min=0, help="Rows to show; if not given, 100, as JSON all.")
+    ] = None,
     as_json: JsonOption = False,
     settings: SetOption = None,
     verbose: VerboseOption = 0,
 ) -> None:
     """List the run's rejected updates, the oldest first, with a summary by reason. Changes nothing.
 
-    --json gives all of them, whatever --limit says.
+    The summary counts all of them.
 
     Example: fedmq dead list --run digits --reason not-finite
     """
     with _command(config, run, broker, settings, verbose) as read:
         wanted = _selection(workers, reasons, ids, before, older_than)
         if as_json:
-            _list_json(read, wanted)
+            _list_json(read, wanted, limit)
             return
         summary = Summary(wanted)
         table = letter_table()
 
         def look(letter: DeadLetter, _raw: RawLetter) -> Wish:
-            if summary.counts(letter) and summary.meant <= limit:
+            if summary.counts(letter) and summary.meant <= (ROWS if limit is None else limit):
                 table.add_row(*row_of(letter))
             return Wish.KEEP
 
@@ -312,16 +317,16 @@ def _told(outcomes: Counter[Outcome]) -> str:
     return ", ".join(f"{count:,} {outcome}" for outcome, count in outcomes.items()) or "nothing happened"
 
 
-def _list_json(read: Settings, wanted: Selection) -> None:
+def _list_json(read: Settings, wanted: Selection, limit: int | None) -> None:
     # By way of a file: a pager may take its time, and the letters must not be in our hands meanwhile.
     with tempfile.SpooledTemporaryFile(SPOOL_BYTES, "w+") as rows:
-        separator = "["
+        separator, written = "[", 0
 
         def look(letter: DeadLetter, _raw: RawLetter) -> Wish:
-            nonlocal separator
-            if wanted.matches(letter):
+            nonlocal separator, written
+            if (limit is None or written < limit) and wanted.matches(letter):
                 rows.write(f"{separator}\n{json.dumps(facts(letter))}")
-                separator = ","
+                separator, written = ",", written + 1
             return Wish.KEEP
 
         _work(read, "list", look)

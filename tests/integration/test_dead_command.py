@@ -145,6 +145,7 @@ def test_the_list_has_a_line_a_letter_and_a_summary(tmp_path: Path, node: Privat
     assert "none of the 5 rejected updates matches (not-finite 4, malformed 1)" in none
     assert [row["id"] for row in listed(tmp_path, node, topology, "--worker", "w2")] == ["w2/i/1"]
     assert listed(tmp_path, node, topology, "--before", "2026-08-01") == []
+    assert [row["id"] for row in listed(tmp_path, node, topology, "--limit", "1")] == ["w1/i/0"]
     assert len(listed(tmp_path, node, topology, "--older-than", "1s", "--before", "2026-08-02")) == 5
 
 

@@ -136,13 +136,14 @@ def _who(entries: list[Line]) -> str:
 
 
 def _note(line: Line) -> str:
-    dropped = len(_entries(line, "dropped"))
+    count = len(_entries(line, "dropped"))
+    dropped = f"{count} update{'s' * (count != 1)}"
     if line.get("source") is None:
         return ""
     if line.get("settings"):
-        return f"the step was not finite; {dropped} updates left out"
+        return f"the step was not finite; {dropped} left out"
     without = f" without {', '.join(map(str, line['without']))}" if line.get("without") else ""
-    return f"taken back to version {line['source']}{without}; {dropped} updates dropped"
+    return f"taken back to version {line['source']}{without}; {dropped} dropped"
 
 
 def _event(line: Line) -> str:

@@ -127,7 +127,7 @@ def test_what_is_adopted_is_the_newest_version(run: OnDisk, give: Give) -> None:
     newest = run.store.load()
     assert (newest.version, newest.records[-1].without, newest.void) == (4, ("c",), ((2, 3),))
     shown = give("history", "--version", "4").out
-    assert "taken back to version 3 without c; 1 updates dropped" in shown
+    assert "taken back to version 3 without c; 1 update dropped" in shown
     assert "all versions since agree" in give("replay").out
     found = json.loads(give("replay", "--version", "1", "--adopt", "--yes", "--json").out)["adopted"]
     # Without those of c, which had been taken back before.

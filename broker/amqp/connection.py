@@ -71,6 +71,8 @@ class Link:
         self.name = name
         #: Done as soon as the first channel is set up; fails if the link failed before.
         self.up: Future[None] = Future()
+        #: Called on the link's thread each time that a connection was made.
+        self.connected: Callable[[], object] = lambda: None
         #: Why the last attempt to connect failed.
         self.problem = ""
         self._parameters = parameters(config, name)
@@ -84,6 +86,8 @@ class Link:
         self._stopping = False
         self._seldom = seldom or Seldom()
         self._is_quiet = False
+        self._hurried: asyncio.Future[None] | None = None
+        self._is_unreachable = False
         quiet_pika()
 
     def start(self) -> None:
@@ -129,6 +133,10 @@ class Link:
         if self._channel is not None:
             self._channel.end(reason)
 
+    def hurry(self) -> None:
+        """Try to connect now, if the broker could not be reached and the link waits to try again: it is there."""
+        self.call(self._end_wait)
+
     def drop(self) -> None:
         """Break the connection, as a network would; it is made again. For tests."""
         self.call(self._cut)
@@ -155,7 +163,7 @@ class Link:
     async def _main(self) -> None:
         try:
             while True:
-                await self._again_and_again(self._live)
+                await self._again_and_again(self._live, sleep=self._wait)
                 await asyncio.sleep(random.uniform(0, 1))  # noqa: S311 - jitter, not a secret
         except FATAL as error:
             self._fail(error)
@@ -163,13 +171,31 @@ class Link:
             log.critical("%s: stopped by a fault in fedmq", self.name, exc_info=True)
             self._fail(BrokerError(f"{self.name} stopped by a fault in fedmq: {error!r}"))
 
-    async def _again_and_again(self, function: Callable[..., Awaitable[None]], *arguments: object) -> None:
+    async def _wait(self, seconds: float) -> None:
+        if not self._is_unreachable:
+            # Two links whose connections break at once must not drive each other on.
+            await asyncio.sleep(seconds)
+            return
+        self._hurried = asyncio.get_running_loop().create_future()
+        # Not wait_for: Python 3.11's forgets a cancellation that comes at the moment at which it ends.
+        await asyncio.wait({self._hurried}, timeout=seconds)
+
+    def _end_wait(self) -> None:
+        if self._hurried is not None and not self._hurried.done():
+            self._hurried.set_result(None)
+
+    async def _again_and_again(
+        self,
+        function: Callable[..., Awaitable[None]],
+        *arguments: object,
+        sleep: Callable[[float], Awaitable[None]] = asyncio.sleep,
+    ) -> None:
         """Call ``function`` until it returns; after each error that waiting may cure with a longer pause."""
         retrying = AsyncRetrying(
             wait=BACKOFF,
             retry=retry_if_exception(lambda error: isinstance(error, BrokerError) and not isinstance(error, FATAL)),
             before_sleep=self._say,
-            sleep=asyncio.sleep,
+            sleep=sleep,
             reraise=True,
         )
         await retrying(function, *arguments)
@@ -204,6 +230,7 @@ class Link:
                 if not self._is_quiet:
                     log.info("%s: connected to %s", self.name, session.place.address)
                 self._is_quiet = True
+                self.connected()
                 return session
         self.problem = "; ".join(problems)
         raise BrokerUnreachable(self.problem)
@@ -251,7 +278,8 @@ class Link:
 
     def _say(self, state: RetryCallState) -> None:
         error = state.outcome.exception() if state.outcome else None
-        if isinstance(error, BrokerUnreachable) and self._seldom.may("no connection"):
+        self._is_unreachable = isinstance(error, BrokerUnreachable)
+        if self._is_unreachable and self._seldom.may("no connection"):
             self._is_quiet = False
             wait = state.next_action.sleep if state.next_action else 0.0
             log.warning("%s: no connection (%s); next attempt in %.1f s", self.name, self.problem, wait)

@@ -25,15 +25,19 @@ RETENTION = ("x-max-length-bytes", "x-stream-max-segment-size-bytes")
 async def declare_again(
     channel: Channel, topology: Topology, config: BrokerConfig, model_bytes: int
 ) -> tuple[str, ...]:
-    """As :func:`declare`, for what has been there before; the names of what was missing, which is logged."""
+    """As :func:`declare`, for what has been there before; ``queue NAME`` and the like for what was missing.
+
+    That is logged, too.
+    """
     exchanges, queues = names_of(topology)
     gone = await channel.session.missing(exchanges=exchanges, queues=queues)
     await declare(channel, topology, config, model_bytes)
     if gone:
         log.warning(
-            "run %s: somebody has deleted %s; declared again. What was in a deleted queue is lost",
+            "run %s: somebody has deleted %s; declared again%s",
             topology.run,
             ", ".join(gone),
+            ". What was in a deleted queue is lost" if any(name.startswith("queue") for name in gone) else "",
         )
     return gone
 

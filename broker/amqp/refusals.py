@@ -31,6 +31,8 @@ INEQUIVALENT = re.compile(r"inequivalent arg '([^']+)' for (\w+) '([^']+)'.*?: (
 TOO_LARGE = re.compile(r"message size \d+ is larger than (?:configured )?max size (\d+)")
 NO_EXCHANGE = re.compile(r"no exchange '([^']+)'")
 SYSTEM_ERROR = re.compile(r"\w+[Ee]rror\(-?\d+, ['\"]([^'\"]+)['\"]\)")
+# Of a queue that is there: a node that starts takes connections before it has all its queues.
+NOT_YET = "is down or inaccessible"
 NAMED_RIGHT = re.compile(r"- (configure|write|read) access")
 
 
@@ -113,7 +115,7 @@ def channel_error(error: BaseException, place: Place, operation: Operation) -> B
             f"on {place.address} (rabbitmqctl set_permissions, or set_topic_permissions for a topic): {text}"
         )
     if error.reply_code == 404:
-        return Unroutable(f"{place.address}: {text}")
+        return _absent(text, place)
     if match := INEQUIVALENT.search(text):
         argument, kind, name, values = match.groups()
         hint = ""
@@ -131,6 +133,12 @@ def channel_error(error: BaseException, place: Place, operation: Operation) -> B
             "rabbitmq.conf, or let fedmq send smaller ones (broker.max_message_bytes)"
         )
     return ConnectionLost(f"{place.address} closed the channel: {error.reply_code} {text}")
+
+
+def _absent(text: str, place: Place) -> BrokerError:
+    if NOT_YET in text:
+        return ConnectionLost(f"{place.address} is not ready yet: {text}")
+    return Unroutable(f"{place.address}: {text}")
 
 
 def verdict(reason: BrokerError, exchange: str, size: int) -> BrokerError:

@@ -165,10 +165,10 @@ class Session:
         return channel
 
     async def missing(self, *, queues: tuple[str, ...] = (), exchanges: tuple[str, ...] = ()) -> tuple[str, ...]:
-        """Those of these that are not there."""
+        """Those of these that are not there, as ``queue NAME`` and ``exchange NAME``."""
         return tuple(
-            [name for name in exchanges if not await self.exists(exchanges=(name,))]
-            + [name for name in queues if not await self.exists(queues=(name,))]
+            [f"exchange {name}" for name in exchanges if not await self.exists(exchanges=(name,))]
+            + [f"queue {name}" for name in queues if not await self.exists(queues=(name,))]
         )
 
     async def exists(self, *, queues: tuple[str, ...] = (), exchanges: tuple[str, ...] = ()) -> bool:

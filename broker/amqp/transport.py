@@ -59,6 +59,9 @@ class _Transport:
         self._consumer = Link(
             config, f"{name} · consume", use=self._consume, down=self._down, failed=self._fail, seldom=seldom
         )
+        # What the one finds, the other need not wait for.
+        self._consumer.connected = self._publisher.link.hurry
+        self._publisher.link.connected = self._consumer.hurry
         self._sink: Sink | None = None
         self._generation = 0
         self._connected = False
@@ -209,12 +212,12 @@ class AmqpAggregatorTransport(_Transport):
 
     async def _prepare(self, channel: Channel) -> None:
         gone = await self._declare(channel)
-        if self._topology.parameters in gone and self._newest is not None and self._connected:
+        if f"queue {self._topology.parameters}" in gone and self._newest is not None and self._connected:
             # Else whoever joins finds nothing in the new stream until the next version.
             self.broadcast(self._newest)
 
     async def _declare(self, channel: Channel) -> tuple[str, ...]:
-        """Declare what the run needs; the names of what was there once and was missing."""
+        """Declare what the run needs; what was there once and was missing, see :func:`declare_again`."""
         gone: tuple[str, ...] = ()
         if self._has_declared:
             gone = await declare_again(channel, self._topology, self._config, self._model_bytes)

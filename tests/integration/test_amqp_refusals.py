@@ -99,6 +99,11 @@ def closed(code: int, text: str) -> exceptions.ChannelClosedByBroker:
             "lacks the write permission",
         ),
         (closed(404, "NOT_FOUND - no queue 'q' in vhost '/'"), Unroutable, "no queue 'q'"),
+        (
+            closed(404, "NOT_FOUND - home node 'a@b' of durable queue 'q' in vhost '/' is down or inaccessible"),
+            ConnectionLost,
+            "not ready yet",
+        ),
         (closed(405, "RESOURCE_LOCKED - cannot obtain exclusive access"), ConnectionLost, "RESOURCE_LOCKED"),
         (
             closed(

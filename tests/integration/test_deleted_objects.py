@@ -111,7 +111,7 @@ def test_whatever_is_deleted_is_declared_again_with_a_word_about_it(
     with caplog.at_level(logging.WARNING):
         run.delete(kind, name)
         wait_for(lambda: run.exists(kind, name), LONG, what=f"the {kind} again")
-        wait_for(lambda: f"somebody has deleted {name}" in caplog.text, LONG, what="a word")
+        wait_for(lambda: f"somebody has deleted {kind} {name}" in caplog.text, LONG, what="a word")
 
     # Then all goes on, and a worker that joins has the newest version though there was no other since
     run.check("after")

@@ -40,14 +40,13 @@ class Rig:
         self.outcome: BrokerError | None = None
         self.failures: list[BrokerError] = []
         self.enough = threading.Event()
-        real = asyncio.sleep
 
-        async def sleep(seconds: float) -> None:
+        async def wait(_link: Link, seconds: float) -> None:
             self.pauses.append(seconds)
             if len(self.pauses) >= 60:
                 self.enough.set()
-                await real(3600)
-            await real(0)
+                await asyncio.sleep(3600)
+            await asyncio.sleep(0)
 
         async def connect(_parameters: Any) -> FakeSession:
             self.attempts += 1
@@ -58,7 +57,7 @@ class Rig:
         async def use(_channel: Channel) -> None: ...
 
         monkeypatch.setattr(Session, "connect", connect)
-        monkeypatch.setattr("asyncio.sleep", sleep)
+        monkeypatch.setattr(Link, "_wait", wait)
         self.link = Link(CONFIG, "a link", use=use, down=lambda _: None, failed=self.failures.append)
 
 
@@ -107,6 +106,57 @@ def test_a_refusal_is_handed_over_and_not_logged(rig: Rig, caplog: pytest.LogCap
 
     assert rig.failures == [rig.outcome]
     assert (rig.attempts, caplog.records) == (1, [])
+
+
+def test_a_link_that_waits_for_a_broker_tries_at_once_when_another_has_found_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("broker.amqp.connection.BACKOFF", lambda _state: 3600.0)
+    attempts: list[float] = []
+
+    async def connect(_parameters: Any) -> FakeSession:
+        attempts.append(0)
+        raise BrokerUnreachable("away")
+
+    async def use(_channel: Channel) -> None: ...
+
+    monkeypatch.setattr(Session, "connect", connect)
+    link = Link(CONFIG, "a link", use=use, down=lambda _: None, failed=lambda _: None)
+    link.start()
+    try:
+        for number in (1, 2, 3):
+            wait_for(lambda n=number: len(attempts) >= n, what="an attempt")  # type: ignore[misc]
+            # Again and again: nobody knows when the link has begun to wait.
+            wait_for(lambda n=number: [link.hurry()] and len(attempts) > n, what="the next attempt")  # type: ignore[misc, func-returns-value]
+    finally:
+        link.stop()
+
+
+def test_connections_that_break_at_once_are_not_hurried(monkeypatch: pytest.MonkeyPatch) -> None:
+    waits: list[float] = []
+    sleeping = threading.Event()
+
+    async def sleep(seconds: float) -> None:
+        waits.append(seconds)
+        sleeping.set()
+        await asyncio.Event().wait()
+
+    async def connect(_parameters: Any) -> FakeSession:
+        return FakeSession()
+
+    async def use(_channel: Channel) -> None: ...
+
+    monkeypatch.setattr(Session, "connect", connect)
+    monkeypatch.setattr("asyncio.sleep", sleep)
+    link = Link(CONFIG, "a link", use=use, down=lambda _: None, failed=lambda _: None)
+    link.start()
+    assert sleeping.wait(30)
+    through = threading.Event()
+    link.hurry()
+    link.call(link.call, through.set)  # two turns of its loop later
+    assert through.wait(30)
+    link.stop()
+    assert len(waits) == 1
 
 
 def test_pauses_are_bounded() -> None:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
-import click
 import pytest
 import typer
 from rich.text import Text
@@ -12,7 +12,7 @@ from rich.text import Text
 from fedmq.cli import app
 
 
-def commands(of: click.Command, name: str = "fedmq") -> Iterator[tuple[str, click.Command]]:
+def commands(of: Any, name: str = "fedmq") -> Iterator[tuple[str, Any]]:
     """``of`` and all below it, by name."""
     yield name, of
     for word, inner in getattr(of, "commands", {}).items():

@@ -10,34 +10,29 @@ import asyncio
 import logging
 import re
 import secrets
-import threading
 import time
 from collections.abc import Mapping
 from concurrent.futures import Future
-from dataclasses import replace
-from typing import Any
 
 import pika
 
-from broker.amqp.connection import Link, pause
+from broker.amqp.connection import pause
 from broker.amqp.declare import bind, declare, declare_again, names_of
-from broker.amqp.publisher import Publisher, plain
+from broker.amqp.publisher import plain
 from broker.amqp.session import Channel
+from broker.amqp.side import Side, delivery_of
 from broker.amqp.turn import Turn
 from broker.amqp.versions import newest_broadcast, order_of, read_versions
-from broker.errors import BrokerError, BrokerUnreachable, MessageTooLarge, PublishRefused, Unroutable
+from broker.errors import BrokerError, MessageTooLarge, PublishRefused, Unroutable
 from broker.messages import NAME_PATTERN, Reason
-from broker.seldom import Seldom
 from broker.settings import BrokerConfig
 from broker.topology import CONTROL, DEAD, EVENTS, UPDATES, Topology
-from broker.transport import Connected, Delivery, Disconnected, Failed, Incoming, Outgoing, Sink, Source, Standby, Token
+from broker.transport import Delivery, Outgoing, Source, Standby, Token
 
 __all__ = ["AmqpAggregatorTransport", "AmqpWorkerTransport"]
 
 log = logging.getLogger("fedmq.broker")
 
-#: How long ``close`` waits for confirmations of what is on its way.
-FLUSH_SECONDS = 2.0
 #: How often a worker looks whether its run exists.
 RETRY_SECONDS = 1.0
 #: How often a worker binds the queue of its notices once more.
@@ -46,104 +41,7 @@ CONTROL_PREFETCH = 100
 OWN_QUEUE_LENGTH = 10_000
 
 
-class _Transport:
-    """What both sides have in common: two connections, a sink, generations."""
-
-    def __init__(self, config: BrokerConfig, topology: Topology, who: str) -> None:
-        self._topology = topology
-        name = f"fedmq {who} · run {topology.run}"
-        self._seldom = seldom = Seldom()
-        self._publisher = Publisher(
-            config, f"{name} · publish", prepare=self._prepare, failed=self._fail, seldom=seldom
-        )
-        self._consumer = Link(
-            config, f"{name} · consume", use=self._consume, down=self._down, failed=self._fail, seldom=seldom
-        )
-        # What the one finds, the other need not wait for.
-        self._consumer.connected = self._publisher.link.hurry
-        self._publisher.link.connected = self._consumer.hurry
-        self._sink: Sink | None = None
-        self._generation = 0
-        self._connected = False
-        self._opened = False
-        self._failure: BrokerError | None = None
-        self._lock = threading.RLock()  # a sink may close the transport
-
-    def open(self, sink: Sink, *, wait: float = 0.0) -> None:
-        """See the port."""
-        self._sink = sink
-        self._opened = not wait
-        self._publisher.start()
-        self._consumer.start()
-        if wait:
-            self._await_links(wait)
-
-    def _await_links(self, wait: float) -> None:
-        deadline = time.monotonic() + wait
-        try:
-            for link in (self._consumer, self._publisher.link):
-                link.up.result(max(0.0, deadline - time.monotonic()))
-            self._opened = True
-        except TimeoutError:
-            problem = self._consumer.problem or self._publisher.link.problem or "no answer"
-            raise BrokerUnreachable(f"no connection to RabbitMQ within {wait} s: {problem}") from None
-        except BrokerError as error:
-            # If one link failed, the other was closed because of it and only says that.
-            raise self._failure or error from None
-        finally:
-            if not self._opened:
-                self.close()
-
-    def close(self) -> None:
-        """See the port."""
-        self._publisher.flush(FLUSH_SECONDS)
-        with self._lock:
-            self._sink = None
-        self._consumer.stop(0)
-        self._publisher.stop()
-        self._consumer.stop()
-
-    def drop(self) -> None:
-        """Cut both connections, as a network would; they are made again. For tests."""
-        self._consumer.drop()
-        self._publisher.link.drop()
-
-    async def _prepare(self, channel: Channel) -> None:
-        raise NotImplementedError
-
-    async def _consume(self, channel: Channel) -> None:
-        raise NotImplementedError
-
-    def _hand(self, item: Incoming) -> None:
-        with self._lock:
-            if self._sink is not None:
-                self._sink(item)
-
-    def _stand(self, newest: tuple[int, int] | None = None) -> int:
-        """A new generation; call it before the first delivery can come."""
-        self._generation += 1
-        self._connected = True
-        self._hand(Connected(self._generation, newest))
-        return self._generation
-
-    def _down(self, reason: BrokerError) -> None:
-        if self._connected:
-            self._connected = False
-            self._hand(Disconnected(self._generation, str(reason)))
-
-    def _fail(self, error: BrokerError) -> None:
-        # Either link may fail, on its own thread; the other has no use without it.
-        with self._lock:
-            # Under one lock: both may be refused at the same moment, and the sink is told once.
-            self._failure = self._failure or error
-            if self._opened:
-                self._hand(Failed(error))
-            self._sink = None
-        self._consumer.stop(0)
-        self._publisher.give_up(error)
-
-
-class AmqpAggregatorTransport(_Transport):
+class AmqpAggregatorTransport(Side):
     """The aggregator's side.
 
     Args:
@@ -240,19 +138,19 @@ class AmqpAggregatorTransport(_Transport):
         def on_update(method: pika.spec.Basic.Deliver, properties: pika.BasicProperties, body: bytes) -> None:
             self._unacked[method.delivery_tag] = (method.routing_key, properties)
             token = Token(generation, method.delivery_tag)
-            self._hand(_delivery(Source.UPDATE, body, properties, token=token, redelivered=method.redelivered))
+            self._hand(delivery_of(Source.UPDATE, body, properties, token=token, redelivered=method.redelivered))
 
         def on_control(method: pika.spec.Basic.Deliver, properties: pika.BasicProperties, body: bytes) -> None:
             if method.routing_key == self._topology.command_key:
                 self._unacked[method.delivery_tag] = (method.routing_key, properties)
                 token = Token(generation, method.delivery_tag)
-                self._hand(_delivery(Source.CONTROL, body, properties, token=token, redelivered=method.redelivered))
+                self._hand(delivery_of(Source.CONTROL, body, properties, token=token, redelivered=method.redelivered))
                 return
-            self._hand(_delivery(Source.CONTROL, body, properties, redelivered=method.redelivered))
+            self._hand(delivery_of(Source.CONTROL, body, properties, redelivered=method.redelivered))
             channel.raw.basic_ack(method.delivery_tag)
 
         def on_event(_method: object, properties: pika.BasicProperties, body: bytes) -> None:
-            self._hand(_delivery(Source.EVENT, body, properties))
+            self._hand(delivery_of(Source.EVENT, body, properties))
 
         await channel.consume(events, on_event, tag=f"{tag}-events")
         await channel.consume(self._topology.control, on_control, tag=f"{tag}-control", prefetch=CONTROL_PREFETCH)
@@ -354,7 +252,7 @@ class AmqpAggregatorTransport(_Transport):
             self._publisher.link.call(self._publisher.link.renew, error)
 
 
-class AmqpWorkerTransport(_Transport):
+class AmqpWorkerTransport(Side):
     """A worker's side.
 
     Args:
@@ -402,7 +300,7 @@ class AmqpWorkerTransport(_Transport):
         await channel.bind(notices, EVENTS, key)
 
         def on_notice(_method: object, properties: pika.BasicProperties, body: bytes) -> None:
-            self._hand(_delivery(Source.EVENT, body, properties))
+            self._hand(delivery_of(Source.EVENT, body, properties))
 
         await channel.consume(notices, on_notice, tag=f"{self._worker}-notices")
         await read_versions(channel, stream, f"{self._worker}-parameters", self._take)
@@ -417,7 +315,7 @@ class AmqpWorkerTransport(_Transport):
         order = order_of(properties)
         if order > self._last:
             self._last = order
-            self._hand(_delivery(Source.PARAMETERS, body, properties))
+            self._hand(delivery_of(Source.PARAMETERS, body, properties))
 
     def _say_absent(self) -> Unroutable:
         run = self._topology.run
@@ -427,10 +325,3 @@ class AmqpWorkerTransport(_Transport):
         if self._seldom.may(text):
             log.info("%s; waiting for it", text)
         return Unroutable(text)
-
-
-def _delivery(source: Source, body: bytes, properties: pika.BasicProperties, **more: Any) -> Delivery:
-    delivery = Delivery(source=source, body=body, headers=plain(properties.headers), **more)
-    if properties.message_id:
-        delivery = replace(delivery, headers={**delivery.headers, "message_id": properties.message_id})
-    return delivery

@@ -13,6 +13,9 @@ __all__ = ["Member", "Roster"]
 #: Incarnations of one worker whose counts are kept; they are for the summary alone.
 MAX_INCARNATIONS = 100
 
+#: Where the counts of older ones are added up. No incarnation's name: those have no blanks.
+EARLIER = "earlier ones"
+
 
 @dataclass(slots=True)
 class Member:
@@ -143,7 +146,8 @@ class Roster:
             known = self._members[name].confirmed
             known[incarnation] = max(count, known.pop(incarnation, 0))
             while len(known) > MAX_INCARNATIONS:
-                del known[next(iter(known))]
+                oldest = next(name for name in known if name != EARLIER)
+                known[EARLIER] = known.get(EARLIER, 0) + known.pop(oldest)
 
     def present(self, role: Role, now: float) -> list[str]:
         """Names of those with ``role`` who are here, sorted. Not to be changed."""

@@ -371,3 +371,14 @@ def test_two_workers_with_one_name_are_noticed_and_a_restarted_one_is_not() -> N
         driver.send(on.Seen("a", incarnation, Role.TRAINER, 0))
 
     assert ["two workers called a" in fact.text for fact in driver.facts if isinstance(fact, do.Warn)] == [True]
+
+
+def test_the_confirmed_updates_of_a_worker_that_was_restarted_a_thousand_times_are_all_counted() -> None:
+    driver = driver_of()
+    for life in range(1000):
+        driver.send(on.Seen("w0", f"i{life}", Role.TRAINER, 2))
+
+    confirmed = driver.machine.roster.confirmed()["w0"]
+
+    assert sum(confirmed.values()) == 2000
+    assert len(confirmed) <= 101

@@ -162,6 +162,7 @@ class AggregatorService:
                 if isinstance(event, on.StopRequested):
                     self._finish = "stopped"
                 continue
+            self._wake_at = None  # the machine says it anew, if there is anything that time alone will change
             for effect in self._led.machine.handle(event, self._now()):
                 self._perform(effect)
             self._delivery = None

@@ -5,12 +5,16 @@ from __future__ import annotations
 import fcntl
 import threading
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from aggregator import checkpoint, service
 from aggregator.checkpoint import CheckpointStore
 from aggregator.config import AggregatorConfig
+from aggregator.core import effects as do
+from aggregator.core import events as on
+from aggregator.core.machine import RoundMachine
 from aggregator.service import AggregatorService
 from broker.errors import CheckpointError, CheckpointOutdated
 from broker.memory import MemoryBroker
@@ -32,11 +36,10 @@ def store(tmp_path: Path) -> CheckpointStore:
 class Running:
     """A service on a thread, over the in-process broker, with one update in its queue."""
 
-    def __init__(self, folder: Path, store: CheckpointStore) -> None:
+    def __init__(self, folder: Path, store: CheckpointStore, **settings: Any) -> None:
         self.broker = MemoryBroker()
-        self.service = AggregatorService(
-            folder=folder, run=RUN, config=AggregatorConfig(buffer_size=1, linger=0.0), store=store
-        )
+        config = AggregatorConfig(buffer_size=1, linger=0.0, **settings)
+        self.service = AggregatorService(folder=folder, run=RUN, config=config, store=store)
         self.errors: list[BaseException] = []
         self.broker.run(RUN).declared = True
         worker = self.broker.worker(RUN, "w0")
@@ -127,3 +130,25 @@ def test_a_fallback_that_was_interrupted_is_done_again(store: CheckpointStore, m
     assert newest.with_name(f"{newest.name}.damaged").exists()
     with pytest.raises(CheckpointOutdated):
         store.claim(version=20)
+
+
+def test_a_run_whose_workers_are_all_gone_waits_without_spinning(
+    tmp_path: Path, store: CheckpointStore, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("WARNING")
+    seen: list[on.Happening] = []
+    handle = RoundMachine.handle
+
+    def noted(machine: RoundMachine, event: on.Happening, now: float) -> list[do.Effect]:
+        seen.append(event)
+        return handle(machine, event, now)
+
+    monkeypatch.setattr(RoundMachine, "handle", noted)
+    running = Running(tmp_path, store, worker_timeout=1.0)
+    wait_for(lambda: "has been silent for too long" in caplog.text, what="the worker counts as gone")
+
+    before = len(seen)
+    wait_for(lambda: len(seen) >= before + 2, what="two turns of the loop")  # about a second each
+    running.stop()
+
+    assert len(seen) < before + 100

@@ -20,6 +20,8 @@ DURATION ?= 120
 SEED ?=
 # More arguments for the command that a target runs.
 ARGS ?=
+# Most tests wait for processes and time-outs. Each of the parallel ones has a RabbitMQ node of its own.
+PARALLEL ?= -n auto --maxprocesses 4 --dist worksteal
 
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
@@ -38,7 +40,7 @@ demo: $(READY) rabbitmq ## a whole federation on this machine
 	$(BIN)/fedmq demo $(if $(BROKER),--broker '$(BROKER)') $(ARGS)
 
 test: lint rabbitmq ## everything that CI checks
-	$(BIN)/python -m pytest $(ARGS)
+	$(BIN)/python -m pytest $(PARALLEL) $(ARGS)
 
 test-fast: $(READY) ## the tests that need no broker and take no time
 	$(BIN)/python -m pytest -m 'not broker and not slow' $(ARGS)

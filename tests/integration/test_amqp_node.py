@@ -64,6 +64,8 @@ OWNER = """
 import os, signal, sys
 from broker.amqp.node import PrivateNode
 
+# Whoever runs the tests in the background may have it ignored, and children inherit that.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 with PrivateNode(plugins=()) as node:
     print(node.folder, flush=True)
     os.kill(os.getpid(), getattr(signal, sys.argv[1]))

@@ -51,6 +51,6 @@ def test_what_came_back_more_often_than_rabbitmqs_own_limit_is_still_there(
 
 def test_every_quorum_queue_of_a_run_declares_its_limit() -> None:
     queues = [queue for queue in Topology("run").queues("quorum", 1000) if queue.type == "quorum"]
-    assert len(queues) == 3
+    assert {queue.name for queue in queues} == {f"fedmq.run.{name}" for name in ("updates", "control", "turn", "dead")}
     for queue in queues:
         assert int(queue.arguments.get("x-delivery-limit", 0)) >= 1000, queue.name

@@ -100,6 +100,9 @@ def test_data_survive_a_kill_and_ports_stay() -> None:
         channel.confirm_delivery()
         channel.queue_declare("kept", durable=True)
         channel.basic_publish("", "kept", b"kept", pika.BasicProperties(delivery_mode=2))
+        # The message was confirmed, but RabbitMQ confirms a declaration before its own log of it is on disk: killed in
+        # the same moment, it has forgotten the queue.
+        node.ctl("eval", "mnesia:sync_log().")
         node.kill()
         with pytest.raises(pika.exceptions.AMQPError):
             channel.queue_declare("kept", passive=True)

@@ -26,9 +26,20 @@ from aggregator.core.snapshot import Snapshot
 from aggregator.inspection import Condition, FileFacts, describe, survey
 from aggregator.results import write_model
 from aggregator.verification import Verification
-from broker.console import ConfigOption, RunOption, SetOption, VerboseOption, guard, parse_flags, set_up_logging
+from broker.console import (
+    ConfigOption,
+    JsonOption,
+    RunOption,
+    SetOption,
+    VerboseOption,
+    guard,
+    parse_flags,
+    say,
+    say_nothing,
+    say_table,
+    set_up_logging,
+)
 from broker.errors import CheckpointCorrupt, CheckpointMissing, CheckpointNotWritten, ConfigError, WrongRun
-from broker.letterdisplay import say, say_table
 from broker.messages import parameters_digest
 from broker.settings import Settings, load
 
@@ -39,7 +50,6 @@ NUMBERS = {"version", "epoch", "buffered", "applied", "bytes", "norm", "not fini
 #: What a key is called where there is room for a word more.
 NAMES = {"void": "taken_back_versions"}
 
-JsonOption = Annotated[bool, typer.Option("--json", help="As JSON.")]
 VersionOption = Annotated[int | None, typer.Option("--version", min=0, help="The newest file of this version.")]
 
 
@@ -127,7 +137,7 @@ def verify(
     Example: fedmq checkpoint verify --run digits
     """
     with _command(config, run, folder, settings, verbose) as (read, store):
-        tell: Callable[[str], None] = _silent if as_json else say
+        tell: Callable[[str], None] = say_nothing if as_json else say
         checked = Verification(run_folder(read), store)
         files: list[dict[str, Any]] = []
 
@@ -267,10 +277,6 @@ def _say_agreement(agreement: Agreement, tell: Callable[[str], None]) -> None:
         tell(f"history.jsonl: {agreement.versions:,} versions and the buffer tell of {updates:,} updates, each once")
     if given_up := agreement.given_up:
         tell(f"{given_up:,} updates of versions that were taken back do not count: an older state has taken over")
-
-
-def _silent(_: str) -> None:
-    """For machines, which get it all at the end."""
 
 
 # ------------------------------------------------------------------------------------------------ showing

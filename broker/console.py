@@ -17,6 +17,7 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 from rich.logging import RichHandler
+from rich.table import Table
 from rich.text import Text
 
 from broker.errors import ConfigError, FedmqError
@@ -25,12 +26,16 @@ from broker.settings import Flag, Origin, redacted
 __all__ = [
     "BrokerOption",
     "ConfigOption",
+    "JsonOption",
     "RunOption",
     "SetOption",
     "VerboseOption",
     "errors",
     "guard",
     "parse_flags",
+    "say",
+    "say_nothing",
+    "say_table",
     "set_up_logging",
     "stop_on_signals",
 ]
@@ -40,6 +45,7 @@ ConfigOption = Annotated[Path | None, typer.Option("--config", "-c", help="Setti
 RunOption = Annotated[str | None, typer.Option("--run", help="Name of the run.")]
 BrokerOption = Annotated[str | None, typer.Option("--broker", help="Address of RabbitMQ: amqp://user:password@host/.")]
 SetOption = Annotated[list[str] | None, typer.Option("--set", help="Any setting: worker.batch_size=64. Repeatable.")]
+JsonOption = Annotated[bool, typer.Option("--json", help="As JSON.")]
 VerboseOption = Annotated[int, typer.Option("--verbose", "-v", count=True, help="Log details.")]
 
 #: Options that are not called as their setting is.
@@ -48,8 +54,26 @@ OPTIONS = {"broker.url": "--broker", "aggregator.stop_after_rounds": "--rounds"}
 #: Whoever signals a process and its group as well (``timeout``, some supervisors) means it once.
 TWICE_SECONDS = 1.0
 
+#: In a pipe there is no width: a line a row, for grep.
+PIPE_WIDTH = 1000
+
+_out = Console()
 #: Everything that is not the command's result goes here.
 errors = Console(stderr=True, soft_wrap=True)
+
+
+def say(text: str) -> None:
+    """A line of the command's result, as it is."""
+    _out.print(text, highlight=False, markup=False, soft_wrap=True)
+
+
+def say_nothing(_text: str) -> None:
+    """Instead of :func:`say` where all is said at the end, as JSON."""
+
+
+def say_table(table: Table) -> None:
+    """``table``, in full width if the result goes into a pipe."""
+    (_out if _out.is_terminal else Console(width=PIPE_WIDTH)).print(table)
 
 
 @contextlib.contextmanager

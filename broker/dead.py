@@ -19,16 +19,19 @@ from broker.amqp.deadletters import DeadLetterQueue, Outcome, Wish
 from broker.console import (
     BrokerOption,
     ConfigOption,
+    JsonOption,
     RunOption,
     SetOption,
     VerboseOption,
     errors,
     guard,
     parse_flags,
+    say,
+    say_table,
     set_up_logging,
 )
 from broker.errors import BrokerError, ConfigError
-from broker.letterdisplay import Summary, by_reason, count_reason, letter_table, row_of, say, say_letter, say_table
+from broker.letterdisplay import Summary, by_reason, count_reason, letter_table, row_of, say_letter
 from broker.letters import (
     DeadLetter,
     RawLetter,
@@ -62,8 +65,6 @@ OlderOption = Annotated[str | None, typer.Option("--older-than", help="Rejected 
 AllOption = Annotated[bool, typer.Option("--all", help="All of them.")]
 #: Rows that ``list`` shows unless told otherwise.
 ROWS = 100
-
-JsonOption = Annotated[bool, typer.Option("--json", help="As JSON.")]
 
 
 def list_(

@@ -6,18 +6,14 @@ from collections import Counter
 from collections.abc import Mapping
 from typing import Any
 
-from rich.console import Console
 from rich.markup import escape
 from rich.table import Table as Grid
 
+from broker.console import say, say_table
 from broker.letters import DeadLetter, Selection
 
-__all__ = ["Summary", "by_reason", "count_reason", "letter_table", "row_of", "say", "say_letter", "say_table"]
+__all__ = ["Summary", "by_reason", "count_reason", "letter_table", "row_of", "say_letter"]
 
-out = Console()
-
-#: In a pipe there is no width: a line a letter, for grep.
-PIPE_WIDTH = 1000
 #: Reasons that the summary tells apart; strangers may bring any number.
 REASONS = 100
 
@@ -62,11 +58,6 @@ def by_reason(counter: Counter[str]) -> str:
     return ", ".join(f"{reason} {count:,}" for reason, count in counter.most_common())
 
 
-def say(text: str) -> None:
-    """A line of the command's result, as it is."""
-    out.print(text, highlight=False, markup=False, soft_wrap=True)
-
-
 def letter_table() -> Grid:
     """An empty table of letters."""
     return _table(*COLUMNS)
@@ -78,11 +69,6 @@ def _table(*names: str) -> Grid:
         wide = name in {"update", "detail", "tensor"}
         table.add_column(name, justify="right" if name in NUMBERS else "left", no_wrap=not wide, overflow="fold")
     return table
-
-
-def say_table(table: Grid) -> None:
-    """``table``, in full width if the result goes into a pipe."""
-    (out if out.is_terminal else Console(width=PIPE_WIDTH)).print(table)
 
 
 def row_of(letter: DeadLetter) -> list[str]:

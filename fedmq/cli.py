@@ -18,11 +18,13 @@ from broker.cli import app as broker_app
 from broker.console import (
     BrokerOption,
     ConfigOption,
+    JsonOption,
     RunOption,
     SetOption,
     VerboseOption,
     guard,
     parse_flags,
+    say_table,
     set_up_logging,
 )
 from broker.dead import app as dead_app
@@ -41,8 +43,6 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 out = Console()
-
-PIPE_WIDTH = 1000
 
 KINDS: dict[str, type[Table]] = {"aggregator": AggregatorConfig, "worker": WorkerConfig}
 
@@ -148,7 +148,7 @@ def config(
     run: RunOption = None,
     broker: BrokerOption = None,
     settings: SetOption = None,
-    json: Annotated[bool, typer.Option("--json", help="As JSON.")] = False,
+    json: JsonOption = False,
     verbose: VerboseOption = 0,
 ) -> None:
     """Show the settings in force, and where each one was set.
@@ -168,8 +168,7 @@ def config(
             table.add_column(name, overflow="fold")
         for key, value, origin in rows:
             table.add_row(key, "-" if value is None else str(value), origin)
-        # In a pipe there is no width: a line a setting, for grep.
-        (out if out.is_terminal else Console(width=PIPE_WIDTH)).print(table)
+        say_table(table)
 
 
 def _rows(read: Settings) -> list[tuple[str, object, str]]:

@@ -11,19 +11,15 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
 from rich.markup import escape
 from rich.table import Table as Grid
 
 from aggregator.core.snapshot import VersionRecord
 from aggregator.history import read_history, version_line
+from broker.console import say, say_table
 
-__all__ = ["Wanted", "say", "say_history", "say_json"]
+__all__ = ["Wanted", "say_history", "say_json"]
 
-out = Console()
-
-#: In a pipe there is no width: a line a row, for grep.
-PIPE_WIDTH = 1000
 #: Workers that a version's row names.
 SHOWN_NAMES = 5
 #: Digits of a digest in a row.
@@ -51,11 +47,6 @@ class Wanted:
         return any(entry.get("worker") == self.worker for entry in _entries(line, "updates", "dropped"))
 
 
-def say(text: str) -> None:
-    """A line of a command's result, as it is."""
-    out.print(text, highlight=False, markup=False, soft_wrap=True)
-
-
 def say_history(file: Path, recent: tuple[VersionRecord, ...], wanted: Wanted, *, limit: int) -> int:
     """Show the newest ``limit`` lines that are wanted, or one version in full; how many there are."""
     newest: deque[Line] = deque(maxlen=limit)
@@ -71,7 +62,7 @@ def say_history(file: Path, recent: tuple[VersionRecord, ...], wanted: Wanted, *
         table = _table(*COLUMNS)
         for line in newest:
             table.add_row(*map(escape, _row(line, wanted)))
-        _say_table(table)
+        say_table(table)
     if count > limit:
         say(f"… and {count - limit:,} earlier ones (--limit, or --json)")
     elif not count and wanted == Wanted():
@@ -180,7 +171,7 @@ def _say_in_full(line: Line, wanted: Wanted) -> None:
                 ]
                 table.add_row(*map(escape, (name, *facts, "" if key == "updates" else key)))
     if table.row_count:
-        _say_table(table)
+        say_table(table)
 
 
 def _prefixed(note: str) -> str:
@@ -210,7 +201,3 @@ def _table(*names: str) -> Grid:
         numeric = name in NUMBERS | {"from version", "weight", "examples"}
         table.add_column(name, justify="right" if numeric else "left", no_wrap=numeric, overflow="fold")
     return table
-
-
-def _say_table(table: Grid) -> None:
-    (out if out.is_terminal else Console(width=PIPE_WIDTH)).print(table)

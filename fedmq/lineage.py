@@ -23,18 +23,28 @@ from aggregator.lineage import Lineage, Replay, ranges
 from aggregator.results import write_model
 from aggregator.rollback import adopt as adopt_without
 from aggregator.rollback import checkpoint_versions, find_checkpoint, open_lineage, roll_back
-from broker.console import ConfigOption, RunOption, SetOption, VerboseOption, errors, guard, parse_flags, set_up_logging
+from broker.console import (
+    ConfigOption,
+    JsonOption,
+    RunOption,
+    SetOption,
+    VerboseOption,
+    errors,
+    guard,
+    parse_flags,
+    say,
+    say_nothing,
+    set_up_logging,
+)
 from broker.errors import CheckpointNotWritten, ConfigError, LineageError
 from broker.settings import Settings, load
-from fedmq.historydisplay import Wanted, say, say_history, say_json
+from fedmq.historydisplay import Wanted, say_history, say_json
 
 __all__ = ["history", "register", "replay", "rollback"]
 
 YesOption = Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")]
 #: Lines that ``history`` shows unless told otherwise.
 LINES = 50
-
-JsonOption = Annotated[bool, typer.Option("--json", help="As JSON.")]
 
 
 def history(
@@ -106,7 +116,7 @@ def replay(
         if target <= lineage.newest:
             _require_known(_ancestry(read, store)[0].workers(target), leave_out, target)
         _require_answer(adopt, yes)
-        tell = _silent if as_json else say
+        tell = say_nothing if as_json else say
         rebuilding = Replay(lineage, store, leave_out)
         _rebuild(rebuilding, target)
         found = _report(rebuilding, leave_out, tell)
@@ -144,7 +154,7 @@ def rollback(
         if version >= lineage.newest:
             raise ConfigError(f"version {version} is not an earlier one: the newest is {lineage.newest}")
         _require_answer(True, yes)
-        tell = _silent if as_json else say
+        tell = say_nothing if as_json else say
         state = find_checkpoint(lineage, store, version)
         if state is not None:
             parameters, optimizer = state.parameters, state.optimizer
@@ -348,10 +358,6 @@ def _taken_plainly(head: Snapshot, lost: Mapping[int, int], dropped: int) -> dic
 
 def _updates(count: int) -> str:
     return f"{count:,} update{'s' * (count != 1)}"
-
-
-def _silent(_: str) -> None:
-    """With --json all is said at the end."""
 
 
 def _require_answer(changes: bool, yes: bool) -> None:

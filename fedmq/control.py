@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import secrets
 import time
+from collections.abc import Callable
 from typing import Annotated
 
 import typer
@@ -26,7 +27,7 @@ from broker.messages import Action, Command, Scalar
 from broker.settings import Settings, load
 from broker.topology import Topology
 
-__all__ = ["pause", "register", "resume", "set_", "stop"]
+__all__ = ["register", "set_"]
 
 #: What the field calls it, and what it is called here.
 ALIASES = {"server_lr": "learning_rate", "lr": "learning_rate"}
@@ -63,56 +64,40 @@ def set_(
         _give(Action.SET, _settings(config, run, broker), wait, _parsed(changes))
 
 
-def pause(
-    *,
-    config: ConfigOption = None,
-    run: RunOption = None,
-    broker: BrokerOption = None,
-    wait: WaitOption = 10.0,
-    verbose: VerboseOption = 0,
-) -> None:
-    """Have the workers stop training after what they have in hand; no round closes until 'fedmq resume'."""
-    with guard():
-        set_up_logging(verbose, quiet=not verbose)
-        _give(Action.PAUSE, _settings(config, run, broker), wait)
+def _plain(action: Action, text: str) -> Callable[..., None]:
+    """A command without settings; ``text`` is its help."""
+
+    def command(
+        *,
+        config: ConfigOption = None,
+        run: RunOption = None,
+        broker: BrokerOption = None,
+        wait: WaitOption = 10.0,
+        verbose: VerboseOption = 0,
+    ) -> None:
+        with guard():
+            set_up_logging(verbose, quiet=not verbose)
+            _give(action, _settings(config, run, broker), wait)
+
+    command.__doc__ = text
+    return command
 
 
-def resume(
-    *,
-    config: ConfigOption = None,
-    run: RunOption = None,
-    broker: BrokerOption = None,
-    wait: WaitOption = 10.0,
-    verbose: VerboseOption = 0,
-) -> None:
-    """Go on after 'fedmq pause'."""
-    with guard():
-        set_up_logging(verbose, quiet=not verbose)
-        _give(Action.RESUME, _settings(config, run, broker), wait)
-
-
-def stop(
-    *,
-    config: ConfigOption = None,
-    run: RunOption = None,
-    broker: BrokerOption = None,
-    wait: WaitOption = 10.0,
-    verbose: VerboseOption = 0,
-) -> None:
-    """End the run: what is in the buffer makes its last version, workers leave, the aggregator exits.
+PLAIN = {
+    Action.PAUSE: "Have the workers stop training after what they have in hand; no round closes until 'fedmq resume'.",
+    Action.RESUME: "Go on after 'fedmq pause'.",
+    Action.STOP: """End the run: what is in the buffer makes its last version, workers leave, the aggregator exits.
 
     To go on with it later: 'fedmq aggregator --drop-changes', and then the workers.
-    """
-    with guard():
-        set_up_logging(verbose, quiet=not verbose)
-        _give(Action.STOP, _settings(config, run, broker), wait)
+    """,
+}
 
 
 def register(app: typer.Typer) -> None:
     """Add the commands to ``app``."""
     app.command("set")(set_)
-    for command in (pause, resume, stop):
-        app.command()(command)
+    for action, text in PLAIN.items():
+        app.command(action.value)(_plain(action, text))
 
 
 def _settings(config: ConfigOption, run: RunOption, broker: BrokerOption) -> Settings:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import queue
 import threading
 
@@ -17,14 +16,14 @@ from broker.console import (
     RunOption,
     SetOption,
     VerboseOption,
+    broker_command,
     errors,
     guard,
-    parse_flags,
     set_up_logging,
     stop_on_signals,
 )
 from broker.errors import BrokerError, BrokerUnreachable
-from broker.settings import load, redacted
+from broker.settings import redacted
 from broker.topology import Topology
 from broker.transport import Failed, Incoming
 
@@ -47,12 +46,7 @@ def check(
 
     Example: fedmq broker check --run digits --broker amqp://user:password@host/
     """
-    with guard():
-        set_up_logging(verbose)
-        if not verbose:
-            # Whatever goes wrong comes out as this command's one error.
-            logging.getLogger("fedmq.broker").setLevel(logging.CRITICAL)
-        read = load({}, file=config, flags=parse_flags(settings or [], run=run, broker__url=broker))
+    with broker_command(config, run, broker, settings, verbose) as read:
         where = ", ".join(redacted(url) for url in read.broker.urls())
         inbox: queue.SimpleQueue[Incoming] = queue.SimpleQueue()
         transport = AmqpAggregatorTransport(read.broker, Topology(read.run), model_bytes=0, prefetch=1)

@@ -21,7 +21,7 @@ from rich.table import Table
 from rich.text import Text
 
 from broker.errors import ConfigError, FedmqError
-from broker.settings import Flag, Origin, redacted
+from broker.settings import Flag, Origin, Settings, load, redacted
 
 __all__ = [
     "BrokerOption",
@@ -30,6 +30,7 @@ __all__ = [
     "RunOption",
     "SetOption",
     "VerboseOption",
+    "broker_command",
     "errors",
     "guard",
     "parse_flags",
@@ -124,6 +125,19 @@ def set_up_logging(verbosity: int = 0, *, quiet: bool = False) -> None:
     logging.basicConfig(level=logging.WARNING, handlers=[handler], force=True)
     level = logging.ERROR if quiet else logging.DEBUG if verbosity else logging.INFO
     logging.getLogger("fedmq").setLevel(level)
+
+
+@contextlib.contextmanager
+def broker_command(
+    config: Path | None, run: str | None, broker: str | None, settings: list[str] | None, verbose: int
+) -> Iterator[Settings]:
+    """What a command that speaks to the broker for a moment runs in: its errors, its log, its settings."""
+    with guard():
+        set_up_logging(verbose)
+        if not verbose:
+            # Whatever goes wrong comes out as this command's one error.
+            logging.getLogger("fedmq.broker").setLevel(logging.CRITICAL)
+        yield load({}, file=config, flags=parse_flags(settings or [], run=run, broker__url=broker))
 
 
 @contextlib.contextmanager

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import json
-import logging
 import shutil
 import sys
 import tempfile
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from datetime import UTC, datetime
 from typing import Annotated, Any
 
@@ -23,12 +21,10 @@ from broker.console import (
     RunOption,
     SetOption,
     VerboseOption,
+    broker_command,
     errors,
-    guard,
-    parse_flags,
     say,
     say_table,
-    set_up_logging,
 )
 from broker.errors import BrokerError, ConfigError
 from broker.letterdisplay import Summary, by_reason, count_reason, letter_table, row_of, say_letter
@@ -43,7 +39,7 @@ from broker.letters import (
     parse_reason,
     parse_time,
 )
-from broker.settings import Settings, load
+from broker.settings import Settings
 from broker.topology import Topology
 
 __all__ = ["app", "drop", "list_", "replay", "show"]
@@ -90,7 +86,7 @@ def list_(
 
     Example: fedmq dead list --run digits --reason not-finite
     """
-    with _command(config, run, broker, settings, verbose) as read:
+    with broker_command(config, run, broker, settings, verbose) as read:
         wanted = _selection(workers, reasons, ids, before, older_than)
         if as_json:
             _list_json(read, wanted, limit)
@@ -125,7 +121,7 @@ def show(
 
     Example: fedmq dead show 3 --run digits
     """
-    with _command(config, run, broker, settings, verbose) as read:
+    with broker_command(config, run, broker, settings, verbose) as read:
         number = int(letter) if letter.isascii() and letter.isdigit() else 0
         wanted = Selection() if number else Selection(ids=(parse_id(letter),))
         found: list[dict[str, Any]] = []
@@ -171,7 +167,7 @@ def replay(
 
     Example: fedmq dead replay --run digits --reason too-stale --worker w3
     """
-    with _command(config, run, broker, settings, verbose) as read:
+    with broker_command(config, run, broker, settings, verbose) as read:
         wanted = _required(_selection(workers, reasons, ids, before, older_than), everything=everything)
         _change(read, wanted, Wish.REPLAY, "replay", verbose=verbose)
 
@@ -195,7 +191,7 @@ def drop(
 
     Example: fedmq dead drop --run digits --older-than 7d --yes
     """
-    with _command(config, run, broker, settings, verbose) as read:
+    with broker_command(config, run, broker, settings, verbose) as read:
         wanted = _required(_selection(workers, reasons, ids, before, older_than), everything=everything)
         most: int | None = None
         if not yes:
@@ -209,16 +205,6 @@ def drop(
 
 
 # ------------------------------------------------------------------------------------------------- selection
-
-
-@contextmanager
-def _command(config: Any, run: str | None, broker: str | None, settings: Any, verbose: int) -> Iterator[Settings]:
-    with guard():
-        set_up_logging(verbose)
-        if not verbose:
-            # Whatever goes wrong comes out as this command's one error.
-            logging.getLogger("fedmq.broker").setLevel(logging.CRITICAL)
-        yield load({}, file=config, flags=parse_flags(settings or [], run=run, broker__url=broker))
 
 
 def _selection(

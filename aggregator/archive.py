@@ -14,13 +14,14 @@ import os
 import struct
 import threading
 from collections.abc import Iterator
+from io import FileIO
 from pathlib import Path
 from typing import BinaryIO
 
 import xxhash
 from pydantic import TypeAdapter, ValidationError
 
-from aggregator.disk import make_folder, sync_folder
+from aggregator.disk import make_folder, sync_folder, write_all
 from broker.errors import CheckpointCorrupt, CheckpointError, CheckpointNotWritten, LineageError, WireError
 from broker.messages import UpdateId
 from broker.wire.envelope import MAX_HEADER, PREFIX, unpack
@@ -49,7 +50,7 @@ class UpdateArchive:
         self._is_doubtful = False
         try:
             make_folder(folder)
-            self._out: BinaryIO = self.file.open("x+b", buffering=0)
+            self._out: FileIO = self.file.open("x+b", buffering=0)
             sync_folder(folder)
         except FileExistsError:
             raise CheckpointNotWritten(
@@ -104,9 +105,7 @@ class UpdateArchive:
     def _put(self, start: int, *parts: bytes) -> None:
         self._out.seek(start)
         for part in parts:
-            rest = memoryview(part)
-            while rest:
-                rest = rest[self._out.write(rest) :]
+            write_all(self._out, part)
 
     def _write_again(self) -> None:
         """After a failed fsync the system may call clean what the disk does not have: all since the last good one."""

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import os
+from io import RawIOBase
 from pathlib import Path
 
-__all__ = ["make_folder", "sync_folder"]
+__all__ = ["make_folder", "sync_folder", "write_all"]
 
 
 def make_folder(folder: Path) -> None:
@@ -24,3 +25,10 @@ def sync_folder(folder: Path) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
+
+
+def write_all(file: RawIOBase, content: bytes) -> None:
+    """Write ``content`` to an unbuffered file, which may take it in pieces. Raises :class:`OSError`."""
+    rest = memoryview(content)
+    while rest:
+        rest = rest[file.write(rest) or 0 :]

@@ -12,7 +12,6 @@ import math
 import os
 import threading
 from collections.abc import Iterator, Mapping
-from io import RawIOBase
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +19,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from aggregator.core.effects import EvaluationRecord
 from aggregator.core.snapshot import Entry, VersionRecord
-from aggregator.disk import sync_folder
+from aggregator.disk import sync_folder, write_all
 from broker.errors import CheckpointCorrupt, CheckpointError, CheckpointNotWritten
 
 __all__ = ["History", "read_history", "scan_history", "version_line", "version_record"]
@@ -132,7 +131,7 @@ class History:
         with self.file.open("ab", buffering=0) as file:
             end = file.seek(0, os.SEEK_END)
             try:
-                _write_all(file, content)
+                write_all(file, content)
             except OSError:
                 if file.seek(0, os.SEEK_END) <= end + len(content):  # nobody else has written behind it
                     file.truncate(end)
@@ -146,7 +145,7 @@ class History:
         with os.fdopen(handle, "r+b", buffering=0) as file:
             for start, content in self._written:
                 file.seek(start)
-                _write_all(file, content)
+                write_all(file, content)
 
     def _mend(self) -> None:
         with self.file.open("r+b") as file:
@@ -249,12 +248,6 @@ def _entry_fields(entry: Mapping[str, Any]) -> dict[str, Any]:
     """The line's flat form of an entry as the nested one of :class:`Entry`."""
     known = {key: value for key, value in entry.items() if key not in _ID_FIELDS}
     return {**known, "id": {key: entry[key] for key in _ID_FIELDS}}
-
-
-def _write_all(file: RawIOBase, content: bytes) -> None:
-    rest = memoryview(content)
-    while rest:
-        rest = rest[file.write(rest) or 0 :]
 
 
 def _figure(line: Mapping[str, Any], key: str) -> float:

@@ -14,7 +14,7 @@ from aggregator.core.snapshot import Changes
 from aggregator.optimizers import OPTIMIZERS
 from aggregator.staleness import STALENESS
 from aggregator.strategies import STRATEGIES
-from broker.errors import ConfigError
+from broker.errors import ConfigError, first_problem
 from broker.messages import Mode, Rounds, Scalar
 from broker.settings import Table
 
@@ -210,9 +210,8 @@ class AggregatorConfig(Table):
         try:
             return AggregatorConfig.model_validate({**self.model_dump(), **changes})
         except ValidationError as error:
-            first = error.errors(include_url=False, include_input=False)[0]
-            where = ".".join(str(part) for part in first["loc"]) or "these changes"
-            raise ConfigError(f"aggregator.{where}: {first['msg']}") from None
+            where, what = first_problem(error)
+            raise ConfigError(f"aggregator.{where or 'these changes'}: {what}") from None
 
 
 def _require_live(name: str) -> None:

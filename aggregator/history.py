@@ -20,7 +20,7 @@ from pydantic import TypeAdapter, ValidationError
 from aggregator.core.effects import EvaluationRecord
 from aggregator.core.snapshot import Entry, VersionRecord
 from aggregator.disk import sync_folder, write_all
-from broker.errors import CheckpointCorrupt, CheckpointError, CheckpointNotWritten
+from broker.errors import CheckpointCorrupt, CheckpointError, CheckpointNotWritten, first_problem
 
 __all__ = ["History", "read_history", "scan_history", "version_line", "version_record"]
 
@@ -238,10 +238,8 @@ def version_record(line: Mapping[str, Any]) -> VersionRecord:
     except (TypeError, KeyError, AttributeError):
         raise CheckpointCorrupt(f"the line of version {line.get('version')!r} is damaged: no list of updates") from None
     except ValidationError as error:
-        first = error.errors(include_url=False, include_input=False)[0]
-        where = ".".join(str(part) for part in first["loc"])
-        text = f"the line of version {line.get('version')!r} is damaged: {where}: {first['msg']}"
-        raise CheckpointCorrupt(text) from None
+        where, what = first_problem(error)
+        raise CheckpointCorrupt(f"the line of version {line.get('version')!r} is damaged: {where}: {what}") from None
 
 
 def _entry_fields(entry: Mapping[str, Any]) -> dict[str, Any]:

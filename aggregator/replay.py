@@ -22,7 +22,7 @@ from aggregator.core.step import next_parameters
 from aggregator.optimizers import OPTIMIZERS, Optimizer
 from aggregator.staleness import STALENESS
 from aggregator.strategies import STRATEGIES, Accumulator, Strategy
-from broker.errors import LineageError, StrategyError
+from broker.errors import LineageError, StrategyError, first_problem
 from broker.messages import Mode, Scalar, Tensors, Update, parameters_digest
 
 __all__ = ["Fetch", "Link", "Rebuild", "distance", "needed", "rebuild"]
@@ -247,9 +247,8 @@ def _settings(record: VersionRecord, settings: Mapping[str, Scalar]) -> _Setting
     try:
         return _ADAPTER.validate_python(settings)
     except ValidationError as error:
-        first = error.errors(include_url=False, include_input=False)[0]
-        where = ".".join(str(part) for part in first["loc"])
+        where, what = first_problem(error)
         raise LineageError(
-            f"version {record.version}: its line does not say how it was made (settings.{where}: {first['msg']}); "
+            f"version {record.version}: its line does not say how it was made (settings.{where}: {what}); "
             "fedmq 0.1 did not note that"
         ) from None

@@ -31,6 +31,8 @@ arise (one table each); nothing else of theirs crosses a room's border.
 
 from __future__ import annotations
 
+from pydantic import ValidationError
+
 __all__ = [
     "AccessRefused",
     "BrokerError",
@@ -56,6 +58,7 @@ __all__ = [
     "UnsupportedBroker",
     "WireError",
     "WrongRun",
+    "first_problem",
 ]
 
 
@@ -174,3 +177,9 @@ class StaleEpoch(CheckpointError):
 
 class StrategyError(FedmqError):
     """A strategy or an optimiser produced parameters that must not become a version."""
+
+
+def first_problem(error: ValidationError) -> tuple[str, str]:
+    """The first thing that pydantic complains of: where (empty if it is the whole), and what; never the value."""
+    first = error.errors(include_url=False, include_input=False)[0]
+    return ".".join(str(part) for part in first["loc"]), first["msg"]

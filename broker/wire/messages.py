@@ -8,7 +8,7 @@ from typing import Any
 
 from pydantic import TypeAdapter, ValidationError
 
-from broker.errors import WireError
+from broker.errors import WireError, first_problem
 from broker.messages import (
     Command,
     Event,
@@ -117,9 +117,8 @@ def _validated(head_class: type, values: Any) -> Any:
     try:
         return _adapter(head_class).validate_python(values)
     except ValidationError as error:
-        first = error.errors(include_url=False, include_input=False)[0]
-        where = ".".join(str(part) for part in first["loc"]) or head_class.__name__
-        raise WireError(f"header field {where:.80}: {first['msg']}") from None
+        where, what = first_problem(error)
+        raise WireError(f"header field {where or head_class.__name__:.80}: {what}") from None
 
 
 def _read_model(value: Any) -> ModelSpec:

@@ -72,8 +72,7 @@ def _happening(message: Message, newest: int) -> on.Happening | None:
             incarnation = str(data.get("incarnation", ""))
             is_name = re.fullmatch(NAME_PATTERN, incarnation) is not None
             version = data.get("version")
-            is_waiting = data.get("state") == "waiting" and isinstance(version, int)
-            waiting = version if is_waiting and isinstance(version, int) else None
+            waiting = version if data.get("state") == "waiting" and isinstance(version, int) else None
             return on.Seen(source, incarnation, role, min(max(count, 0), 2**53), waiting) if is_name else None
         case Event(kind=EventKind.EVALUATION, source=source, data=data):
             version = data.get("version")

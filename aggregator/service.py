@@ -475,11 +475,7 @@ def rules_of(config: AggregatorConfig, snapshot: Snapshot, changes: Changes) -> 
 
     Raises :class:`ConfigError` if they do not go together, or not with how the run has been going on.
     """
-    if snapshot.mode not in ("", config.mode.value):
-        raise ConfigError(
-            f"aggregator.mode = {config.mode.value!r}, but run {snapshot.run!r} has been going on with "
-            f"{snapshot.mode!r}; the mode of a run cannot change"
-        )
+    snapshot.require_mode(config.mode)
     try:
         return config.changed(changes).rules(snapshot.model.nbytes)
     except ConfigError as error:

@@ -32,7 +32,7 @@ from aggregator.core.rules import Rules
 from aggregator.core.screen import refusal
 from aggregator.core.snapshot import Entry, Folds, Snapshot, VersionRecord
 from aggregator.core.step import next_parameters
-from broker.errors import ConfigError, StrategyError
+from broker.errors import StrategyError
 from broker.messages import Action, Plan, Reason, Role, Scalar, Update, UpdateId, parameters_digest
 from broker.transport import Token
 
@@ -60,11 +60,7 @@ class RoundMachine:
         Raises:
             ConfigError: the run has been going on with another mode than ``rules`` say.
         """
-        if snapshot.mode not in ("", rules.mode.value):
-            raise ConfigError(
-                f"aggregator.mode = {rules.mode.value!r}, but run {snapshot.run!r} has been going on with "
-                f"{snapshot.mode!r}; the mode of a run cannot change"
-            )
+        snapshot.require_mode(rules.mode)
         self.rules = rules
         self.model = snapshot.model
         self.version = snapshot.version
@@ -226,7 +222,7 @@ class RoundMachine:
         if command in controls.held:
             controls.held[command].append(event.token)
             return []
-        if command in controls.commands:
+        if controls.knows(command):
             return [do.Ack(event.token), do.Record(self._executed(command))]
         controls.hold(command, event.token)
         match event.action:

@@ -7,7 +7,8 @@ from dataclasses import dataclass, field, replace
 
 from aggregator.optimizers import OptimizerState
 from aggregator.strategies.base import Accumulator
-from broker.messages import ModelSpec, Scalar, Tensors, UpdateId, parameters_digest
+from broker.errors import ConfigError
+from broker.messages import Mode, ModelSpec, Scalar, Tensors, UpdateId, parameters_digest
 
 __all__ = ["Changes", "Entry", "Folds", "Snapshot", "VersionRecord", "rolled_back"]
 
@@ -107,6 +108,14 @@ class Snapshot:
     """The newest commands that were executed, by id."""
     kept_from: int | None = None
     """Every update applied after this version is in the archive, and the version's state too; None if not."""
+
+    def require_mode(self, mode: Mode) -> None:
+        """Raise :class:`ConfigError` if the run has been going on with another mode than ``mode``."""
+        if self.mode not in ("", mode.value):
+            raise ConfigError(
+                f"aggregator.mode = {mode.value!r}, but run {self.run!r} has been going on with {self.mode!r}; "
+                "the mode of a run cannot change"
+            )
 
 
 def rolled_back(

@@ -13,7 +13,7 @@ from __future__ import annotations
 import os
 import struct
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from io import FileIO
 from pathlib import Path
 from typing import BinaryIO
@@ -27,6 +27,8 @@ from broker.messages import UpdateId
 from broker.wire.envelope import MAX_HEADER, PREFIX, unpack
 
 __all__ = ["KeptUpdates", "UpdateArchive", "base_file"]
+
+Buffer = bytes | memoryview
 
 HEAD = struct.Struct("<QQ")
 #: Bytes that a check reads at once.
@@ -45,7 +47,7 @@ class UpdateArchive:
         """Raises :class:`CheckpointNotWritten` if the file cannot be made."""
         self.file = folder / _name(epoch)
         self._lock = threading.Lock()
-        self._late: list[bytes] = []
+        self._late: list[Sequence[Buffer]] = []
         self._end = self._durable = 0
         self._is_doubtful = False
         try:
@@ -60,10 +62,10 @@ class UpdateArchive:
         except OSError as error:
             raise CheckpointNotWritten(f"{self.file}: {error.strerror}; make the folder writable") from None
 
-    def add(self, body: bytes) -> None:
-        """Keep ``body``. If the disk does not take it now, :meth:`sync` tries again."""
+    def add(self, *parts: Buffer) -> None:
+        """Keep the message that ``parts`` make. If the disk does not take it now, :meth:`sync` tries again."""
         with self._lock:
-            self._late.append(body)
+            self._late.append(parts)
             try:
                 self._write()
             except OSError:
@@ -96,13 +98,15 @@ class UpdateArchive:
 
     def _write(self) -> None:
         while self._late:
-            body = self._late[0]
-            record = HEAD.pack(len(body), xxhash.xxh3_64_intdigest(body))
-            self._put(self._end, record, body)
-            self._end += len(record) + len(body)
+            parts, checksum = self._late[0], xxhash.xxh3_64()
+            for part in parts:
+                checksum.update(part)
+            length = sum(memoryview(part).nbytes for part in parts)
+            self._put(self._end, HEAD.pack(length, checksum.intdigest()), *parts)
+            self._end += HEAD.size + length
             del self._late[0]
 
-    def _put(self, start: int, *parts: bytes) -> None:
+    def _put(self, start: int, *parts: Buffer) -> None:
         self._out.seek(start)
         for part in parts:
             write_all(self._out, part)

@@ -114,6 +114,7 @@ def serve(settings: Settings, *, accept_older: bool = False, drop_changes: bool 
                 run=settings.run,
                 config=config,
                 store=store,
+                chunk_bytes=settings.broker.chunk_bytes,
                 accept_older=accept_older,
                 drop_changes=drop_changes,
             )

@@ -23,6 +23,9 @@ __all__ = ["LIVE", "AggregatorConfig"]
 #: Far more than makes sense, and what every part of the system can hold.
 MAX = 2**40
 
+#: A checkpoint in mid-round writes the model twice: less often than every so many updates it must not.
+LEAST_IN_COMMIT = 8
+
 Positive = Annotated[int, Field(ge=1, le=MAX)]
 Seconds = Annotated[float, Field(gt=0)]
 
@@ -100,7 +103,8 @@ class AggregatorConfig(Table):
     commit_count: Annotated[int, Field(ge=1, le=1000)] = 32
     """Unacknowledged updates at which a checkpoint is written in mid-round."""
     commit_bytes: Annotated[int, Field(ge=2**20)] = 256 * 2**20
-    """Bytes of unacknowledged updates at which a checkpoint is written in mid-round."""
+    """Bytes of unacknowledged updates at which a checkpoint is written in mid-round; for large models, the bytes of
+    eight updates."""
     commit_seconds: Annotated[float, Field(gt=0, le=900)] = 60.0
     """Age of the oldest unacknowledged update at which a checkpoint is written in mid-round."""
     worker_timeout: Annotated[float, Field(ge=1)] = 15.0
@@ -142,7 +146,7 @@ class AggregatorConfig(Table):
 
     def in_flight(self, model_bytes: int) -> int:
         """Updates of this size that a commit covers at most: by count, and by bytes."""
-        return max(1, min(self.commit_count, self.commit_bytes // max(1, model_bytes)))
+        return min(self.commit_count, max(LEAST_IN_COMMIT, self.commit_bytes // max(1, model_bytes)))
 
     def prefetch(self, model_bytes: int) -> int:
         """Unacknowledged updates that the broker may hand out.
@@ -164,7 +168,9 @@ class AggregatorConfig(Table):
             optimizer=OPTIMIZERS[self.optimizer](self.effective_learning_rate, self.momentum),
             seed=self.seed,
             stop_after_rounds=self.stop_after_rounds,
-            commit=CommitPolicy(self.in_flight(model_bytes), self.commit_bytes, self.commit_seconds),
+            commit=CommitPolicy(
+                self.in_flight(model_bytes), max(self.commit_bytes, LEAST_IN_COMMIT * model_bytes), self.commit_seconds
+            ),
             worker_timeout=self.worker_timeout,
             linger_seconds=self.linger,
             settings={

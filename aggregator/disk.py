@@ -27,7 +27,7 @@ def sync_folder(folder: Path) -> None:
         os.close(handle)
 
 
-def write_all(file: RawIOBase, content: bytes) -> None:
+def write_all(file: RawIOBase, content: bytes | memoryview) -> None:
     """Write ``content`` to an unbuffered file, which may take it in pieces. Raises :class:`OSError`."""
     rest = memoryview(content)
     while rest:

@@ -17,27 +17,50 @@ from broker.messages import (
     Reason,
     Role,
     Update,
+    UpdateHead,
     evaluation_metrics,
 )
-from broker.transport import Delivery, Source
-from broker.wire import Message, decode
+from broker.transport import Delivery, Source, Token
+from broker.wire import Message, decode, join
 
 __all__ = ["from_aside", "read_update"]
 
 
-def read_update(delivery: Delivery) -> Update | tuple[Reason, str]:
-    """The update in ``delivery``, or why it is none that can be used."""
+def read_update(token: Token, delivery: Delivery) -> on.Announced | on.Arrived | on.Unreadable:
+    """The update in ``delivery``, or its announcement, or why it is none that can be used."""
+    worker = str(delivery.headers.get("worker", ""))
     try:
         message = decode(delivery.body)
     except UnknownFormat as error:
-        return Reason.UNKNOWN_FORMAT, str(error)
+        return on.Unreadable(token, Reason.UNKNOWN_FORMAT, str(error), worker)
     except WireError as error:
-        return Reason.MALFORMED, str(error)
+        return on.Unreadable(token, Reason.MALFORMED, str(error), worker)
     if isinstance(message, Update):
-        return message
-    if isinstance(message, Manifest):
-        return Reason.NOT_SUPPORTED, "an update in several chunks; this release takes one message"
-    return Reason.MALFORMED, f"a {type(message).__name__.lower()} in the queue of updates"
+        return on.Arrived(token, message, len(delivery.body))
+    if isinstance(message, Manifest) and isinstance(message.head, UpdateHead):
+        return _in_chunks(token, delivery, message, message.head)
+    kind = type(message).__name__.lower()
+    return on.Unreadable(token, Reason.MALFORMED, f"a {kind} in the queue of updates", worker)
+
+
+def _in_chunks(
+    token: Token, delivery: Delivery, manifest: Manifest, head: UpdateHead
+) -> on.Announced | on.Arrived | on.Unreadable:
+    worker = head.id.worker
+    facts = delivery.headers
+    if (facts.get("message_id"), facts.get("chunks")) != (str(head.id), len(manifest.chunks)):
+        # By these its chunks are found.
+        return on.Unreadable(token, Reason.MALFORMED, "its headers say something else than its body", worker, head.id)
+    if delivery.lost:
+        return on.Unreadable(token, Reason.INCOMPLETE, delivery.lost, worker, head.id)
+    if delivery.chunks is None:
+        return on.Announced(token, head, manifest.model)
+    try:
+        message = join(manifest, str(head.id), delivery.chunks)
+    except WireError as error:
+        return on.Unreadable(token, Reason.MALFORMED, str(error), worker, head.id)
+    assert isinstance(message, Update)  # noqa: S101  (its head is an update's)
+    return on.Arrived(token, message, manifest.nbytes)
 
 
 def from_aside(delivery: Delivery, run: str, newest: int) -> on.Happening | Command | None:

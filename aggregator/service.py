@@ -9,7 +9,8 @@ from __future__ import annotations
 import logging
 import queue
 import time
-from collections.abc import Callable, Mapping
+from collections import deque
+from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import replace
 from pathlib import Path
@@ -36,7 +37,8 @@ from broker.errors import (
     StaleEpoch,
     WireError,
 )
-from broker.messages import Action, Command, Parameters, Scalar, Update
+from broker.messages import Action, Command, Parameters, Role, Scalar
+from broker.settings import CHUNK_BYTES
 from broker.transport import (
     AggregatorTransport,
     Connected,
@@ -48,7 +50,7 @@ from broker.transport import (
     Source,
     Standby,
 )
-from broker.wire import encode
+from broker.wire import CHUNK_OVERHEAD, encode_in_chunks, encode_parts
 
 __all__ = ["AggregatorService", "Outcome", "rules_of"]
 
@@ -76,6 +78,7 @@ class AggregatorService:
         run: str,
         config: AggregatorConfig,
         store: CheckpointStore,
+        chunk_bytes: int = CHUNK_BYTES,
         accept_older: bool = False,
         drop_changes: bool = False,
     ) -> None:
@@ -86,6 +89,7 @@ class AggregatorService:
             run: the run's name.
             config: the settings; what was changed on the running run goes on top of them.
             store: the run's checkpoints.
+            chunk_bytes: versions that are larger travel in chunks.
             accept_older: begin with the newest checkpoint even if newer versions have been seen.
             drop_changes: forget what was changed on the running run.
         """
@@ -97,6 +101,7 @@ class AggregatorService:
         """Whether it has owned the run."""
         self._config = config
         self._store = store
+        self._chunk_bytes = chunk_bytes
         self._accept_older, self._drop_changes = accept_older, drop_changes
         self._wall = time.time() - time.monotonic()
         self._led: _Reign | None = None
@@ -108,9 +113,11 @@ class AggregatorService:
         self._touched = 0.0
         self._finish: str | None = None
         self._delivery: Delivery | None = None
+        self._arrival: on.Happening | None = None
         self._stands_by = False
         self._claim_again: tuple[float, Connected] | None = None
         self._early: list[Delivery] = []
+        self._to_fetch: deque[Delivery] = deque()
 
     def stop(self) -> None:
         """Ask the service to commit what is folded and to leave. May be called from any thread, or a signal."""
@@ -155,7 +162,7 @@ class AggregatorService:
             if self._claim_again is not None and time.monotonic() > self._claim_again[0]:
                 self._inbox.put(item)
                 item = self._claim_again[1]
-            event = self._event(item)
+            event = self._arrival = self._event(item)
             if event is None:
                 continue
             if self._led is None:
@@ -165,7 +172,7 @@ class AggregatorService:
             self._wake_at = None  # the machine says it anew, if there is anything that time alone will change
             for effect in self._led.machine.handle(event, self._now()):
                 self._perform(effect)
-            self._delivery = None
+            self._delivery = self._arrival = None
 
     def _listen(self) -> None:
         """Superseded: because the turn was lost (one that hung hears of it late), or though it was not?"""
@@ -220,6 +227,7 @@ class AggregatorService:
                 self.leads = False
                 self._claim_again = None
                 self._early.clear()
+                self._to_fetch.clear()
                 log.warning("connection to the broker lost (%s); connecting again", error)
                 return on.LinkLost(generation)
             case Failed(error):
@@ -274,6 +282,7 @@ class AggregatorService:
         machine = RoundMachine(rules, snapshot, now, pending=pending)
         self.has_claimed = True
         self._history.open(snapshot.records, epoch=snapshot.epoch, version=snapshot.version, now=now)
+        self._admit(snapshot.trainers, snapshot.model.nbytes)
         archive = UpdateArchive(self.folder / "updates", snapshot.epoch) if self._config.keep_updates else None
         return _Reign(machine, snapshot, archive)
 
@@ -300,14 +309,25 @@ class AggregatorService:
         if delivery.source is not Source.UPDATE:
             return self._read_aside(delivery, self._led.machine)
         assert delivery.token is not None  # noqa: S101  (updates are always acknowledged by hand)
-        match read_update(delivery):
-            case Update() as update:
-                if update.base_epoch > self._led.epoch:
-                    # A newer aggregator has spoken to this worker: the update is for it, and goes back to the queue.
-                    self._require_ours()
-                return on.Arrived(delivery.token, update, len(delivery.body))
-            case reason, detail:
-                return on.Unreadable(delivery.token, reason, detail, str(delivery.headers.get("worker", "")))
+        if self._to_fetch and self._to_fetch[0].token == delivery.token:
+            self._fetched()
+        event = read_update(delivery.token, delivery)
+        head = event.update if isinstance(event, on.Arrived) else getattr(event, "head", None)
+        if head is not None and head.base_epoch > self._led.epoch:
+            # A newer aggregator has spoken to this worker: the update is for it, and goes back to the queue.
+            self._require_ours()
+        return event
+
+    def _fetch(self, delivery: Delivery) -> None:
+        self._to_fetch.append(delivery)
+        if len(self._to_fetch) == 1:
+            self._transport.fetch(delivery)
+
+    def _fetched(self) -> None:
+        """One update is here; the next may come while it is folded."""
+        self._to_fetch.popleft()
+        if self._to_fetch:
+            self._transport.fetch(self._to_fetch[0])
 
     def _read_aside(self, delivery: Delivery, machine: RoundMachine) -> on.Happening | None:
         try:
@@ -320,10 +340,18 @@ class AggregatorService:
             if event is not None:
                 return event
         elif message is not None and not isinstance(message, Command):
+            if isinstance(message, on.Joined) and message.hello.role is Role.TRAINER:
+                self._admit([message.hello.worker], machine.model.nbytes)
             return message
         if delivery.token is not None:
             self._transport.ack(delivery.token)
         return None
+
+    def _admit(self, workers: Iterable[str], model_bytes: int) -> None:
+        """Whoever trains a model that does not fit into one message needs an outbox."""
+        if model_bytes + CHUNK_OVERHEAD > self._chunk_bytes:
+            for worker in workers:
+                self._transport.admit(worker)
 
     def _ordered(self, command: Command, delivery: Delivery, machine: RoundMachine) -> on.Ordered | None:
         assert delivery.token is not None  # noqa: S101  (the caller has looked)
@@ -348,6 +376,9 @@ class AggregatorService:
         match effect:
             case do.Ack(token):
                 self._transport.ack(token)
+            case do.Fetch():
+                assert self._delivery is not None  # noqa: S101  (it answers the delivery at hand)
+                self._fetch(self._delivery)
             case do.Reject(token, reason, detail):
                 assert self._delivery is not None  # noqa: S101  (a rejection answers the delivery at hand)
                 self._transport.reject(token, reason, detail, self._delivery)
@@ -363,9 +394,15 @@ class AggregatorService:
                 self._finish = reason
             case do.Record(fact):
                 assert self._led is not None  # noqa: S101  (facts come from its machine)
-                if isinstance(fact, do.Folded) and self._led.archive is not None and self._delivery is not None:
-                    self._led.archive.add(self._delivery.body)
+                if isinstance(fact, do.Folded) and self._led.archive is not None:
+                    self._keep(self._led.archive)
                 self._reporter.record(fact, self._led.machine.version)
+
+    def _keep(self, archive: UpdateArchive) -> None:
+        """Keep the update that was just folded, as one message, however it came."""
+        assert self._delivery is not None and isinstance(self._arrival, on.Arrived)  # noqa: S101, PT018
+        whole = [self._delivery.body] if self._delivery.chunks is None else encode_parts(self._arrival.update)
+        archive.add(*whole)
 
     def _write(self, commit: int, snapshot: Snapshot) -> None:
         try:
@@ -395,19 +432,24 @@ class AggregatorService:
             model=effect.model,
             tensors=effect.parameters,
         )
-        headers: dict[str, str | int] = {
-            "run": self.run_name,
-            "epoch": effect.epoch,
-            "version": effect.version,
-            "attempt": effect.plan.attempt,
-            "done": int(effect.plan.done),
-        }
-        outgoing = Outgoing(
-            body=encode(message), headers=headers, message_id=f"{self.run_name}/{effect.epoch}/{effect.version}"
-        )
-        future = self._transport.broadcast(outgoing)
+        future = self._transport.broadcast(self._outgoing(message))
         self._broadcasts.add(future)
         future.add_done_callback(self._broadcast_done)
+
+    def _outgoing(self, message: Parameters) -> Outgoing:
+        headers: dict[str, str | int] = {
+            "run": self.run_name,
+            "epoch": message.epoch,
+            "version": message.version,
+            "attempt": message.plan.attempt,
+            "done": int(message.plan.done),
+        }
+        message_id = f"{self.run_name}/{message.epoch}/{message.version}"
+        largest = min(self._chunk_bytes, self._transport.max_message_bytes)
+        body, chunks = encode_in_chunks(message, message_id, largest)
+        if chunks:
+            headers |= {"chunks": len(chunks), "bytes": message.model.nbytes}
+        return Outgoing(body=body, chunks=chunks, headers=headers, message_id=message_id)
 
     def _broadcast_done(self, future: Future[None]) -> None:
         self._broadcasts.discard(future)

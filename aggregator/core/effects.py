@@ -17,6 +17,7 @@ __all__ = [
     "EvaluationRecord",
     "Executed",
     "Fact",
+    "Fetch",
     "Finish",
     "Folded",
     "Record",
@@ -43,6 +44,13 @@ class WriteCheckpoint:
 @dataclass(frozen=True, slots=True)
 class Ack:
     """The update behind ``token`` is durable (or was before): the broker may forget it."""
+
+    token: Token
+
+
+@dataclass(frozen=True, slots=True)
+class Fetch:
+    """Get the chunks of the announced update behind ``token``, then say ``Arrived`` or ``Unreadable``."""
 
     token: Token
 
@@ -187,4 +195,4 @@ class Record:
     fact: Fact
 
 
-Effect = WriteCheckpoint | Ack | Reject | Tell | Broadcast | WakeAt | Finish | Record
+Effect = WriteCheckpoint | Ack | Fetch | Reject | Tell | Broadcast | WakeAt | Finish | Record

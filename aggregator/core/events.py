@@ -6,10 +6,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from aggregator.core.controls import Order
-from broker.messages import Action, Goodbye, Hello, Reason, Role, Update
+from broker.messages import Action, Goodbye, Hello, ModelSpec, Reason, Role, Update, UpdateHead, UpdateId
 from broker.transport import Token
 
 __all__ = [
+    "Announced",
     "Arrived",
     "CheckpointFailed",
     "CheckpointWritten",
@@ -37,6 +38,15 @@ class Arrived:
 
 
 @dataclass(frozen=True, slots=True)
+class Announced:
+    """An update in chunks that were not fetched yet, as its manifest tells of it."""
+
+    token: Token
+    head: UpdateHead
+    model: ModelSpec
+
+
+@dataclass(frozen=True, slots=True)
 class Unreadable:
     """A message in the update queue that is no usable update."""
 
@@ -44,6 +54,8 @@ class Unreadable:
     reason: Reason
     detail: str
     worker: str = ""
+    update: UpdateId | None = None
+    """Its id, if that could be read."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,7 +144,8 @@ class StopRequested:
 
 
 Happening = (
-    Arrived
+    Announced
+    | Arrived
     | Unreadable
     | Joined
     | Left

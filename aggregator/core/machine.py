@@ -29,11 +29,22 @@ from aggregator.core.ledger import Ledger
 from aggregator.core.roster import Roster
 from aggregator.core.rounds import Round
 from aggregator.core.rules import Rules
-from aggregator.core.screen import refusal
+from aggregator.core.screen import refusal, refused_values
 from aggregator.core.snapshot import Entry, Folds, Snapshot, VersionRecord
 from aggregator.core.step import next_parameters
 from broker.errors import StrategyError
-from broker.messages import Action, Plan, Reason, Role, Scalar, Update, UpdateId, parameters_digest
+from broker.messages import (
+    Action,
+    ModelSpec,
+    Plan,
+    Reason,
+    Role,
+    Scalar,
+    Update,
+    UpdateHead,
+    UpdateId,
+    parameters_digest,
+)
 from broker.transport import Token
 
 __all__ = ["RoundMachine"]
@@ -84,6 +95,8 @@ class RoundMachine:
         self._kept_from = snapshot.kept_from
         self._round.plan = replace(self._round.plan, answered=self._answered())
         self._records: list[VersionRecord] = []
+        # Updates whose chunks are on their way, and the tokens of their other deliveries.
+        self._fetching: dict[UpdateId, list[Token]] = {}
         self._here = self.roster.here(now)
         self._commits = Commits(retry_at=now)
         self._durable = snapshot
@@ -111,10 +124,14 @@ class RoundMachine:
         match event:
             case on.Arrived():
                 effects += self._arrived(event, now)
-            case on.Unreadable(token, reason, detail, worker):
+            case on.Announced():
+                effects += self._offered(event, now)
+            case on.Unreadable(token, reason, detail, worker, update):
                 if worker:
                     self._round.refused.add(worker)
-                effects += self._reject(token, worker, reason, detail, None)
+                if update is not None:
+                    effects += [do.Ack(other) for other in self._fetching.pop(update, [])]
+                effects += self._reject(token, worker, reason, detail, update)
             case on.Joined(hello):
                 self.roster.see(hello.worker, now, hello.role)
             case on.Left(goodbye):
@@ -144,6 +161,7 @@ class RoundMachine:
                 effects.append(self._broadcast())
             case on.LinkLost(generation):
                 self._linked = False
+                self._fetching.clear()
                 self._commits.forget(generation)
                 self.controls.forget(generation)
             case on.StopRequested():
@@ -155,19 +173,50 @@ class RoundMachine:
 
     # -------------------------------------------------------------------------------------------- updates
 
-    def _arrived(self, event: on.Arrived, now: float) -> list[do.Effect]:
-        update, token = event.update, event.token
-        self._last_arrival = now
-        self.roster.note(update.id.worker, now)
-        if update.id in self._commits.held:
-            self._commits.held[update.id].tokens.append(token)
-            return [do.Record(do.Repeated(update.id))]
-        if update.id in self._ledger:
-            return [do.Ack(token), do.Record(do.Repeated(update.id))]
+    def _offered(self, event: on.Announced, now: float) -> list[do.Effect]:
+        """What is known or of no use is not fetched."""
+        head, token = event.head, event.token
+        if (known := self._known(head.id, token, now)) is not None:
+            return known
+        if head.id in self._fetching:
+            self._fetching[head.id].append(token)
+            return [do.Record(do.Repeated(head.id))]
         if self._stopping:
             return []  # unacknowledged, so it goes back to the queue when this aggregator leaves
+        if (refused := self._refusal(head, event.model)) is not None:
+            return self._refuse(head, token, refused)
+        self._fetching[head.id] = []
+        return [do.Fetch(token)]
+
+    def _arrived(self, event: on.Arrived, now: float) -> list[do.Effect]:
+        update, token = event.update, event.token
+        others = self._fetching.pop(update.id, [])
+        if (known := self._known(update.id, token, now)) is not None:
+            return known + [effect for other in others for effect in self._known(update.id, other, now) or []]
+        if self._stopping:
+            return []
+        refused = self._refusal(update, update.model) or refused_values(update)
+        if refused is not None:
+            return [*(do.Ack(other) for other in others), *self._refuse(update, token, refused)]
+        effects = [self._fold(update, token, event.nbytes, now)]
+        self._commits.held[update.id].tokens += others
+        return effects
+
+    def _known(self, update: UpdateId, token: Token, now: float) -> list[do.Effect] | None:
+        """What becomes of an update that counts already; None if it does not."""
+        self._last_arrival = now
+        self.roster.note(update.worker, now)
+        if update in self._commits.held:
+            self._commits.held[update].tokens.append(token)
+            return [do.Record(do.Repeated(update))]
+        if update in self._ledger:
+            return [do.Ack(token), do.Record(do.Repeated(update))]
+        return None
+
+    def _refusal(self, head: UpdateHead, claimed: ModelSpec) -> tuple[Reason, str] | None:
         refused = refusal(
-            update,
+            head,
+            claimed,
             run=self._run,
             model=self.model,
             mode=self.rules.mode,
@@ -177,12 +226,12 @@ class RoundMachine:
         )
         if refused is None and self.done:
             refused = Reason.RUN_DONE, f"the run ended with version {self.version}"
-        refused = refused or self.rules.rounds.refusal(self._round, update)
-        if refused is not None:
-            if update.base_version == self.version:
-                self._round.refused.add(update.id.worker)
-            return self._reject(token, update.id.worker, *refused, update.id)
-        return [self._fold(update, token, event.nbytes, now)]
+        return refused or self.rules.rounds.refusal(self._round, head)
+
+    def _refuse(self, head: UpdateHead, token: Token, refused: tuple[Reason, str]) -> list[do.Effect]:
+        if head.base_version == self.version:
+            self._round.refused.add(head.id.worker)
+        return self._reject(token, head.id.worker, *refused, head.id)
 
     def _fold(self, update: Update, token: Token, nbytes: int, now: float) -> do.Effect:
         if self._commits.borrows(self._accumulator):
@@ -299,7 +348,9 @@ class RoundMachine:
         return [*effects, *came]
 
     def _advance_round(self, now: float) -> list[do.Effect]:
-        rule, present = self.rules.rounds, self._trainers(now)
+        rule = self.rules.rounds
+        # Whoever has left, and whose last update is being fetched, is waited for.
+        present = sorted({*self._trainers(now), *(update.worker for update in self._fetching)})
         overdue = rule.deadline is not None and now >= self._round.opened + rule.deadline
         if self.fill and (rule.is_complete(self._round, present) or (overdue and self.fill >= rule.minimum)):
             return self._close(now)

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import numpy as np
 
-from broker.messages import Array, Mode, ModelSpec, Reason, Update
+from broker.messages import Array, Mode, ModelSpec, Reason, Update, UpdateHead, pieces
 
-__all__ = ["is_finite", "refusal"]
+__all__ = ["is_finite", "refusal", "refused_values"]
 
 
 def refusal(
-    update: Update,
+    update: UpdateHead,
+    claimed: ModelSpec,
     *,
     run: str,
     model: ModelSpec,
@@ -19,17 +20,18 @@ def refusal(
     version: int,
     void: tuple[tuple[int, int], ...] = (),
 ) -> tuple[Reason, str] | None:
-    """Why ``update`` cannot be used at all by ``run`` at ``version``, or None.
+    """Why ``update`` cannot be used at all by ``run`` at ``version``, or None; its values aside.
 
-    ``void`` holds the versions that were taken back, as first and last.
+    ``claimed`` is the model that it says it is of; ``void`` holds the versions that were taken back, as first and
+    last.
     """
     refused = None
     if update.run != run:
         refused = Reason.WRONG_RUN, f"it belongs to run {update.run!r}; this is {run!r}"
     elif update.mode is not mode:
         refused = Reason.WRONG_MODE, f"it carries a {update.mode}; this run takes a {mode}"
-    elif update.model != model:
-        refused = Reason.MODEL_MISMATCH, "; ".join(model.differences(update.model, theirs="the update")[:3])
+    elif claimed != model:
+        refused = Reason.MODEL_MISMATCH, "; ".join(model.differences(claimed, theirs="the update")[:3])
     elif update.examples < 1:
         refused = Reason.NO_EXAMPLES, "no examples stand behind it"
     elif update.base_version > version or update.base_epoch > epoch:
@@ -37,12 +39,15 @@ def refusal(
         refused = Reason.FUTURE_VERSION, f"{started}; the newest is {version} of epoch {epoch}"
     elif any(first <= update.base_version <= last for first, last in void):
         refused = Reason.ROLLED_BACK, f"version {update.base_version}, from which it starts, was taken back"
-    else:
-        for name, array in update.tensors.items():
-            if not is_finite(array):
-                refused = Reason.NOT_FINITE, f"{name} holds NaN or infinity"
-                break
     return refused
+
+
+def refused_values(update: Update) -> tuple[Reason, str] | None:
+    """Why the values of ``update`` cannot be used, or None."""
+    for name, values in update.tensors.items():
+        if not all(map(is_finite, pieces(values))):
+            return Reason.NOT_FINITE, f"{name} holds NaN or infinity"
+    return None
 
 
 def is_finite(array: Array) -> bool:

@@ -19,7 +19,7 @@ from typing import Literal
 import numpy as np
 
 from aggregator.strategies.base import Accumulator, accumulator_dtype
-from broker.messages import Array, ModelSpec, TensorRole, Update
+from broker.messages import Array, ModelSpec, TensorRole, Update, pieces
 
 __all__ = ["Mean"]
 
@@ -44,7 +44,10 @@ class Mean:
         share = float(update.examples) if self.weighting == "examples" else 1.0
         weight = share * self.staleness_weight(staleness)
         for name, total in accumulator.tensors.items():
-            _add_scaled(total, update.tensors[name], weight)
+            start, flat = 0, total.reshape(-1)
+            for piece in pieces(update.tensors[name]):
+                _add_scaled(flat[start : start + piece.size], piece, weight)
+                start += piece.size
         accumulator.share += share
         accumulator.weight += weight
         accumulator.count += 1

@@ -11,9 +11,9 @@ import logging
 import random
 import threading
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Coroutine
 from concurrent.futures import Future
-from typing import Any
+from typing import Any, TypeVar
 
 from tenacity import AsyncRetrying, RetryCallState, retry_if_exception, wait_random_exponential
 
@@ -37,6 +37,7 @@ BACKOFF = wait_random_exponential(multiplier=FIRST_PAUSE, max=LONGEST_PAUSE)
 STEADY_SECONDS = 5.0
 
 Use = Callable[[Channel], Awaitable[None]]
+T = TypeVar("T")
 
 
 def pause(attempt: int) -> float:
@@ -123,6 +124,17 @@ class Link:
             return False
         return True
 
+    def submit(self, function: Callable[[Channel], Coroutine[Any, Any, T]]) -> Future[T]:
+        """Run ``function`` with the present channel on the link's thread.
+
+        The future fails with what it raises, and with :class:`ConnectionLost` if there is no channel.
+        """
+        if self._loop is None or self._loop.is_closed():
+            future: Future[T] = Future()
+            future.set_exception(ConnectionLost("closed"))
+            return future
+        return asyncio.run_coroutine_threadsafe(self._with_channel(function), self._loop)
+
     def mark_up(self) -> None:
         """The link is as good as it can be for now."""
         if not self.up.done():
@@ -142,6 +154,11 @@ class Link:
         self.call(self._cut)
 
     # --------------------------------------------------------------------------------- on the link's thread
+
+    async def _with_channel(self, function: Callable[[Channel], Coroutine[Any, Any, T]]) -> T:
+        if self._channel is None:
+            raise ConnectionLost("no connection")
+        return await function(self._channel)
 
     def _cut(self) -> None:
         if self._channel is not None:

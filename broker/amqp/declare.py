@@ -10,7 +10,7 @@ from broker.amqp.session import Channel
 from broker.settings import BrokerConfig
 from broker.topology import Queue, Topology
 
-__all__ = ["bind", "declare", "declare_again", "names_of", "queue_type"]
+__all__ = ["bind", "declare", "declare_again", "declare_outbox", "names_of", "queue_type"]
 
 log = logging.getLogger("fedmq.broker")
 
@@ -18,8 +18,8 @@ log = logging.getLogger("fedmq.broker")
 QUORUM_SAFE = (3, 10, 11)
 
 # They follow from the model's size, so a run that is begun anew with another model meets other values. They
-# say only when old versions are dropped; what is there serves as well.
-RETENTION = ("x-max-length-bytes", "x-stream-max-segment-size-bytes")
+# say only when old versions are dropped, and how much fits into an outbox; what is there serves as well.
+RETENTION = {"x-max-length-bytes", "x-stream-max-segment-size-bytes"}
 
 
 async def declare_again(
@@ -75,9 +75,19 @@ def queue_type(channel: Channel, config: BrokerConfig) -> Literal["classic", "qu
     return "quorum" if channel.session.version >= QUORUM_SAFE else "classic"
 
 
+async def declare_outbox(
+    channel: Channel, topology: Topology, config: BrokerConfig, worker: str, model_bytes: int
+) -> None:
+    """Declare what ``worker`` sends chunks to. Raises as :func:`declare`."""
+    queue = topology.outbox_queue(worker, queue_type(channel, config), model_bytes)
+    await _declare(channel, queue)
+    for key in queue.bindings:
+        await channel.bind(queue.name, queue.exchange, key)
+
+
 async def _declare(channel: Channel, queue: Queue) -> None:
     arguments = {"x-queue-type": queue.type, **queue.arguments}
-    if queue.type != "stream":
+    if not RETENTION & arguments.keys():
         await channel.declare_queue(queue.name, arguments)
         return
     # RabbitMQ answers a difference by closing the channel: this one is to be kept.
@@ -87,6 +97,6 @@ async def _declare(channel: Channel, queue: Queue) -> None:
     except Inequivalent as error:
         if error.argument not in RETENTION:
             raise
-        log.info("stream %s keeps the retention that it was created with", queue.name)
+        log.info("%s keeps the room that it was created with", queue.name)
     finally:
         await probe.close()

@@ -26,6 +26,9 @@ __all__ = ["Publisher", "plain"]
 
 Prepare = Callable[[Channel], Awaitable[None]]
 
+#: What every RabbitMQ takes unless its operator has changed it.
+SMALLEST_LIMIT = 16 * 2**20
+
 # How often to look again whether pika has sent enough of what it was given.
 PUMP_SECONDS = 0.002
 
@@ -71,8 +74,11 @@ class Publisher:
     ) -> None:
         self.link = Link(config, name, use=self._attach, down=self._detach, failed=self._fail, seldom=seldom)
         self._prepare = prepare
+        #: Counts the channels: what was published on one is settled before the next.
+        self.life = 0
         self._failed = failed
         self._limit = config.max_message_bytes
+        self._default_limit = SMALLEST_LIMIT
         self._channel: Channel | None = None
         self._waiting: deque[_Publication] = deque()
         self._on_way: dict[int, _Publication] = {}
@@ -82,6 +88,11 @@ class Publisher:
         self._ended = False
         self._flushes: list[Future[None]] = []
         self._looks_again = False
+
+    @property
+    def max_message_bytes(self) -> int:
+        """The largest body that the broker takes: as set, as it said when it refused one, or its default."""
+        return self._limit or self._default_limit
 
     def start(self) -> None:
         """Start connecting; returns at once."""
@@ -142,6 +153,8 @@ class Publisher:
         await channel.confirm(self._on_confirm)
         self._tag = 0
         self._refusal = None
+        self._default_limit = channel.session.max_message_bytes
+        self.life += 1
         self._channel = channel
         self._pump()
 
@@ -195,13 +208,12 @@ class Publisher:
         self._pump()
 
     def _transmit(self, channel: Channel, publication: _Publication) -> None:
-        limit = self._limit or channel.session.max_message_bytes
-        if len(publication.body) > limit:
+        if len(publication.body) > self.max_message_bytes:
             publication.settle(
                 MessageTooLarge(
-                    f"a message of {len(publication.body)} bytes; this broker takes up to {limit}. So far fedmq sends "
-                    "a model as one message: raise max_message_size in rabbitmq.conf and broker.max_message_bytes "
-                    "(at most 512 MiB), or train fewer parameters"
+                    f"a message of {len(publication.body)} bytes; this broker takes up to {self.max_message_bytes}. "
+                    "Set broker.chunk_bytes to less, or raise max_message_size in rabbitmq.conf and "
+                    "broker.max_message_bytes (at most 512 MiB)"
                 )
             )
             return

@@ -256,6 +256,10 @@ class Channel:
         self._operation = Operation("publish")
         return result
 
+    def expect(self, operation: Operation) -> None:
+        """If the broker closes the channel from here on, ``operation`` is what it refuses."""
+        self._operation = operation
+
     async def declare_exchange(self, name: str, kind: str) -> None:
         """A durable exchange."""
         operation = Operation(f"declare exchange {name!r}", "configure")

@@ -12,22 +12,26 @@ import pika
 from broker.amqp.connection import Link
 from broker.amqp.publisher import Publisher, plain
 from broker.amqp.session import Channel
+from broker.amqp.upload import Route, Tail, Uploader
 from broker.errors import BrokerError, BrokerUnreachable
 from broker.seldom import Seldom
 from broker.settings import BrokerConfig
 from broker.topology import Topology
 from broker.transport import Connected, Delivery, Disconnected, Failed, Incoming, Sink, Source
 
-__all__ = ["Side", "delivery_of"]
+__all__ = ["OWN_QUEUE_LENGTH", "Side", "delivery_of"]
 
 #: How long ``close`` waits for confirmations of what is on its way.
 FLUSH_SECONDS = 2.0
+#: Messages in a queue that goes with its connection.
+OWN_QUEUE_LENGTH = 10_000
 
 
 class Side:
     """A transport without what it publishes and consumes."""
 
-    def __init__(self, config: BrokerConfig, topology: Topology, who: str) -> None:
+    def __init__(self, config: BrokerConfig, topology: Topology, who: str, *, route: Route, stream: str = "") -> None:
+        """With ``stream``, chunks go into that stream, whose exchange has the same name."""
         self._topology = topology
         name = f"fedmq {who} · run {topology.run}"
         self._seldom = seldom = Seldom()
@@ -40,6 +44,8 @@ class Side:
         # What the one finds, the other need not wait for.
         self._consumer.connected = self._publisher.link.hurry
         self._publisher.link.connected = self._consumer.hurry
+        tail = Tail(self._publisher, stream, stream) if stream else None
+        self._uploader = Uploader(self._publisher, route, tail=tail)
         self._sink: Sink | None = None
         self._generation = 0
         self._connected = False
@@ -72,9 +78,15 @@ class Side:
             if not self._opened:
                 self.close()
 
+    @property
+    def max_message_bytes(self) -> int:
+        """See the port."""
+        return self._publisher.max_message_bytes
+
     def close(self) -> None:
         """See the port."""
         self._publisher.flush(FLUSH_SECONDS)
+        self._uploader.close()
         with self._lock:
             self._sink = None
         self._consumer.stop(0)

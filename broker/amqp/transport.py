@@ -11,34 +11,33 @@ import logging
 import re
 import secrets
 import time
-from collections.abc import Mapping
+from collections.abc import Coroutine, Mapping
 from concurrent.futures import Future
+from typing import Any
 
 import pika
 
 from broker.amqp.connection import pause
-from broker.amqp.declare import bind, declare, declare_again, names_of
+from broker.amqp.declare import bind, declare, declare_again, declare_outbox, names_of
+from broker.amqp.outboxes import Outboxes
 from broker.amqp.publisher import plain
 from broker.amqp.session import Channel
-from broker.amqp.side import Side, delivery_of
+from broker.amqp.side import OWN_QUEUE_LENGTH, Side, delivery_of
 from broker.amqp.turn import Turn
-from broker.amqp.versions import newest_broadcast, order_of, read_versions
+from broker.amqp.upload import Route
+from broker.amqp.versions import newest_broadcast
+from broker.amqp.workerside import AmqpWorkerTransport
 from broker.errors import BrokerError, MessageTooLarge, PublishRefused, Unroutable
 from broker.messages import NAME_PATTERN, Reason
 from broker.settings import BrokerConfig
-from broker.topology import CONTROL, DEAD, EVENTS, UPDATES, Topology
+from broker.topology import DEAD, EVENTS, Topology
 from broker.transport import Delivery, Outgoing, Source, Standby, Token
 
 __all__ = ["AmqpAggregatorTransport", "AmqpWorkerTransport"]
 
 log = logging.getLogger("fedmq.broker")
 
-#: How often a worker looks whether its run exists.
-RETRY_SECONDS = 1.0
-#: How often a worker binds the queue of its notices once more.
-BIND_SECONDS = 30.0
 CONTROL_PREFETCH = 100
-OWN_QUEUE_LENGTH = 10_000
 
 
 class AmqpAggregatorTransport(Side):
@@ -61,7 +60,8 @@ class AmqpAggregatorTransport(Side):
         prefetch: int,
         consumer_tag: str = "aggregator",
     ) -> None:
-        super().__init__(config, topology, "aggregator")
+        route = Route((topology.chunks, ""), (topology.parameters, ""), "parameters")
+        super().__init__(config, topology, "aggregator", route=route, stream=topology.chunks)
         self._config = config
         self._model_bytes = model_bytes
         self._prefetch = prefetch
@@ -75,7 +75,19 @@ class AmqpAggregatorTransport(Side):
         self._broadcasting = False
         self._next: tuple[Outgoing, Future[None]] | None = None
         self._has_declared = False
+        self._deeds: set[asyncio.Task[None]] = set()
         self._turn = Turn(topology, self._publisher, standby=self._stand_by)
+        self._admitted: set[str] = set()
+        # What a broker holds for a connection comes back once it has given it up, which takes two heartbeats.
+        self._outboxes = Outboxes(topology, 2.5 * config.heartbeat, self._hand)
+
+    def admit(self, worker: str) -> None:
+        """See the port."""
+        self._consumer.call(self._admit, worker)
+
+    def fetch(self, delivery: Delivery) -> None:
+        """See the port."""
+        self._consumer.call(self._fetch, delivery)
 
     def ack(self, token: Token) -> None:
         """See the port."""
@@ -83,8 +95,12 @@ class AmqpAggregatorTransport(Side):
 
     def reject(self, token: Token, reason: Reason, detail: str, delivery: Delivery) -> None:
         """See the port. Tried again until it succeeds or the connection that the token is of has gone."""
-        facts = {"reason": reason.value, "detail": detail[:500], "time": int(time.time())}
-        self._consumer.call(self._bury, token, facts, delivery.body)
+        facts: dict[str, str | int] = {"reason": reason.value, "detail": detail[:500], "time": int(time.time())}
+        body = delivery.body
+        if "chunks" in delivery.headers:
+            facts["body"], body = f"{delivery.headers.get('bytes', 0)} bytes, left out", b""
+            self._consumer.call(self._discard, token, delivery)
+        self._consumer.call(self._bury, token, facts, body)
 
     def broadcast(self, message: Outgoing) -> Future[None]:
         """See the port. Tried again until it succeeds or a newer one has taken its place."""
@@ -98,6 +114,11 @@ class AmqpAggregatorTransport(Side):
         self._broadcast_next()
         return future
 
+    def prepare(self, message: Outgoing) -> None:
+        """See the port."""
+        if message.chunks:
+            self._uploader.prepare(message)
+
     def notify(self, worker: str, message: Outgoing) -> None:
         """See the port."""
         self._publisher.send(EVENTS, self._topology.notice_key(worker), message, kind="notice")
@@ -110,7 +131,10 @@ class AmqpAggregatorTransport(Side):
 
     async def _prepare(self, channel: Channel) -> None:
         gone = await self._declare(channel)
-        if f"queue {self._topology.parameters}" in gone and self._newest is not None and self._connected:
+        if f"queue {self._topology.chunks}" in gone:
+            self._uploader.forget()
+        streams = {f"queue {self._topology.parameters}", f"queue {self._topology.chunks}"}
+        if streams & set(gone) and self._newest is not None and self._connected:
             # Else whoever joins finds nothing in the new stream until the next version.
             self.broadcast(self._newest)
 
@@ -122,6 +146,8 @@ class AmqpAggregatorTransport(Side):
         else:
             await declare(channel, self._topology, self._config, self._model_bytes)
         self._has_declared = True
+        for worker in sorted(self._admitted):
+            await declare_outbox(channel, self._topology, self._config, worker, self._model_bytes)
         return gone
 
     async def _consume(self, channel: Channel) -> None:
@@ -134,6 +160,7 @@ class AmqpAggregatorTransport(Side):
         await self._bind_events(channel, events)
         generation = self._stand(newest)
         self._channel = channel
+        self._outboxes.start(channel)
 
         def on_update(method: pika.spec.Basic.Deliver, properties: pika.BasicProperties, body: bytes) -> None:
             self._unacked[method.delivery_tag] = (method.routing_key, properties)
@@ -161,7 +188,8 @@ class AmqpAggregatorTransport(Side):
     async def _look_after(self, channel: Channel, events: str) -> None:
         """Raise :class:`Unroutable` if something that the run needs is gone; and bind once more what may not be."""
         exchanges, queues = names_of(self._topology)
-        await channel.session.require(exchanges=exchanges, queues=queues)
+        outboxes = tuple(self._topology.outbox(worker) for worker in sorted(self._admitted))
+        await channel.session.require(exchanges=exchanges, queues=(*queues, *outboxes))
         await bind(channel, self._topology)
         await self._bind_events(channel, events)
 
@@ -176,6 +204,7 @@ class AmqpAggregatorTransport(Side):
     def _down(self, reason: BrokerError) -> None:
         self._channel = None
         self._unacked.clear()
+        self._outboxes.stop()
         super()._down(reason)
 
     def _is_current(self, token: Token) -> bool:
@@ -185,7 +214,42 @@ class AmqpAggregatorTransport(Side):
         # An unknown tag would cost the channel, and with it every unacknowledged update.
         if self._is_current(token) and self._channel is not None and self._channel.raw.is_open:
             del self._unacked[token.tag]
+            # First the chunks: of an update whose manifest is still there, and which is known, nothing else is asked.
+            self._outboxes.ack(token)
             self._channel.raw.basic_ack(token.tag)
+
+    def _admit(self, worker: str) -> None:
+        if worker in self._admitted:
+            return
+        self._admitted.add(worker)
+        if self._channel is not None:
+            channel = self._channel
+            self._keep(declare_outbox(channel, self._topology, self._config, worker, self._model_bytes))
+
+    def _keep(self, deed: Coroutine[Any, Any, None]) -> None:
+        """Do it beside everything else; if it fails, the channel ends, and all is declared again on the next."""
+        task = asyncio.get_running_loop().create_task(deed)
+        self._deeds.add(task)
+
+        def done(_task: asyncio.Task[None]) -> None:
+            self._deeds.discard(task)
+            if not task.cancelled() and isinstance(error := task.exception(), BrokerError):
+                self._consumer.renew(error)
+
+        task.add_done_callback(done)
+
+    def _fetch(self, delivery: Delivery) -> None:
+        token = delivery.token
+        if token is not None and self._is_current(token):
+            self._outboxes.fetch(token, delivery, self._sender_of(token))
+
+    def _discard(self, token: Token, delivery: Delivery) -> None:
+        if self._is_current(token):
+            self._outboxes.discard(token, delivery, self._sender_of(token))
+
+    def _sender_of(self, token: Token) -> str:
+        """The worker whose manifest it is: by the routing key, which the broker can bind to a user's name."""
+        return self._unacked[token.tag][0].rpartition(".")[2]
 
     def _bury(self, token: Token, facts: Mapping[str, str | int], body: bytes, attempt: int = 1) -> None:
         if not self._is_current(token):
@@ -231,7 +295,10 @@ class AmqpAggregatorTransport(Side):
         self._broadcast_next()
 
     def _broadcast(self, message: Outgoing, future: Future[None], attempt: int = 1) -> None:
-        sent = self._publisher.publish(self._topology.parameters, "", message, kind="parameters")
+        if message.chunks:
+            sent = self._uploader.send(message)
+        else:
+            sent = self._publisher.publish(self._topology.parameters, "", message, kind="parameters")
         sent.add_done_callback(lambda done: self._broadcast_done(done.exception(), message, future, attempt))
 
     def _broadcast_done(
@@ -250,78 +317,3 @@ class AmqpAggregatorTransport(Side):
     def _redeclare_for(self, error: BaseException) -> None:
         if isinstance(error, Unroutable):
             self._publisher.link.call(self._publisher.link.renew, error)
-
-
-class AmqpWorkerTransport(Side):
-    """A worker's side.
-
-    Args:
-        config: the table ``[broker]``.
-        topology: the run's names.
-        worker: the worker's name.
-    """
-
-    def __init__(self, config: BrokerConfig, topology: Topology, *, worker: str) -> None:
-        super().__init__(config, topology, f"worker {worker}")
-        self._worker = worker
-        self._last = (-1, -1, -1)
-
-    def publish(self, message: Outgoing) -> Future[None]:
-        """See the port."""
-        return self._publisher.publish(UPDATES, self._topology.key(self._worker), message, kind="update")
-
-    def control(self, message: Outgoing) -> Future[None]:
-        """See the port. Fails like :meth:`publish`; send it again then."""
-        return self._publisher.publish(CONTROL, self._topology.key(self._worker), message, kind="control")
-
-    def event(self, kind: str, message: Outgoing) -> None:
-        """See the port."""
-        self._publisher.send(EVENTS, self._topology.event_key(kind, self._worker), message, kind=kind)
-
-    # ------------------------------------------------------------------------------- on the links' threads
-
-    async def _prepare(self, channel: Channel) -> None:
-        self._publisher.link.mark_up()
-        while not await channel.session.exists(exchanges=(UPDATES, CONTROL, EVENTS)):
-            # Publishing to a missing exchange would cost the channel each time.
-            self._publisher.refuse(self._say_absent())
-            await asyncio.sleep(RETRY_SECONDS)
-
-    async def _consume(self, channel: Channel) -> None:
-        self._consumer.mark_up()
-        self._stand()
-        stream = self._topology.parameters
-        while not await channel.session.exists(exchanges=(EVENTS,), queues=(stream,)):
-            self._say_absent()
-            await asyncio.sleep(RETRY_SECONDS)
-        notices = self._topology.own_queue("notice", f"{self._worker}.{secrets.token_hex(4)}")
-        await channel.declare_own_queue(notices, OWN_QUEUE_LENGTH)
-        key = self._topology.notice_key(self._worker)
-        await channel.bind(notices, EVENTS, key)
-
-        def on_notice(_method: object, properties: pika.BasicProperties, body: bytes) -> None:
-            self._hand(delivery_of(Source.EVENT, body, properties))
-
-        await channel.consume(notices, on_notice, tag=f"{self._worker}-notices")
-        await read_versions(channel, stream, f"{self._worker}-parameters", self._take)
-        never: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        while not await channel.wait(never, BIND_SECONDS):
-            # Somebody may have deleted the exchange, and with it this, and somebody else have made it again.
-            await channel.bind(notices, EVENTS, key)
-
-    def _take(self, properties: pika.BasicProperties, body: bytes) -> None:
-        # A stream begins to read at its last block, which may hold several versions, and after a reconnect
-        # it begins there again.
-        order = order_of(properties)
-        if order > self._last:
-            self._last = order
-            self._hand(delivery_of(Source.PARAMETERS, body, properties))
-
-    def _say_absent(self) -> Unroutable:
-        run = self._topology.run
-        text = f"no aggregator has declared run {run!r} yet"
-        if self._last > (-1, -1, -1):
-            text = f"what run {run!r} needs on the broker was deleted, and no aggregator has declared it again yet"
-        if self._seldom.may(text):
-            log.info("%s; waiting for it", text)
-        return Unroutable(text)

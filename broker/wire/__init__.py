@@ -1,5 +1,6 @@
 """Messages as bytes; the format is ``FORMAT.md`` beside this file. No I/O, no clock, no randomness."""
 
-from broker.wire.messages import Message, decode, encode
+from broker.wire.chunks import CHUNK_OVERHEAD, encode_in_chunks, join
+from broker.wire.messages import Message, decode, encode, encode_parts
 
-__all__ = ["Message", "decode", "encode"]
+__all__ = ["CHUNK_OVERHEAD", "Message", "decode", "encode", "encode_in_chunks", "encode_parts", "join"]

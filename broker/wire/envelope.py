@@ -21,9 +21,9 @@ __all__ = [
     "MAX_HEADER",
     "MAX_TENSORS",
     "aligned",
+    "frame",
     "header_check",
     "pack",
-    "padded",
     "unpack",
 ]
 
@@ -61,7 +61,12 @@ def aligned(offset: int) -> int:
 
 
 def pack(header: Mapping[str, Any], data: Iterable[memoryview] = ()) -> bytes:
-    """One message: prefix, ``header``, and each block of ``data`` at the next aligned offset.
+    """One message; see :func:`frame`."""
+    return b"".join(frame(header, data))
+
+
+def frame(header: Mapping[str, Any], data: Iterable[memoryview] = ()) -> list[bytes | memoryview]:
+    """One message in parts: prefix, ``header``, and at the next aligned offset ``data``, piece by piece.
 
     Raises :class:`MessageTooLarge` if the header is larger than :data:`MAX_HEADER`.
     """
@@ -72,26 +77,14 @@ def pack(header: Mapping[str, Any], data: Iterable[memoryview] = ()) -> bytes:
             f"(and {MAX_TENSORS} tensors): shorten the parameters' names or merge small ones"
         )
     prefix = PREFIX.pack(MAGIC, FORMAT_VERSION, header_check(packed), len(packed))
-    blocks = padded(data)
+    pieces = list(data)
     end = PREFIX.size + len(packed)
-    return b"".join([prefix, packed, bytes(aligned(end) - end if blocks else 0), *blocks])
+    return [prefix, packed, bytes(aligned(end) - end if pieces else 0), *pieces]
 
 
 def header_check(packed: bytes | memoryview) -> bytes:
     """The first three bytes of XXH3-64 over the header; the data section has a checksum of its own."""
     return xxhash.xxh3_64(packed).digest()[:3]
-
-
-def padded(data: Iterable[memoryview]) -> list[memoryview]:
-    """``data`` as it stands in a data section: with the zero bytes that alignment puts between its blocks."""
-    pieces: list[memoryview] = []
-    position = 0
-    for block in data:
-        if padding := aligned(position) - position:
-            pieces.append(memoryview(bytes(padding)))
-        pieces.append(block)
-        position = aligned(position) + block.nbytes
-    return pieces
 
 
 def unpack(body: bytes | memoryview) -> tuple[dict[str, Any], memoryview]:

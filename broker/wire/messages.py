@@ -10,6 +10,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from broker.errors import WireError, first_problem
 from broker.messages import (
+    ChunkHead,
     Command,
     Event,
     Goodbye,
@@ -21,12 +22,26 @@ from broker.messages import (
     Update,
     UpdateHead,
 )
-from broker.wire.envelope import MAX_TENSORS, pack, padded, unpack
+from broker.wire.envelope import MAX_TENSORS, frame, pack, unpack
+from broker.wire.section import Section
 from broker.wire.tensors import blocks, checksum, data_length, read
 
-__all__ = ["Message", "decode", "encode"]
+__all__ = [
+    "Message",
+    "chunk_header",
+    "decode",
+    "encode",
+    "encode_parts",
+    "manifest_of",
+    "read_chunk",
+    "section_of",
+    "with_tensors",
+]
 
 Message = Update | Parameters | Manifest | Hello | Goodbye | Command | Event
+
+#: A chunk's word in ``type``. It is no message: nothing reads it but whoever has the manifest.
+CHUNK = "chunk"
 
 #: The word in the header's ``type`` field, and the class that holds the small facts. One line a message.
 _HEADS: dict[str, type] = {
@@ -52,11 +67,50 @@ def encode(message: Message) -> bytes:
         header["data"] = {"nbytes": message.nbytes, "chunks": [list(chunk) for chunk in message.chunks]}
         return pack(header)
     if isinstance(message, Update | Parameters):
-        data = blocks(message.model, message.tensors)
-        header = _head(message) | {"model": _model(message.model)}
-        header["data"] = {"nbytes": data_length(message.model), "checksum": checksum(padded(data))}
-        return pack(header, data)
+        return b"".join(encode_parts(message))
     return pack(_head(message))
+
+
+def encode_parts(message: Update | Parameters) -> list[bytes | memoryview]:
+    """``message`` as :func:`encode` gives it, in parts that borrow its tensors. Raises as :func:`encode`."""
+    data = blocks(message.model, message.tensors)
+    header = _head(message) | {"model": _model(message.model)}
+    header["data"] = {"nbytes": data_length(message.model), "checksum": checksum(data)}
+    return frame(header, data)
+
+
+def section_of(message: Update | Parameters) -> Section:
+    """The data section of ``message``, borrowed from its tensors. Raises :class:`ModelMismatch`."""
+    return Section(blocks(message.model, message.tensors))
+
+
+def manifest_of(message: Update | Parameters, nbytes: int, chunks: tuple[tuple[int, str], ...]) -> Manifest:
+    """What announces ``message`` if its section travels in ``chunks``."""
+    head_class = _HEADS[_TYPES[type(message)]]
+    head = head_class(**{f.name: getattr(message, f.name) for f in fields(head_class)})
+    return Manifest(head=head, model=message.model, nbytes=nbytes, chunks=chunks)
+
+
+def with_tensors(manifest: Manifest, section: Section) -> Update | Parameters:
+    """The message that ``manifest`` announces, its tensors being views of ``section``. Raises :class:`WireError`."""
+    head = manifest.head
+    facts = {f.name: getattr(head, f.name) for f in fields(head)}
+    tensors = read(manifest.model, section)
+    return _WITH_TENSORS[type(head)](**facts, model=manifest.model, tensors=tensors)  # type: ignore[no-any-return]
+
+
+def chunk_header(head: ChunkHead, *, is_packed: bool) -> dict[str, Any]:
+    """The header of a chunk."""
+    return {"type": CHUNK, "of": head.of, "index": head.index, "zstd": is_packed}
+
+
+def read_chunk(body: bytes) -> tuple[ChunkHead, bool, memoryview]:
+    """Which chunk ``body`` is, whether it is packed, and what it carries. Raises :class:`WireError`."""
+    header, data = unpack(body)
+    is_packed = header.pop("zstd", None)
+    if header.pop("type", None) != CHUNK or not isinstance(is_packed, bool):
+        raise WireError("this message is no chunk")
+    return _validated(ChunkHead, header), is_packed, data
 
 
 def decode(body: bytes | memoryview) -> Message:
@@ -83,7 +137,7 @@ def decode(body: bytes | memoryview) -> Message:
         raise WireError(f"{section['nbytes']!r:.40} bytes announced; the table describes {data_length(model)}")
     if "chunks" in section:
         return _read_manifest(head, model, section, data)
-    tensors = read(model, data)
+    tensors = read(model, Section([data]))
     if section.keys() != {"nbytes", "checksum"} or checksum(data) != section["checksum"]:
         raise WireError("the checksum does not match the data: the message was damaged on its way")
     facts = {f.name: getattr(head, f.name) for f in fields(head)}

@@ -6,19 +6,19 @@ cannot be expressed.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
-import numpy as np
 import xxhash
 
 from broker.errors import ModelMismatch, WireError
-from broker.messages import DTYPES, Array, ModelSpec, Tensors, as_bytes
+from broker.messages import DTYPES, Array, ModelSpec, Values, as_bytes, pieces
 from broker.wire.envelope import aligned
+from broker.wire.section import Section
 
 __all__ = ["blocks", "checksum", "data_length", "read", "spec_of"]
 
 
-def spec_of(array: Array) -> tuple[tuple[int, ...], str]:
+def spec_of(array: Values) -> tuple[tuple[int, ...], str]:
     """Shape and wire dtype of ``array``."""
     return tuple(array.shape), array.dtype.name
 
@@ -31,8 +31,8 @@ def data_length(model: ModelSpec) -> int:
     return position
 
 
-def blocks(model: ModelSpec, tensors: Tensors) -> list[memoryview]:
-    """The bytes of ``tensors`` in ``model``'s order, not copied where they are contiguous.
+def blocks(model: ModelSpec, tensors: Mapping[str, Values]) -> list[memoryview]:
+    """The data section of ``tensors`` in ``model``'s order: their bytes, not copied where they are contiguous.
 
     Raises :class:`ModelMismatch` if a tensor is missing, surplus, or of another shape or dtype.
     """
@@ -42,38 +42,36 @@ def blocks(model: ModelSpec, tensors: Tensors) -> list[memoryview]:
         names = sorted(name for name in wanted.keys() | given.keys() if wanted.get(name) != given.get(name))
         shown = "; ".join(f"{n}: expected {wanted.get(n, 'nothing')}, got {given.get(n, 'nothing')}" for n in names[:5])
         raise ModelMismatch(f"tensors do not fit the model: {shown}")
-    result = []
+    result: list[memoryview] = []
+    position = 0
     for tensor in model.tensors:
-        array = tensors[tensor.name]
-        if array.dtype.byteorder == ">":
-            array = array.astype(DTYPES[tensor.dtype])
-        result.append(as_bytes(array))
+        if padding := aligned(position) - position:
+            result.append(memoryview(bytes(padding)))
+        position = aligned(position) + tensor.nbytes
+        result += [_bytes_of(piece, tensor.dtype) for piece in pieces(tensors[tensor.name])]
     return result
 
 
-def read(model: ModelSpec, data: memoryview) -> dict[str, Array]:
-    """Read-only arrays over ``data``, by name; no bytes are copied.
+def _bytes_of(array: Array, dtype: str) -> memoryview:
+    return as_bytes(array.astype(DTYPES[dtype]) if array.dtype.byteorder == ">" else array)
 
-    Raises :class:`WireError` if ``data`` has another length than ``model`` says.
+
+def read(model: ModelSpec, section: Section) -> dict[str, Values]:
+    """The tensors in ``section`` by name, read-only; no bytes are copied.
+
+    Raises :class:`WireError` if ``section`` has another length than ``model`` says, or cuts an element in two.
     """
     expected = data_length(model)
-    if data.nbytes != expected:
-        raise WireError(f"the tensors take {data.nbytes} bytes; the table describes {expected}")
-    return dict(_views(model, data))
+    if section.nbytes != expected:
+        raise WireError(f"the tensors take {section.nbytes} bytes; the table describes {expected}")
+    return dict(_views(model, section))
 
 
-def _views(model: ModelSpec, data: memoryview) -> Iterator[tuple[str, Array]]:
+def _views(model: ModelSpec, section: Section) -> Iterator[tuple[str, Values]]:
     position = 0
     for tensor in model.tensors:
         position = aligned(position)
-        flat = np.frombuffer(data[position : position + tensor.nbytes], dtype=np.uint8)
-        try:
-            array = flat.view(DTYPES[tensor.dtype]).reshape(tensor.shape)
-        except ValueError as error:
-            # Dimensions that no array has, beside a zero that makes their product small.
-            raise WireError(f"{tensor.name}: {error}") from None
-        array.flags.writeable = False
-        yield tensor.name, array
+        yield tensor.name, section.tensor(tensor, position)
         position += tensor.nbytes
 
 

@@ -1,0 +1,141 @@
+"""A message too large for one body: a manifest, and its data section in chunks.
+
+The sender cuts chunks from its tensors at the moment at which each is sent, and the reader's tensors are views of
+the chunks that came, so neither side holds a second copy of a model.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from typing import overload
+
+import xxhash
+import zstandard
+
+from broker.errors import WireError
+from broker.messages import ChunkHead, Manifest, Parameters, Update
+from broker.wire.envelope import ALIGNMENT, aligned, pack
+from broker.wire.messages import chunk_header, encode, manifest_of, read_chunk, section_of, with_tensors
+from broker.wire.section import Section
+
+__all__ = ["CHUNK_OVERHEAD", "Chunks", "encode_in_chunks", "join"]
+
+#: What a chunk's body takes beyond its part of the section, at most.
+CHUNK_OVERHEAD = 1024
+
+#: A chunk that zstandard makes less than a twentieth smaller is not worth unpacking.
+WORTHWHILE = 0.95
+LEVEL = 1
+
+
+class Chunks(Sequence[bytes]):
+    """The bodies of a message's chunks, each made when it is asked for."""
+
+    def __init__(self, section: Section, of: str, size: int, *, lossless: bool) -> None:
+        self._section = section
+        self._of = of
+        self._size = size
+        self._lossless = lossless
+
+    def __len__(self) -> int:
+        """How many there are."""
+        return math.ceil(self._section.nbytes / self._size)
+
+    @overload
+    def __getitem__(self, index: int) -> bytes: ...
+    @overload
+    def __getitem__(self, index: slice) -> Sequence[bytes]: ...
+    def __getitem__(self, index: int | slice) -> bytes | Sequence[bytes]:
+        """The body of chunk ``index``: envelope, header, and its part of the section."""
+        if isinstance(index, slice):
+            return [self[i] for i in range(*index.indices(len(self)))]
+        views = self._views(index)
+        head = ChunkHead(of=self._of, index=range(len(self))[index])
+        if self._lossless:
+            plain = b"".join(views)
+            packed = zstandard.ZstdCompressor(level=LEVEL).compress(plain)
+            if len(packed) < WORTHWHILE * len(plain):
+                return pack(chunk_header(head, is_packed=True), [memoryview(packed)])
+            views = [memoryview(plain)]
+        return pack(chunk_header(head, is_packed=False), views)
+
+    def sums(self) -> tuple[tuple[int, str], ...]:
+        """Size and checksum of each chunk's part of the section."""
+        result = []
+        for index in range(len(self)):
+            state = xxhash.xxh3_128()
+            for view in self._views(index):
+                state.update(view)
+            result.append((self._range(index)[1] - self._range(index)[0], state.hexdigest()))
+        return tuple(result)
+
+    def _range(self, index: int) -> tuple[int, int]:
+        start = range(len(self))[index] * self._size
+        return start, min(start + self._size, self._section.nbytes)
+
+    def _views(self, index: int) -> list[memoryview]:
+        return list(self._section.views(*self._range(index)))
+
+
+def encode_in_chunks(
+    message: Update | Parameters, of: str, chunk_bytes: int, *, lossless: bool = False
+) -> tuple[bytes, Sequence[bytes]]:
+    """``message`` as one body, or as a manifest and chunks if it is larger than ``chunk_bytes``.
+
+    The chunks borrow the message's tensors, which nobody may write into until they are sent.
+
+    Args:
+        message: what to send.
+        of: the message's id, which stands in its chunks.
+        chunk_bytes: the largest body.
+        lossless: pack each chunk with zstandard, if that makes it smaller.
+
+    Raises as :func:`broker.wire.encode`.
+    """
+    section = section_of(message)
+    if section.nbytes + CHUNK_OVERHEAD <= chunk_bytes and len(body := encode(message)) <= chunk_bytes:
+        return body, ()
+    size = max((chunk_bytes - CHUNK_OVERHEAD) // ALIGNMENT, 1) * ALIGNMENT
+    chunks = Chunks(section, of, size, lossless=lossless)
+    return encode(manifest_of(message, section.nbytes, chunks.sums())), chunks
+
+
+def join(manifest: Manifest, of: str, chunks: Iterable[bytes]) -> Update | Parameters:
+    """The message whose manifest and chunks, in order, these are. Its tensors are views of the chunks.
+
+    Raises :class:`WireError` if a chunk is missing, damaged, of another message, or larger than announced.
+    """
+    parts = []
+    for index, body in enumerate(chunks):
+        if index >= len(manifest.chunks):
+            raise WireError(f"more chunks than the {len(manifest.chunks)} that the manifest announces")
+        parts.append(_part(body, of, index, *manifest.chunks[index]))
+    if len(parts) < len(manifest.chunks):
+        raise WireError(f"{len(parts)} of {len(manifest.chunks)} chunks")
+    return with_tensors(manifest, Section(parts))
+
+
+def _part(body: bytes, of: str, index: int, size: int, checksum: str) -> memoryview:
+    head, is_packed, data = read_chunk(body)
+    if (head.of, head.index) != (of, index):
+        raise WireError(f"chunk {head.index} of {head.of} in the place of chunk {index} of {of}")
+    if is_packed:
+        data = _unpacked(data, size)
+    if data.nbytes != size:
+        raise WireError(f"chunk {index} has {data.nbytes} bytes; the manifest says {size}")
+    if xxhash.xxh3_128_hexdigest(data) != checksum:
+        raise WireError(f"chunk {index} does not match its checksum: it was damaged on its way")
+    return data
+
+
+def _unpacked(data: memoryview, size: int) -> memoryview:
+    try:
+        # Before anything is allocated: what the frame says of its size is believed by the library.
+        if zstandard.frame_content_size(data) != size:
+            raise WireError(f"a packed chunk that does not say that it unpacks to {size} bytes")
+        window = max(aligned(size), 1024)
+        unpacker = zstandard.ZstdDecompressor(max_window_size=window)
+        return memoryview(unpacker.decompress(data, max_output_size=size, allow_extra_data=False))
+    except zstandard.ZstdError as error:
+        raise WireError(f"a packed chunk cannot be unpacked: {error}") from None

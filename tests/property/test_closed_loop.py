@@ -29,7 +29,7 @@ from aggregator.core.rounds import Buffered, RoundRule, Synchronous
 from aggregator.core.rules import CommitPolicy, Rules
 from aggregator.core.snapshot import Changes, Snapshot
 from aggregator.optimizers import Sgd
-from broker.messages import Action, Goodbye, Hello, ParametersHead, Reason, Role, Update, UpdateId
+from broker.messages import Action, Goodbye, Hello, ParametersHead, Reason, Role, Update, UpdateId, whole
 from broker.transport import Token
 from tests.support.builders import RUN, rules_of, snapshot_of, update_of
 from worker_client.core import WorkerMachine
@@ -412,7 +412,7 @@ class Summing:
     def fold(self, accumulator: Any, update: Update, staleness: int) -> float:
         del staleness
         for name, total in accumulator.tensors.items():
-            np.add(total, update.tensors[name], out=total)
+            np.add(total, whole(update.tensors[name]), out=total)
         accumulator.count += 1
         return 1.0
 

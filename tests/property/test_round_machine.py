@@ -26,7 +26,7 @@ from aggregator.core.rules import CommitPolicy
 from aggregator.core.snapshot import Snapshot, VersionRecord
 from aggregator.optimizers import Sgd
 from aggregator.strategies import Accumulator
-from broker.messages import Array, ModelSpec, Update, UpdateId
+from broker.messages import Array, ModelSpec, Update, UpdateId, whole
 from broker.transport import Token
 from tests.support.builders import rules_of, snapshot_of, update_of
 
@@ -41,7 +41,7 @@ class Count:
 
     def fold(self, accumulator: Accumulator, update: Update, staleness: int) -> float:
         for name, total in accumulator.tensors.items():
-            np.add(total, update.tensors[name], out=total)
+            np.add(total, whole(update.tensors[name]), out=total)
         accumulator.count += 1
         return 1.0
 

@@ -1,10 +1,11 @@
 """Seconds a round: workers that echo the parameters at once, everything durable, against the raw pipe.
 
-    python benchmarks/rounds.py --sizes 0.1 1 10 --workers 4 --rounds 20
+    python -m benchmarks.rounds --sizes 0.1 1 10 100 --workers 4 --rounds 20
 
-The raw pipe moves the same bytes through the same queues of the same node in the same run: the workers' updates
-published and confirmed one after the other, consumed and acknowledged; then one copy of the parameters confirmed
-on the fanout and read from the stream by each worker. It decodes, folds and stores nothing.
+A round is from one version's commit to the next: broadcast, four downloads, four uploads, decoded, checked, folded,
+checkpoint with fsync, acknowledgements. The raw pipe moves the same bytes through the same queues, streams and
+connections of the same node in the same run, in the same number of processes, every message durable and confirmed;
+it decodes, folds and stores nothing. Each worker is a process, and so is the aggregator.
 
 Figures, machine and versions: docs/benchmarks.md.
 """
@@ -12,14 +13,19 @@ Figures, machine and versions: docs/benchmarks.md.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import itertools
+import json
 import logging
+import resource
 import secrets
 import statistics
+import subprocess
+import sys
 import tempfile
-import threading
 import time
-from concurrent.futures import Future
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from queue import SimpleQueue
 
@@ -30,139 +36,166 @@ from aggregator.checkpoint import CheckpointStore
 from aggregator.config import AggregatorConfig
 from aggregator.history import read_history
 from aggregator.service import AggregatorService
+from benchmarks.echo import model_of, raw_message
 from broker.amqp.node import PrivateNode
-from broker.amqp.transport import AmqpAggregatorTransport, AmqpWorkerTransport
-from broker.messages import ModelSpec, Parameters, TensorSpec, Update, UpdateId
+from broker.amqp.transport import AmqpAggregatorTransport
 from broker.settings import BrokerConfig
 from broker.topology import Topology
 from broker.transport import Delivery, Incoming, Outgoing, Source
-from broker.wire import decode, encode
 
 MB = 1_000_000
 
 
-def echo(config: BrokerConfig, topology: Topology, name: str, model: ModelSpec, stop: threading.Event) -> None:
-    """A worker without training: each new version is answered with an update of the same size."""
-    inbox: SimpleQueue[Incoming] = SimpleQueue()
-    transport = AmqpWorkerTransport(config, topology, worker=name)
-    transport.open(inbox.put)
-    tensors = {t.name: np.full(t.shape, 1e-3, np.float32) for t in model.tensors}
-    seq = 0
-    while not stop.is_set():
-        item = inbox.get()
-        if not isinstance(item, Delivery) or item.source is not Source.PARAMETERS:
-            continue
-        version = decode(item.body)
-        if not isinstance(version, Parameters) or version.plan.done:
-            break
-        update = Update(
-            run=topology.run,
-            id=UpdateId(name, "bench", seq),
-            base_version=version.version,
-            base_epoch=version.epoch,
-            mode=version.plan.mode,
-            examples=1,
-            model=model,
-            tensors=tensors,
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Row:
+    """One size's figures, in seconds a round."""
+
+    megabytes: float
+    fedmq: float
+    fedmq_least: float
+    fedmq_most: float
+    raw: float
+    raw_least: float
+    raw_most: float
+    ratio: float
+    aggregator_peak_mb: float
+
+
+@contextlib.contextmanager
+def echoes(url: str, run: str, nbytes: int, workers: int, *more: str) -> Iterator[None]:
+    """So many echoing workers, each a process, which wait for the run."""
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-m", "benchmarks.echo", url, run, f"w{index}", str(nbytes), *more],
+            stdout=subprocess.PIPE,
+            text=True,
         )
-        seq += 1
-        transport.publish(Outgoing(body=encode(update), message_id=str(update.id))).result()
-    transport.close()
+        for index in range(workers)
+    ]
+    try:
+        yield
+        for process in processes:
+            process.wait(30)
+    finally:
+        for process in processes:
+            process.kill()
+            process.communicate()
 
 
-def fedmq_rounds(config: BrokerConfig, model: ModelSpec, workers: int, rounds: int) -> list[float]:
-    """Seconds of each round, from one version's commit to the next."""
-    topology = Topology(f"bench-{secrets.token_hex(3)}")
+def serve_fedmq(url: str, run: str, nbytes: int, workers: int, rounds: int) -> list[float]:
+    """Lead a run for so many rounds; the seconds of each."""
+    model = model_of(nbytes)
     with tempfile.TemporaryDirectory() as folder:
-        store = CheckpointStore(Path(folder) / "checkpoints", topology.run)
+        store = CheckpointStore(Path(folder) / "checkpoints", run)
         store.create(model, {t.name: np.zeros(t.shape, np.float32) for t in model.tensors}, now=0.0)
         settings = AggregatorConfig(
-            rounds="synchronous", minimum_updates=workers, stop_after_rounds=rounds, linger=0.0, weighting="uniform"
+            rounds="synchronous", minimum_updates=workers, stop_after_rounds=rounds + 1, linger=0.0, weighting="uniform"
         )
-        service = AggregatorService(folder=Path(folder), run=topology.run, config=settings, store=store)
-        stop = threading.Event()
-        threads = [
-            threading.Thread(target=echo, args=(config, topology, f"w{i}", model, stop), daemon=True)
-            for i in range(workers)
-        ]
-        for thread in threads:
-            thread.start()
+        service = AggregatorService(folder=Path(folder), run=run, config=settings, store=store)
+        config = BrokerConfig(url=SecretStr(url))
         service.run(
             AmqpAggregatorTransport(
-                config, topology, model_bytes=model.nbytes, prefetch=settings.prefetch(model.nbytes)
+                config, Topology(run), model_bytes=model.nbytes, prefetch=settings.prefetch(model.nbytes)
             )
         )
-        for thread in threads:
-            thread.join(30)
         times = [line["time"] for line in read_history(Path(folder) / "history.jsonl") if line["kind"] == "version"]
     return [after - before for before, after in itertools.pairwise(times)]
 
 
-def raw_rounds(config: BrokerConfig, nbytes: int, workers: int, rounds: int) -> list[float]:
+def serve_raw(url: str, run: str, nbytes: int, workers: int, rounds: int) -> list[float]:
     """The same bytes through the same queues, and nothing else."""
-    topology = Topology(f"raw-{secrets.token_hex(3)}")
-    body = secrets.token_bytes(1024) * (nbytes // 1024 + 1)
+    topology = Topology(run)
     inbox: SimpleQueue[Incoming] = SimpleQueue()
-    aggregator = AmqpAggregatorTransport(config, topology, model_bytes=nbytes, prefetch=2 * workers)
+    aggregator = AmqpAggregatorTransport(
+        BrokerConfig(url=SecretStr(url)), topology, model_bytes=nbytes, prefetch=2 * workers
+    )
     aggregator.open(inbox.put, wait=20)
-
-    def answer(name: str, ready: threading.Barrier) -> None:
-        mine: SimpleQueue[Incoming] = SimpleQueue()
-        transport = AmqpWorkerTransport(config, topology, worker=name)
-        transport.open(mine.put, wait=20)
-        ready.wait()
-        seen = 0
-        while seen < rounds:
-            item = mine.get()
-            if isinstance(item, Delivery) and item.source is Source.PARAMETERS:
-                seen += 1
-                transport.publish(Outgoing(body=body)).result()
-        transport.close()
-
-    ready = threading.Barrier(workers + 1)
-    threads = [threading.Thread(target=answer, args=(f"w{i}", ready), daemon=True) for i in range(workers)]
-    for thread in threads:
-        thread.start()
-    ready.wait()
+    for index in range(workers):
+        aggregator.admit(f"w{index}")
     times = []
-    for version in range(rounds):
+    for version in range(rounds + 1):
         started = time.perf_counter()
-        done: Future[None] = aggregator.broadcast(Outgoing(body=body, headers={"epoch": 1, "version": version}))
+        done = aggregator.broadcast(raw_message(nbytes, f"{run}/1/{version}", epoch=1, version=version))
         count = 0
         while count < workers:
             item = inbox.get()
-            if isinstance(item, Delivery) and item.source is Source.UPDATE and item.token is not None:
-                aggregator.ack(item.token)
-                count += 1
+            if not isinstance(item, Delivery) or item.source is not Source.UPDATE or item.token is None:
+                continue
+            if "chunks" in item.headers and item.chunks is None:
+                aggregator.fetch(item)
+                continue
+            aggregator.ack(item.token)
+            count += 1
         done.result()
         times.append(time.perf_counter() - started)
-    for thread in threads:
-        thread.join(30)
+    aggregator.broadcast(Outgoing(body=b"", headers={"epoch": 1, "version": rounds + 1, "done": 1})).result()
     aggregator.close()
     return times[1:]
+
+
+def measure(url: str, megabytes: float, workers: int, rounds: int) -> Row:
+    """One size."""
+    nbytes = int(megabytes * MB) // 4 * 4
+    figures: dict[str, list[float]] = {}
+    peak = 0.0
+    for kind in ("raw", "fedmq"):
+        run = f"{kind}-{secrets.token_hex(3)}"
+        with echoes(url, run, nbytes, workers, *(["--raw"] if kind == "raw" else [])):
+            command = [sys.executable, "-m", "benchmarks.rounds", "--serve", kind, "--url", url, "--run", run]
+            command += ["--sizes", str(megabytes), "--workers", str(workers), "--rounds", str(rounds)]
+            answer = json.loads(subprocess.run(command, stdout=subprocess.PIPE, check=True, timeout=600).stdout)
+            figures[kind] = answer["seconds"]
+            peak = answer["peak_mb"]
+    ours, raw = figures["fedmq"], figures["raw"]
+    return Row(
+        megabytes=megabytes,
+        fedmq=statistics.median(ours),
+        fedmq_least=min(ours),
+        fedmq_most=max(ours),
+        raw=statistics.median(raw),
+        raw_least=min(raw),
+        raw_most=max(raw),
+        ratio=statistics.median(ours) / statistics.median(raw),
+        aggregator_peak_mb=peak,
+    )
+
+
+def shown(row: Row) -> str:
+    """A line of the table."""
+    ours = f"{row.fedmq:.4f} ({row.fedmq_least:.4f}-{row.fedmq_most:.4f})"
+    raw = f"{row.raw:.4f} ({row.raw_least:.4f}-{row.raw_most:.4f})"
+    return f"| {row.megabytes:g} | {ours} | {raw} | {row.ratio:.2f} | {row.aggregator_peak_mb:.0f} |"
 
 
 def main() -> None:
     """Measure and print a table."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--sizes", type=float, nargs="+", default=[0.1, 1, 10], help="MB of a model")
+    parser.add_argument("--sizes", type=float, nargs="+", default=[0.1, 1, 10, 100], help="MB of a model")
     parser.add_argument("--workers", type=int, default=4)
     parser.add_argument("--rounds", type=int, default=20)
+    parser.add_argument("--json", type=Path, help="write the figures there as well")
+    parser.add_argument("--serve", choices=["raw", "fedmq"], help=argparse.SUPPRESS)
+    parser.add_argument("--url", help="a RabbitMQ; a private node if not given")
+    parser.add_argument("--run", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     logging.disable(logging.WARNING)
-    with PrivateNode() as node:
-        config = BrokerConfig(url=SecretStr(node.url))
-        print("| MB | fedmq s/round (median, min-max) | raw pipe s/round | ratio |\n| --- | --- | --- | --- |")
+    if arguments.serve:
+        serve = serve_raw if arguments.serve == "raw" else serve_fedmq
+        nbytes = int(arguments.sizes[0] * MB) // 4 * 4
+        seconds = serve(arguments.url, arguments.run, nbytes, arguments.workers, arguments.rounds)
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / MB
+        print(json.dumps({"seconds": seconds, "peak_mb": peak}))
+        return
+    rows = []
+    with contextlib.ExitStack() as stack:
+        url = arguments.url or stack.enter_context(PrivateNode()).url
+        print("| MB | fedmq s/round (median, min-max) | raw pipe s/round | ratio | aggregator peak MB |")
+        print("| --- | --- | --- | --- | --- |", flush=True)
         for size in arguments.sizes:
-            model = ModelSpec((TensorSpec("w", (int(size * MB) // 4,), "float32"),))
-            raw = raw_rounds(config, model.nbytes, arguments.workers, arguments.rounds)
-            ours = fedmq_rounds(config, model, arguments.workers, arguments.rounds)
-            middle, base = statistics.median(ours), statistics.median(raw)
-            spread = f"{middle:.4f} ({min(ours):.4f}-{max(ours):.4f})"
-            print(
-                f"| {size:g} | {spread} | {base:.4f} ({min(raw):.4f}-{max(raw):.4f}) | {middle / base:.2f} |",
-                flush=True,
-            )
+            rows.append(measure(url, size, arguments.workers, arguments.rounds))
+            print(shown(rows[-1]), flush=True)
+    if arguments.json:
+        arguments.json.write_text(json.dumps([asdict(row) for row in rows], indent=1))
 
 
 if __name__ == "__main__":

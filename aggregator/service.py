@@ -37,7 +37,7 @@ from broker.errors import (
     StaleEpoch,
     WireError,
 )
-from broker.messages import Action, Command, Parameters, Role, Scalar
+from broker.messages import Action, Command, Parameters, Plan, Role, Scalar
 from broker.settings import CHUNK_BYTES
 from broker.transport import (
     AggregatorTransport,
@@ -109,6 +109,7 @@ class AggregatorService:
         self._inbox: queue.SimpleQueue[Incoming | on.Happening] = queue.SimpleQueue()
         self._writer = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._broadcasts: set[Future[None]] = set()
+        self._prepared = -1
         self._wake_at: float | None = None
         self._touched = 0.0
         self._finish: str | None = None
@@ -383,6 +384,7 @@ class AggregatorService:
                 assert self._delivery is not None  # noqa: S101  (a rejection answers the delivery at hand)
                 self._transport.reject(token, reason, detail, self._delivery)
             case do.WriteCheckpoint(commit, snapshot):
+                self._prepare(snapshot)
                 self._writer.submit(self._write, commit, snapshot)
             case do.Broadcast():
                 self._broadcast(effect)
@@ -435,6 +437,22 @@ class AggregatorService:
         future = self._transport.broadcast(self._outgoing(message))
         self._broadcasts.add(future)
         future.add_done_callback(self._broadcast_done)
+
+    def _prepare(self, snapshot: Snapshot) -> None:
+        """While a version becomes durable its chunks are sent ahead; nobody looks at them before it is broadcast."""
+        if snapshot.version == self._prepared or snapshot.model.nbytes + CHUNK_OVERHEAD <= self._chunk_bytes:
+            return
+        self._prepared = snapshot.version
+        message = Parameters(
+            run=self.run_name,
+            epoch=snapshot.epoch,
+            version=snapshot.version,
+            plan=Plan(),
+            digest=snapshot.digest,
+            model=snapshot.model,
+            tensors=snapshot.parameters,
+        )
+        self._transport.prepare(self._outgoing(message))
 
     def _outgoing(self, message: Parameters) -> Outgoing:
         headers: dict[str, str | int] = {

@@ -42,7 +42,8 @@ class Route:
 
 @dataclass(slots=True)
 class _Upload:
-    message: Outgoing
+    # Not the message: it borrows a model's worth of memory.
+    message_id: str
     stored: dict[int, int] = field(default_factory=dict)
     """Chunks that were confirmed, and the offset of each if they are in a stream."""
 
@@ -164,8 +165,8 @@ class Uploader:
 
     def _send_chunks(self, message: Outgoing) -> _Upload:
         upload = self._upload
-        if upload is None or upload.message.message_id != message.message_id:
-            upload = self._upload = _Upload(message)
+        if upload is None or upload.message_id != message.message_id:
+            upload = self._upload = _Upload(message.message_id)
         missing = [index for index in range(len(message.chunks)) if index not in upload.stored]
         if missing:
             first = 0 if self._tail is None else self._tail.find()

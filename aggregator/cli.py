@@ -115,6 +115,7 @@ def serve(settings: Settings, *, accept_older: bool = False, drop_changes: bool 
                 config=config,
                 store=store,
                 chunk_bytes=settings.broker.chunk_bytes,
+                pack_chunks=settings.broker.pack_chunks,
                 accept_older=accept_older,
                 drop_changes=drop_changes,
             )

@@ -6,7 +6,7 @@ import difflib
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import Field, ValidationError, model_validator
+from pydantic import AfterValidator, Field, ValidationError, model_validator
 
 from aggregator.core.rounds import Buffered, RoundRule, Synchronous
 from aggregator.core.rules import CommitPolicy, Rules
@@ -14,6 +14,7 @@ from aggregator.core.snapshot import Changes
 from aggregator.optimizers import OPTIMIZERS
 from aggregator.staleness import STALENESS
 from aggregator.strategies import STRATEGIES
+from broker.codecs import codec_of
 from broker.errors import ConfigError, first_problem
 from broker.messages import Mode, Rounds, Scalar
 from broker.settings import Table
@@ -46,11 +47,19 @@ LIVE = frozenset(
         "staleness_exponent",
         "stop_after_rounds",
         "strategy",
+        "update_codec",
         "updates_per_version",
         "weighting",
         "worker_timeout",
     }
 )
+
+
+def _checked_codec(text: str) -> str:
+    try:
+        return codec_of(text).name if text else ""
+    except ConfigError as error:
+        raise ValueError(str(error)) from None
 
 
 class AggregatorConfig(Table):
@@ -97,6 +106,10 @@ class AggregatorConfig(Table):
     """Of the server; if not set, 1 for deltas and 0.1 for gradients (with adam 0.01 and 0.001)."""
     momentum: Annotated[float, Field(ge=0, lt=1)] = 0.0
     """Of the server; for adam its beta1, 0.9 if not set."""
+
+    update_codec: Annotated[str, AfterValidator(_checked_codec)] = ""
+    """In which lossy code workers send updates: ``bf16``, ``fp16``, ``int8``, ``eden:1`` to ``eden:4``, ``topk:0.01``;
+    empty for none. See docs/compression.md."""
 
     seed: Annotated[int, Field(ge=0, le=2**53)] = 0
     """From which workers are sampled."""
@@ -167,6 +180,7 @@ class AggregatorConfig(Table):
             strategy=STRATEGIES[self.strategy](weighting, weight),
             optimizer=OPTIMIZERS[self.optimizer](self.effective_learning_rate, self.momentum),
             seed=self.seed,
+            codec=self.update_codec,
             stop_after_rounds=self.stop_after_rounds,
             commit=CommitPolicy(
                 self.in_flight(model_bytes), max(self.commit_bytes, LEAST_IN_COMMIT * model_bytes), self.commit_seconds

@@ -79,6 +79,7 @@ class AggregatorService:
         config: AggregatorConfig,
         store: CheckpointStore,
         chunk_bytes: int = CHUNK_BYTES,
+        pack_chunks: bool = False,
         accept_older: bool = False,
         drop_changes: bool = False,
     ) -> None:
@@ -90,6 +91,7 @@ class AggregatorService:
             config: the settings; what was changed on the running run goes on top of them.
             store: the run's checkpoints.
             chunk_bytes: versions that are larger travel in chunks.
+            pack_chunks: pack the chunks.
             accept_older: begin with the newest checkpoint even if newer versions have been seen.
             drop_changes: forget what was changed on the running run.
         """
@@ -101,7 +103,7 @@ class AggregatorService:
         """Whether it has owned the run."""
         self._config = config
         self._store = store
-        self._chunk_bytes = chunk_bytes
+        self._chunk_bytes, self._pack_chunks = chunk_bytes, pack_chunks
         self._accept_older, self._drop_changes = accept_older, drop_changes
         self._wall = time.time() - time.monotonic()
         self._led: _Reign | None = None
@@ -464,7 +466,7 @@ class AggregatorService:
         }
         message_id = f"{self.run_name}/{message.epoch}/{message.version}"
         largest = min(self._chunk_bytes, self._transport.max_message_bytes)
-        body, chunks = encode_in_chunks(message, message_id, largest)
+        body, chunks = encode_in_chunks(message, message_id, largest, lossless=self._pack_chunks)
         if chunks:
             headers |= {"chunks": len(chunks), "bytes": message.model.nbytes}
         return Outgoing(body=body, chunks=chunks, headers=headers, message_id=message_id)

@@ -71,6 +71,10 @@ class Pieces(Protocol):
     def dtype(self) -> np.dtype[Any]:
         """As of an array."""
 
+    @property
+    def is_finite(self) -> bool:
+        """Whether all elements are finite by the way in which they are written; False if that is not known."""
+
     def pieces(self) -> Iterator[Array]:
         """The elements in C order as flat read-only arrays, one after the other, each valid until the next.
 
@@ -316,11 +320,16 @@ class Update(UpdateHead):
     A parameter's tensor is what ``mode`` says; a statistic's is its value, a counter's its change
     (:class:`TensorRole`).
 
-    Decoded tensors are read-only views of the message's bytes; of one that came in chunks, :class:`Pieces`.
+    Decoded tensors are read-only views of the message's bytes; of one that came in chunks, or in a codec,
+    :class:`Pieces`.
     """
 
     model: ModelSpec
     tensors: Mapping[str, Values]
+    codec: str = ""
+    """In which code the large floating-point parameters travel (``broker.codecs``); empty for none."""
+    seed: int = 0
+    """What the codec draws from."""
 
 
 # ------------------------------------------------------------------------------------------------ parameters
@@ -343,6 +352,8 @@ class Plan:
     may then send as many as if it had sent none."""
     answered: Annotated[tuple[Name, ...], Field(max_length=1000)] = ()
     """Synchronous rounds, where workers are asked again: those whose update is in already, or a thousand of them."""
+    codec: Annotated[str, Strict(), Field(pattern=r"^[a-z0-9]{0,16}(:[0-9.]{1,16})?$")] = ""
+    """In which code updates are to be sent (``broker.codecs``); empty for none."""
     updates_per_version: Count = 1
     """How many updates one worker may publish for one version before it waits for the next."""
     done: bool = False
@@ -378,10 +389,12 @@ class ParametersHead:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Parameters(ParametersHead):
-    """One durable version of the parameters. Decoded tensors are as an update's."""
+    """One durable version of the parameters. Decoded tensors, ``codec`` and ``seed`` are as an update's."""
 
     model: ModelSpec
     tensors: Mapping[str, Values]
+    codec: str = ""
+    seed: int = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -394,6 +407,8 @@ class Manifest:
     """Size in bytes of the tensor section, all chunks together."""
     chunks: tuple[tuple[int, str], ...]
     """Size in bytes and checksum of each chunk's part of the section, in order."""
+    codec: str = ""
+    seed: int = 0
 
 
 @strict

@@ -96,6 +96,8 @@ class BrokerConfig(Table):
     """Largest message to send; if not set, the broker's default: 16 MiB from RabbitMQ 4.0 on, 128 MiB before."""
     chunk_bytes: Annotated[int, Field(ge=65536, le=128 * 2**20)] = CHUNK_BYTES
     """Updates and versions that are larger than this travel in chunks of this size (less, if the broker takes less)."""
+    pack_chunks: bool = False
+    """Pack chunks with zstandard where that makes them smaller: for sparse updates (``topk``), or slow lines."""
 
     def urls(self) -> tuple[str, ...]:
         """The addresses to try, from ``url_file`` if it is set.

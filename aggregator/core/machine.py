@@ -444,7 +444,13 @@ class RoundMachine:
         self._done_at = now
 
     def _plan(self, attempt: int) -> Plan:
-        base = Plan(mode=self.rules.mode, seed=self.rules.seed, attempt=attempt, paused=self.controls.paused)
+        base = Plan(
+            mode=self.rules.mode,
+            seed=self.rules.seed,
+            attempt=attempt,
+            codec=self.rules.codec,
+            paused=self.controls.paused,
+        )
         return self.rules.rounds.plan(base)
 
     def _answered(self) -> tuple[str, ...]:

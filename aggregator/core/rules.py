@@ -34,6 +34,8 @@ class Rules:
     strategy: Strategy
     optimizer: Optimizer
     seed: int = 0
+    codec: str = ""
+    """In which code workers are asked to send updates; empty for none."""
     stop_after_rounds: int | None = None
     commit: CommitPolicy = field(default_factory=CommitPolicy)
     worker_timeout: float = 15.0

@@ -45,7 +45,7 @@ def refusal(
 def refused_values(update: Update) -> tuple[Reason, str] | None:
     """Why the values of ``update`` cannot be used, or None."""
     for name, values in update.tensors.items():
-        if not all(map(is_finite, pieces(values))):
+        if not (getattr(values, "is_finite", False) or all(map(is_finite, pieces(values)))):
             return Reason.NOT_FINITE, f"{name} holds NaN or infinity"
     return None
 

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, fields
+from dataclasses import asdict, fields, replace
 from functools import cache
 from typing import Any
 
 from pydantic import TypeAdapter, ValidationError
 
+from broker.codecs import codec_of
 from broker.errors import WireError, first_problem
 from broker.messages import (
     ChunkHead,
@@ -22,6 +23,7 @@ from broker.messages import (
     Update,
     UpdateHead,
 )
+from broker.wire.encoded import known_codec
 from broker.wire.envelope import MAX_TENSORS, frame, pack, unpack
 from broker.wire.section import Section
 from broker.wire.tensors import blocks, checksum, data_length, read
@@ -64,7 +66,8 @@ def encode(message: Message) -> bytes:
     """
     if isinstance(message, Manifest):
         header = _head(message.head) | {"model": _model(message.model)}
-        header["data"] = {"nbytes": message.nbytes, "chunks": [list(chunk) for chunk in message.chunks]}
+        chunks = [list(chunk) for chunk in message.chunks]
+        header["data"] = {"nbytes": message.nbytes, "chunks": chunks, **_code(message)}
         return pack(header)
     if isinstance(message, Update | Parameters):
         return b"".join(encode_parts(message))
@@ -73,30 +76,41 @@ def encode(message: Message) -> bytes:
 
 def encode_parts(message: Update | Parameters) -> list[bytes | memoryview]:
     """``message`` as :func:`encode` gives it, in parts that borrow its tensors. Raises as :func:`encode`."""
-    data = blocks(message.model, message.tensors)
+    codec = codec_of(message.codec) if message.codec else None
+    data = blocks(message.model, message.tensors, codec)
     header = _head(message) | {"model": _model(message.model)}
-    header["data"] = {"nbytes": data_length(message.model), "checksum": checksum(data)}
+    header["data"] = {"nbytes": data_length(message.model, codec), "checksum": checksum(data), **_code(message)}
     return frame(header, data)
+
+
+def _code(message: Update | Parameters | Manifest) -> dict[str, Any]:
+    return {"codec": message.codec, "seed": message.seed} if message.codec else {}
 
 
 def section_of(message: Update | Parameters) -> Section:
     """The data section of ``message``, borrowed from its tensors. Raises :class:`ModelMismatch`."""
-    return Section(blocks(message.model, message.tensors))
+    codec = codec_of(message.codec) if message.codec else None
+    return Section(blocks(message.model, message.tensors, codec))
 
 
 def manifest_of(message: Update | Parameters, nbytes: int, chunks: tuple[tuple[int, str], ...]) -> Manifest:
     """What announces ``message`` if its section travels in ``chunks``."""
     head_class = _HEADS[_TYPES[type(message)]]
     head = head_class(**{f.name: getattr(message, f.name) for f in fields(head_class)})
-    return Manifest(head=head, model=message.model, nbytes=nbytes, chunks=chunks)
+    return Manifest(
+        head=head, model=message.model, nbytes=nbytes, chunks=chunks, codec=message.codec, seed=message.seed
+    )
 
 
 def with_tensors(manifest: Manifest, section: Section) -> Update | Parameters:
     """The message that ``manifest`` announces, its tensors being views of ``section``. Raises :class:`WireError`."""
     head = manifest.head
     facts = {f.name: getattr(head, f.name) for f in fields(head)}
-    tensors = read(manifest.model, section)
-    return _WITH_TENSORS[type(head)](**facts, model=manifest.model, tensors=tensors)  # type: ignore[no-any-return]
+    codec = known_codec(manifest.codec) if manifest.codec else None
+    tensors = read(manifest.model, section, codec, manifest.seed)
+    return _WITH_TENSORS[type(head)](  # type: ignore[no-any-return]
+        **facts, model=manifest.model, tensors=tensors, codec=manifest.codec, seed=manifest.seed
+    )
 
 
 def chunk_header(head: ChunkHead, *, is_packed: bool) -> dict[str, Any]:
@@ -133,15 +147,18 @@ def decode(body: bytes | memoryview) -> Message:
     head = _validated(head_class, header)
     if not isinstance(section, dict) or not isinstance(section.get("nbytes"), int):
         raise WireError("the header does not describe a data section")
-    if section["nbytes"] != data_length(model):
-        raise WireError(f"{section['nbytes']!r:.40} bytes announced; the table describes {data_length(model)}")
+    codec, seed = section.pop("codec", ""), section.pop("seed", 0)
+    if not isinstance(seed, int) or isinstance(seed, bool) or not 0 <= seed <= 2**53:
+        raise WireError(f"a seed of {seed!r:.40}")
+    expected = data_length(model, known_codec(codec) if codec else None)
+    if section["nbytes"] != expected:
+        raise WireError(f"{section['nbytes']!r:.40} bytes announced; the table describes {expected}")
+    whole = Manifest(head=head, model=model, nbytes=expected, chunks=(), codec=codec, seed=seed)
     if "chunks" in section:
-        return _read_manifest(head, model, section, data)
-    tensors = read(model, Section([data]))
+        return _read_manifest(whole, section, data)
     if section.keys() != {"nbytes", "checksum"} or checksum(data) != section["checksum"]:
         raise WireError("the checksum does not match the data: the message was damaged on its way")
-    facts = {f.name: getattr(head, f.name) for f in fields(head)}
-    return _WITH_TENSORS[head_class](**facts, model=model, tensors=tensors)  # type: ignore[no-any-return]
+    return with_tensors(whole, Section([data]))
 
 
 def _head(message: Any) -> dict[str, Any]:
@@ -188,7 +205,7 @@ def _read_model(value: Any) -> ModelSpec:
     return model
 
 
-def _read_manifest(head: Any, model: ModelSpec, section: dict[str, Any], data: memoryview) -> Manifest:
+def _read_manifest(whole: Manifest, section: dict[str, Any], data: memoryview) -> Manifest:
     chunks = section["chunks"]
     well_formed = isinstance(chunks, tuple) and all(
         isinstance(chunk, tuple) and len(chunk) == 2 and isinstance(chunk[0], int) and isinstance(chunk[1], str)
@@ -198,4 +215,4 @@ def _read_manifest(head: Any, model: ModelSpec, section: dict[str, Any], data: m
         raise WireError("the list of chunks is malformed")
     if any(size <= 0 for size, _ in chunks) or sum(size for size, _ in chunks) != section["nbytes"]:
         raise WireError("the chunks' sizes do not add up to the announced size")
-    return Manifest(head=head, model=model, nbytes=section["nbytes"], chunks=chunks)
+    return replace(whole, chunks=chunks)

@@ -58,6 +58,8 @@ class Section:
 class Spread:
     """A tensor over several chunks; see :class:`broker.messages.Pieces`."""
 
+    is_finite = False
+
     def __init__(self, shape: tuple[int, ...], dtype: np.dtype[Any], flats: list[Array]) -> None:
         self.shape = shape
         self.dtype = dtype

@@ -6,12 +6,14 @@ cannot be expressed.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping, Sequence
 
 import xxhash
 
+from broker.codecs import Codec, applies
 from broker.errors import ModelMismatch, WireError
-from broker.messages import DTYPES, Array, ModelSpec, Values, as_bytes, pieces
+from broker.messages import DTYPES, Array, ModelSpec, Values, as_bytes, pieces, whole
+from broker.wire.encoded import Encoded, planes_of
 from broker.wire.envelope import aligned
 from broker.wire.section import Section
 
@@ -23,16 +25,19 @@ def spec_of(array: Values) -> tuple[tuple[int, ...], str]:
     return tuple(array.shape), array.dtype.name
 
 
-def data_length(model: ModelSpec) -> int:
-    """Size in bytes of the data section that holds ``model``'s tensors."""
+def data_length(model: ModelSpec, codec: Codec | None = None) -> int:
+    """Size in bytes of the data section that holds ``model``'s tensors, in ``codec``."""
     position = 0
     for tensor in model.tensors:
-        position = aligned(position) + tensor.nbytes
+        for plane in planes_of(tensor, codec):
+            position = aligned(position) + plane.nbytes
     return position
 
 
-def blocks(model: ModelSpec, tensors: Mapping[str, Values]) -> list[memoryview]:
+def blocks(model: ModelSpec, tensors: Mapping[str, Values], codec: Codec | None = None) -> list[memoryview]:
     """The data section of ``tensors`` in ``model``'s order: their bytes, not copied where they are contiguous.
+
+    With ``codec``, those that it applies to must be :class:`Encoded`.
 
     Raises :class:`ModelMismatch` if a tensor is missing, surplus, or of another shape or dtype.
     """
@@ -45,10 +50,13 @@ def blocks(model: ModelSpec, tensors: Mapping[str, Values]) -> list[memoryview]:
     result: list[memoryview] = []
     position = 0
     for tensor in model.tensors:
-        if padding := aligned(position) - position:
-            result.append(memoryview(bytes(padding)))
-        position = aligned(position) + tensor.nbytes
-        result += [_bytes_of(piece, tensor.dtype) for piece in pieces(tensors[tensor.name])]
+        values = tensors[tensor.name]
+        planes: Sequence[Values] = values.planes if isinstance(values, Encoded) else [values]
+        for spec, plane in zip(planes_of(tensor, codec), planes, strict=True):
+            if padding := aligned(position) - position:
+                result.append(memoryview(bytes(padding)))
+            position = aligned(position) + spec.nbytes
+            result += [_bytes_of(piece, spec.dtype) for piece in pieces(plane)]
     return result
 
 
@@ -56,23 +64,26 @@ def _bytes_of(array: Array, dtype: str) -> memoryview:
     return as_bytes(array.astype(DTYPES[dtype]) if array.dtype.byteorder == ">" else array)
 
 
-def read(model: ModelSpec, section: Section) -> dict[str, Values]:
-    """The tensors in ``section`` by name, read-only; no bytes are copied.
+def read(model: ModelSpec, section: Section, codec: Codec | None = None, seed: int = 0) -> dict[str, Values]:
+    """The tensors in ``section`` by name, read-only; no bytes are copied, but for planes that lie in several parts.
 
-    Raises :class:`WireError` if ``section`` has another length than ``model`` says, or cuts an element in two.
+    Raises :class:`WireError` if ``section`` has another length than ``model`` says, cuts an element in two, or holds
+    planes that no encoder gives.
     """
-    expected = data_length(model)
+    expected = data_length(model, codec)
     if section.nbytes != expected:
         raise WireError(f"the tensors take {section.nbytes} bytes; the table describes {expected}")
-    return dict(_views(model, section))
-
-
-def _views(model: ModelSpec, section: Section) -> Iterator[tuple[str, Values]]:
+    result: dict[str, Values] = {}
     position = 0
     for tensor in model.tensors:
-        position = aligned(position)
-        yield tensor.name, section.tensor(tensor, position)
-        position += tensor.nbytes
+        planes: list[Values] = []
+        for spec in planes_of(tensor, codec):
+            position = aligned(position)
+            planes.append(section.tensor(spec, position))
+            position += spec.nbytes
+        is_encoded = codec is not None and applies(tensor)
+        result[tensor.name] = Encoded(tensor, codec, [whole(p) for p in planes], seed) if is_encoded else planes[0]  # type: ignore[arg-type]
+    return result
 
 
 def checksum(pieces: list[memoryview] | memoryview) -> str:

@@ -111,6 +111,10 @@ class AggregatorConfig(Table):
     """In which lossy code workers send updates: ``bf16``, ``fp16``, ``int8``, ``eden:1`` to ``eden:4``, ``topk:0.01``;
     empty for none. See docs/compression.md."""
 
+    version_codec: Annotated[str, AfterValidator(_checked_codec)] = ""
+    """In which lossy code workers get what a version changes: as ``update_codec``. Those who have missed one get the
+    whole version. Takes two more models' worth of the aggregator's memory."""
+
     seed: Annotated[int, Field(ge=0, le=2**53)] = 0
     """From which workers are sampled."""
     commit_count: Annotated[int, Field(ge=1, le=1000)] = 32

@@ -16,6 +16,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from aggregator.archive import UpdateArchive, base_file
+from aggregator.broadcasts import Broadcasts
 from aggregator.checkpoint import CheckpointStore
 from aggregator.config import AggregatorConfig
 from aggregator.core import effects as do
@@ -46,11 +47,10 @@ from broker.transport import (
     Disconnected,
     Failed,
     Incoming,
-    Outgoing,
     Source,
     Standby,
 )
-from broker.wire import CHUNK_OVERHEAD, encode_in_chunks, encode_parts
+from broker.wire import encode_parts
 
 __all__ = ["AggregatorService", "Outcome", "rules_of"]
 
@@ -103,7 +103,7 @@ class AggregatorService:
         """Whether it has owned the run."""
         self._config = config
         self._store = store
-        self._chunk_bytes, self._pack_chunks = chunk_bytes, pack_chunks
+        self._versions = Broadcasts(run, chunk_bytes=chunk_bytes, codec=config.version_codec, lossless=pack_chunks)
         self._accept_older, self._drop_changes = accept_older, drop_changes
         self._wall = time.time() - time.monotonic()
         self._led: _Reign | None = None
@@ -352,7 +352,7 @@ class AggregatorService:
 
     def _admit(self, workers: Iterable[str], model_bytes: int) -> None:
         """Whoever trains a model that does not fit into one message needs an outbox."""
-        if model_bytes + CHUNK_OVERHEAD > self._chunk_bytes:
+        if self._versions.is_in_chunks(model_bytes):
             for worker in workers:
                 self._transport.admit(worker)
 
@@ -436,13 +436,13 @@ class AggregatorService:
             model=effect.model,
             tensors=effect.parameters,
         )
-        future = self._transport.broadcast(self._outgoing(message))
+        future = self._transport.broadcast(self._versions.message(message, self._transport.max_message_bytes))
         self._broadcasts.add(future)
         future.add_done_callback(self._broadcast_done)
 
     def _prepare(self, snapshot: Snapshot) -> None:
         """While a version becomes durable its chunks are sent ahead; nobody looks at them before it is broadcast."""
-        if snapshot.version == self._prepared or snapshot.model.nbytes + CHUNK_OVERHEAD <= self._chunk_bytes:
+        if snapshot.version == self._prepared or not self._versions.is_in_chunks(snapshot.model.nbytes):
             return
         self._prepared = snapshot.version
         message = Parameters(
@@ -454,22 +454,7 @@ class AggregatorService:
             model=snapshot.model,
             tensors=snapshot.parameters,
         )
-        self._transport.prepare(self._outgoing(message))
-
-    def _outgoing(self, message: Parameters) -> Outgoing:
-        headers: dict[str, str | int] = {
-            "run": self.run_name,
-            "epoch": message.epoch,
-            "version": message.version,
-            "attempt": message.plan.attempt,
-            "done": int(message.plan.done),
-        }
-        message_id = f"{self.run_name}/{message.epoch}/{message.version}"
-        largest = min(self._chunk_bytes, self._transport.max_message_bytes)
-        body, chunks = encode_in_chunks(message, message_id, largest, lossless=self._pack_chunks)
-        if chunks:
-            headers |= {"chunks": len(chunks), "bytes": message.model.nbytes}
-        return Outgoing(body=body, chunks=chunks, headers=headers, message_id=message_id)
+        self._transport.prepare(self._versions.message(message, self._transport.max_message_bytes))
 
     def _broadcast_done(self, future: Future[None]) -> None:
         self._broadcasts.discard(future)

@@ -350,12 +350,15 @@ class MemoryWorkerTransport(_Endpoint):
             headers = {**message.headers, "message_id": message.message_id}
             self._broker.hand(self.sink, Delivery(source=Source.PARAMETERS, body=message.body, headers=headers))
 
-    def fetch(self, delivery: Delivery) -> None:
+    def fetch(self, delivery: Delivery, part: range | None = None) -> None:
         """See the port. Only the newest version's chunks are kept."""
         with self._broker.turn():
             newest = self._run.newest
             is_there = newest is not None and newest.message_id == delivery.headers.get("message_id")
-            chunks = tuple(newest.chunks) if newest is not None and is_there else None
+            chunks = None
+            if newest is not None and is_there:
+                wanted = range(len(newest.chunks)) if part is None else part
+                chunks = tuple(newest.chunks[index] for index in wanted)
             self._broker.hand(self.sink, replace(delivery, chunks=chunks, lost="" if is_there else "it is past"))
 
     def _send(self, message: Outgoing, source: Source) -> Future[None]:

@@ -27,6 +27,7 @@ __all__ = [
     "Action",
     "ChunkHead",
     "Command",
+    "Delta",
     "Event",
     "EventKind",
     "Goodbye",
@@ -397,6 +398,19 @@ class Parameters(ParametersHead):
     seed: int = 0
 
 
+@strict
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Delta:
+    """How a version differs from the one before, in a codec: what whoever has that one needs."""
+
+    base: Text
+    """The ``state`` of the version before."""
+    codec: Text
+    seed: Count
+    nbytes: Count
+    chunks: tuple[tuple[Count, Text], ...]
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Manifest:
     """A message whose tensors travel apart, as a sequence of chunks (see ``FORMAT.md``)."""
@@ -409,6 +423,10 @@ class Manifest:
     """Size in bytes and checksum of each chunk's part of the section, in order."""
     codec: str = ""
     seed: int = 0
+    state: str = ""
+    """Of a version that is told by deltas: what names its tensors and those of all versions before, in a chain."""
+    delta: Delta | None = None
+    """Its chunks follow on ``chunks``, which hold the whole version."""
 
 
 @strict

@@ -65,7 +65,7 @@ class Delivery:
     source: Source
     body: bytes
     chunks: tuple[bytes, ...] | None = None
-    """Of a message in chunks that was fetched, all of them in order."""
+    """Of a message in chunks that was fetched, all that were asked for, in order."""
     lost: str = ""
     """Why some of its chunks could not be fetched; there are none then."""
     headers: Mapping[str, str | int] = field(default_factory=dict)
@@ -199,8 +199,8 @@ class WorkerTransport(Protocol):
         :class:`MessageTooLarge` if it never will. Of chunks, those that were confirmed are not sent again.
         """
 
-    def fetch(self, delivery: Delivery) -> None:
-        """Get the chunks of the version whose manifest ``delivery`` is; it is delivered again, with them.
+    def fetch(self, delivery: Delivery, part: range | None = None) -> None:
+        """Get the chunks of the version whose manifest ``delivery`` is, or ``part`` of them; it comes again with them.
 
         One at a time: another call takes the place of the one before, if that is not done yet. Goes on after a
         broken connection with the chunks that are missing.

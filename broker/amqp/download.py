@@ -29,13 +29,14 @@ SILENCE_BYTES = 4096
 class Download:
     """One version's chunks. Goes on after a broken connection with those that are missing."""
 
-    def __init__(self, delivery: Delivery, deliver: Callable[[Delivery], None]) -> None:
+    def __init__(self, delivery: Delivery, part: range | None, deliver: Callable[[Delivery], None]) -> None:
+        """``part`` says which of the version's chunks; None is all."""
         self._delivery = delivery
         self._deliver = deliver
         headers = delivery.headers
         count = headers.get("chunks")
         self._of = str(headers.get("message_id", ""))
-        self._count = count if isinstance(count, int) else 0
+        self._part = part if part is not None else range(count if isinstance(count, int) else 0)
         self._runs = runs_of(headers.get("offsets", ""))
         self._chunks: dict[int, bytes] = {}
         self.is_over = False
@@ -48,16 +49,16 @@ class Download:
             await self._read(channel, stream, offset, range(start, start + count))
             start += count
         self.is_over = True
-        if len(self._chunks) == self._count:
-            chunks = tuple(self._chunks.pop(index) for index in range(self._count))
+        if len(self._chunks) == len(self._part):
+            chunks = tuple(self._chunks.pop(index) for index in self._part)
             self._deliver(replace(self._delivery, chunks=chunks))
         else:
-            problem = f"{len(self._chunks)} of {self._count} chunks of {self._of} are in {stream}"
+            problem = f"{len(self._chunks)} of {len(self._part)} chunks of {self._of} are in {stream}"
             self._deliver(replace(self._delivery, lost=problem))
 
     async def _read(self, main: Channel, stream: str, offset: int, wanted: range) -> None:
         """Read those of ``wanted`` that are missing; the first of them stands at ``offset`` or not far behind."""
-        missing = {index for index in wanted if index not in self._chunks}
+        missing = {index for index in wanted if index in self._part and index not in self._chunks}
         if not missing:
             return
         channel = await main.session.channel()

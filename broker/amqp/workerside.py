@@ -60,9 +60,9 @@ class AmqpWorkerTransport(Side):
         if isinstance(done.exception(), Unroutable):
             self._uploader.forget()  # the outbox is not there: what was in it, if it was, is gone
 
-    def fetch(self, delivery: Delivery) -> None:
+    def fetch(self, delivery: Delivery, part: range | None = None) -> None:
         """See the port."""
-        self._consumer.call(self._fetch, delivery)
+        self._consumer.call(self._fetch, delivery, part)
 
     def control(self, message: Outgoing) -> Future[None]:
         """See the port. Fails like :meth:`publish`; send it again then."""
@@ -111,8 +111,8 @@ class AmqpWorkerTransport(Side):
                 # Somebody may have deleted the exchange, and with it this, and somebody else have made it again.
                 await channel.bind(notices, EVENTS, key)
 
-    def _fetch(self, delivery: Delivery) -> None:
-        self._download = Download(delivery, self._hand)
+    def _fetch(self, delivery: Delivery, part: range | None) -> None:
+        self._download = Download(delivery, part, self._hand)
         self._wish.set()
 
     async def _download_on(self, channel: Channel) -> None:

@@ -1,7 +1,21 @@
 """Messages as bytes; the format is ``FORMAT.md`` beside this file. No I/O, no clock, no randomness."""
 
 from broker.wire.chunks import CHUNK_OVERHEAD, encode_in_chunks, join
+from broker.wire.deltas import Shared, delta_range, follow, told_by_delta
 from broker.wire.encoded import compressed
 from broker.wire.messages import Message, decode, encode, encode_parts
 
-__all__ = ["CHUNK_OVERHEAD", "Message", "compressed", "decode", "encode", "encode_in_chunks", "encode_parts", "join"]
+__all__ = [
+    "CHUNK_OVERHEAD",
+    "Message",
+    "Shared",
+    "compressed",
+    "decode",
+    "delta_range",
+    "encode",
+    "encode_in_chunks",
+    "encode_parts",
+    "follow",
+    "join",
+    "told_by_delta",
+]

@@ -19,7 +19,7 @@ from broker.wire.envelope import ALIGNMENT, aligned, pack
 from broker.wire.messages import chunk_header, encode, manifest_of, read_chunk, section_of, with_tensors
 from broker.wire.section import Section
 
-__all__ = ["CHUNK_OVERHEAD", "Chunks", "encode_in_chunks", "join"]
+__all__ = ["CHUNK_OVERHEAD", "Chunks", "encode_in_chunks", "join", "part_size", "section_from"]
 
 #: What a chunk's body takes beyond its part of the section, at most.
 CHUNK_OVERHEAD = 1024
@@ -32,11 +32,13 @@ LEVEL = 1
 class Chunks(Sequence[bytes]):
     """The bodies of a message's chunks, each made when it is asked for."""
 
-    def __init__(self, section: Section, of: str, size: int, *, lossless: bool) -> None:
+    def __init__(self, section: Section, of: str, size: int, *, lossless: bool, first: int = 0) -> None:
+        """``first`` is the index that the first one has among all of the message's chunks."""
         self._section = section
         self._of = of
         self._size = size
         self._lossless = lossless
+        self._first = first
 
     def __len__(self) -> int:
         """How many there are."""
@@ -51,7 +53,7 @@ class Chunks(Sequence[bytes]):
         if isinstance(index, slice):
             return [self[i] for i in range(*index.indices(len(self)))]
         views = self._views(index)
-        head = ChunkHead(of=self._of, index=range(len(self))[index])
+        head = ChunkHead(of=self._of, index=self._first + range(len(self))[index])
         if self._lossless:
             plain = b"".join(views)
             packed = zstandard.ZstdCompressor(level=LEVEL).compress(plain)
@@ -96,9 +98,13 @@ def encode_in_chunks(
     section = section_of(message)
     if section.nbytes + CHUNK_OVERHEAD <= chunk_bytes and len(body := encode(message)) <= chunk_bytes:
         return body, ()
-    size = max((chunk_bytes - CHUNK_OVERHEAD) // ALIGNMENT, 1) * ALIGNMENT
-    chunks = Chunks(section, of, size, lossless=lossless)
+    chunks = Chunks(section, of, part_size(chunk_bytes), lossless=lossless)
     return encode(manifest_of(message, section.nbytes, chunks.sums())), chunks
+
+
+def part_size(chunk_bytes: int) -> int:
+    """How much of a section goes into a chunk whose body has at most ``chunk_bytes``."""
+    return max((chunk_bytes - CHUNK_OVERHEAD) // ALIGNMENT, 1) * ALIGNMENT
 
 
 def join(manifest: Manifest, of: str, chunks: Iterable[bytes]) -> Update | Parameters:
@@ -106,14 +112,19 @@ def join(manifest: Manifest, of: str, chunks: Iterable[bytes]) -> Update | Param
 
     Raises :class:`WireError` if a chunk is missing, damaged, of another message, or larger than announced.
     """
+    return with_tensors(manifest, section_from(manifest.chunks, of, chunks))
+
+
+def section_from(announced: Sequence[tuple[int, str]], of: str, chunks: Iterable[bytes], *, first: int = 0) -> Section:
+    """The section whose parts have the ``announced`` sizes and checksums. Raises as :func:`join`."""
     parts = []
     for index, body in enumerate(chunks):
-        if index >= len(manifest.chunks):
-            raise WireError(f"more chunks than the {len(manifest.chunks)} that the manifest announces")
-        parts.append(_part(body, of, index, *manifest.chunks[index]))
-    if len(parts) < len(manifest.chunks):
-        raise WireError(f"{len(parts)} of {len(manifest.chunks)} chunks")
-    return with_tensors(manifest, Section(parts))
+        if index >= len(announced):
+            raise WireError(f"more chunks than the {len(announced)} that the manifest announces")
+        parts.append(_part(body, of, first + index, *announced[index]))
+    if len(parts) < len(announced):
+        raise WireError(f"{len(parts)} of {len(announced)} chunks")
+    return Section(parts)
 
 
 def _part(body: bytes, of: str, index: int, size: int, checksum: str) -> memoryview:

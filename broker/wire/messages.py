@@ -13,6 +13,7 @@ from broker.errors import WireError, first_problem
 from broker.messages import (
     ChunkHead,
     Command,
+    Delta,
     Event,
     Goodbye,
     Hello,
@@ -68,6 +69,8 @@ def encode(message: Message) -> bytes:
         header = _head(message.head) | {"model": _model(message.model)}
         chunks = [list(chunk) for chunk in message.chunks]
         header["data"] = {"nbytes": message.nbytes, "chunks": chunks, **_code(message)}
+        if message.state:
+            header["data"] |= {"state": message.state, "delta": _plain(message.delta) if message.delta else None}
         return pack(header)
     if isinstance(message, Update | Parameters):
         return b"".join(encode_parts(message))
@@ -206,13 +209,35 @@ def _read_model(value: Any) -> ModelSpec:
 
 
 def _read_manifest(whole: Manifest, section: dict[str, Any], data: memoryview) -> Manifest:
-    chunks = section["chunks"]
+    state, delta = section.pop("state", ""), section.pop("delta", None)
+    if section.keys() != {"nbytes", "chunks"} or data.nbytes:
+        raise WireError("the header does not describe chunks")
+    if not isinstance(state, str) or (delta is not None and not state):
+        raise WireError("a version that is told by deltas has a state")
+    return replace(
+        whole,
+        chunks=_chunk_list(section["chunks"], whole.nbytes),
+        state=state,
+        delta=None if delta is None else _read_delta(whole.model, delta),
+    )
+
+
+def _chunk_list(chunks: Any, nbytes: int) -> tuple[tuple[int, str], ...]:
     well_formed = isinstance(chunks, tuple) and all(
         isinstance(chunk, tuple) and len(chunk) == 2 and isinstance(chunk[0], int) and isinstance(chunk[1], str)
         for chunk in chunks
     )
-    if section.keys() != {"nbytes", "chunks"} or not well_formed or data.nbytes:
+    if not well_formed:
         raise WireError("the list of chunks is malformed")
-    if any(size <= 0 for size, _ in chunks) or sum(size for size, _ in chunks) != section["nbytes"]:
+    if any(size <= 0 for size, _ in chunks) or sum(size for size, _ in chunks) != nbytes:
         raise WireError("the chunks' sizes do not add up to the announced size")
-    return replace(whole, chunks=chunks)
+    return chunks  # type: ignore[no-any-return]
+
+
+def _read_delta(model: ModelSpec, value: Any) -> Delta:
+    delta: Delta = _validated(Delta, value)
+    expected = data_length(model, known_codec(delta.codec))
+    if delta.nbytes != expected:
+        raise WireError(f"a delta of {delta.nbytes} bytes; in this code it has {expected}")
+    _chunk_list(delta.chunks, delta.nbytes)
+    return delta

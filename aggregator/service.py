@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import queue
+import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping
@@ -23,7 +24,7 @@ from aggregator.core import events as on
 from aggregator.core.controls import Order
 from aggregator.core.machine import RoundMachine
 from aggregator.core.rules import Rules
-from aggregator.core.snapshot import Changes, Snapshot
+from aggregator.core.snapshot import Changes, Snapshot, SnapshotHead
 from aggregator.history import History
 from aggregator.reading import from_aside, read_update
 from aggregator.reporting import Reporter
@@ -64,6 +65,10 @@ RETRY_SECONDS = 5.0
 LISTEN_SECONDS = 2.0
 #: How long a leaving aggregator goes on settling what has been delivered already.
 DRAIN_SECONDS = 0.3
+#: How long an update waits until a checkpoint has read the accumulator. If the disk takes longer, it is copied.
+COPY_SECONDS = 1.0
+#: Below this size of a model, in bytes, copying takes less than waiting.
+COPY_BYTES = 16 * 2**20
 #: Kept updates, in sizes of the model, after which another state is kept to begin replays with.
 BASE_EVERY = 64
 
@@ -108,6 +113,7 @@ class AggregatorService:
         self._history = History(folder / "history.jsonl")
         self._inbox: queue.SimpleQueue[Incoming | on.Happening] = queue.SimpleQueue()
         self._writer = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
+        self._copied: tuple[int, threading.Event] = 0, threading.Event()
         self._broadcasts: set[Future[None]] = set()
         self._wake_at: float | None = None
         self._touched = 0.0
@@ -152,27 +158,44 @@ class AggregatorService:
 
     def _loop(self, is_over: Callable[[], bool]) -> None:
         while not is_over():
-            now = self._now()
-            timeout = IDLE_SECONDS if self._wake_at is None else min(max(self._wake_at - now, 0.0), IDLE_SECONDS)
-            try:
-                item = self._inbox.get(timeout=min(timeout, DRAIN_SECONDS) if self._finish else timeout)
-            except queue.Empty:
-                item = on.Tick()
-            self._show_life()
-            if self._claim_again is not None and time.monotonic() > self._claim_again[0]:
-                self._inbox.put(item)
-                item = self._claim_again[1]
-            event = self._arrival = self._event(item)
-            if event is None:
-                continue
-            if self._led is None:
-                if isinstance(event, on.StopRequested):
-                    self._finish = "stopped"
-                continue
-            self._wake_at = None  # the machine says it anew, if there is anything that time alone will change
-            for effect in self._led.machine.handle(event, self._now()):
-                self._perform(effect)
-            self._delivery = self._arrival = None
+            self._take(self._next())  # no name: an update would take memory here until the next one is there
+
+    def _next(self) -> Incoming | on.Happening:
+        now = self._now()
+        timeout = IDLE_SECONDS if self._wake_at is None else min(max(self._wake_at - now, 0.0), IDLE_SECONDS)
+        try:
+            return self._inbox.get(timeout=min(timeout, DRAIN_SECONDS) if self._finish else timeout)
+        except queue.Empty:
+            return on.Tick()
+
+    def _take(self, item: Incoming | on.Happening) -> None:
+        self._show_life()
+        if self._claim_again is not None and time.monotonic() > self._claim_again[0]:
+            self._inbox.put(item)
+            item = self._claim_again[1]
+        event = self._arrival = self._event(item)
+        if event is None:
+            return
+        if self._led is None:
+            if isinstance(event, on.StopRequested):
+                self._finish = "stopped"
+            return
+        if isinstance(event, on.Arrived):
+            self._await_copy(self._led.machine)
+        self._handle(event, self._led.machine)
+        self._delivery = self._arrival = None
+
+    def _handle(self, event: on.Happening, machine: RoundMachine) -> None:
+        self._wake_at = None  # the machine says it anew, if there is anything that time alone will change
+        for effect in machine.handle(event, self._now()):
+            self._perform(effect)
+
+    def _await_copy(self, machine: RoundMachine) -> None:
+        """Give the checkpoint on its way some time to read the accumulator, lest the next update makes a copy of it."""
+        commit, is_copied = self._copied
+        if machine.lends and machine.model.nbytes >= COPY_BYTES and is_copied.wait(COPY_SECONDS):
+            # The inbox has this, too, but behind others.
+            self._handle(on.CheckpointCopied(commit), machine)
 
     def _listen(self) -> None:
         """Superseded: because the turn was lost (one that hung hears of it late), or though it was not?"""
@@ -383,7 +406,8 @@ class AggregatorService:
                 assert self._delivery is not None  # noqa: S101  (a rejection answers the delivery at hand)
                 self._transport.reject(token, reason, detail, self._delivery)
             case do.WriteCheckpoint(commit, snapshot):
-                self._writer.submit(self._write, commit, snapshot)
+                self._copied = commit, threading.Event()
+                self._writer.submit(self._write, commit, snapshot, self._copied[1])
             case do.Broadcast():
                 self._broadcast(effect)
             case do.Tell(worker, reason, detail, update):
@@ -404,12 +428,16 @@ class AggregatorService:
         whole = [self._delivery.body] if self._delivery.chunks is None else encode_parts(self._arrival.update)
         archive.add(*whole)
 
-    def _write(self, commit: int, snapshot: Snapshot) -> None:
+    def _write(self, commit: int, snapshot: Snapshot, is_copied: threading.Event) -> None:
+        def give_back() -> None:
+            self._inbox.put(on.CheckpointCopied(commit))
+            is_copied.set()
+
         try:
             self._history.sync()
             if self._led is not None and self._led.archive is not None:
                 self._led.archive.sync()
-            self._store.write(snapshot)
+            self._store.write(snapshot, give_back)
             if self._led is not None:
                 self._led.keep_another_base(self._store, snapshot)
         except CheckpointNotWritten as error:
@@ -421,6 +449,8 @@ class AggregatorService:
             raise
         else:
             self._inbox.put(on.CheckpointWritten(commit))
+        finally:
+            is_copied.set()  # whatever happened, nothing of the snapshot is read any more
 
     def _broadcast(self, effect: do.Broadcast) -> None:
         message = Parameters(
@@ -512,7 +542,7 @@ class _Reign:
             self._based_at = self.archive.size
 
 
-def rules_of(config: AggregatorConfig, snapshot: Snapshot, changes: Changes) -> Rules:
+def rules_of(config: AggregatorConfig, snapshot: SnapshotHead, changes: Changes) -> Rules:
     """The rules that ``config`` with ``changes`` makes for the run of ``snapshot``.
 
     Raises :class:`ConfigError` if they do not go together, or not with how the run has been going on.

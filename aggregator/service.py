@@ -13,7 +13,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor, wait
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from aggregator.archive import UpdateArchive, base_file
@@ -65,10 +65,13 @@ RETRY_SECONDS = 5.0
 LISTEN_SECONDS = 2.0
 #: How long a leaving aggregator goes on settling what has been delivered already.
 DRAIN_SECONDS = 0.3
-#: How long an update waits until a checkpoint has read the accumulator. If the disk takes longer, it is copied.
-COPY_SECONDS = 1.0
+#: How long an update waits until a checkpoint lets go of memory, and one second more for each so many bytes of model;
+#: far below the minute after which health checks think that it hangs. If the disk takes longer, memory is taken.
+WAIT_SECONDS = 1.0
+WAIT_BYTES = 250e6
+MAX_WAIT_SECONDS = 10.0
 #: Below this size of a model, in bytes, copying takes less than waiting.
-COPY_BYTES = 16 * 2**20
+LARGE = 16 * 2**20
 #: Kept updates, in sizes of the model, after which another state is kept to begin replays with.
 BASE_EVERY = 64
 
@@ -113,7 +116,7 @@ class AggregatorService:
         self._history = History(folder / "history.jsonl")
         self._inbox: queue.SimpleQueue[Incoming | on.Happening] = queue.SimpleQueue()
         self._writer = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
-        self._copied: tuple[int, threading.Event] = 0, threading.Event()
+        self._writing: _Writing | None = None
         self._broadcasts: set[Future[None]] = set()
         self._wake_at: float | None = None
         self._touched = 0.0
@@ -181,7 +184,7 @@ class AggregatorService:
                 self._finish = "stopped"
             return
         if isinstance(event, on.Arrived):
-            self._await_copy(self._led.machine)
+            self._await_disk(self._led.machine)
         self._handle(event, self._led.machine)
         self._delivery = self._arrival = None
 
@@ -190,12 +193,23 @@ class AggregatorService:
         for effect in machine.handle(event, self._now()):
             self._perform(effect)
 
-    def _await_copy(self, machine: RoundMachine) -> None:
-        """Give the checkpoint on its way some time to read the accumulator, lest the next update makes a copy of it."""
-        commit, is_copied = self._copied
-        if machine.lends and machine.model.nbytes >= COPY_BYTES and is_copied.wait(COPY_SECONDS):
-            # The inbox has this, too, but behind others.
-            self._handle(on.CheckpointCopied(commit), machine)
+    def _await_disk(self, machine: RoundMachine) -> None:
+        """Give the checkpoint on its way some time, lest the next update takes the memory of another model.
+
+        It could be taken in at once: the machine copies the accumulator while that is read, and begins another one
+        beside two versions of the parameters. What is heard of here the inbox has, too, but behind others.
+        """
+        writing = self._writing
+        if writing is None or machine.model.nbytes < LARGE or not (machine.lends or machine.trails):
+            return
+        patience = min(WAIT_SECONDS + machine.model.nbytes / WAIT_BYTES, MAX_WAIT_SECONDS)
+        self._writing = None  # once: updates that are not folded would wait as well
+        if machine.lends and writing.is_copied.wait(patience):
+            self._handle(on.CheckpointCopied(writing.commit), machine)
+        elif machine.trails and wait([writing.outcome], patience).done and not writing.outcome.exception():
+            outcome = writing.outcome.result()
+            if outcome is not None:
+                self._handle(outcome, machine)
 
     def _listen(self) -> None:
         """Superseded: because the turn was lost (one that hung hears of it late), or though it was not?"""
@@ -406,8 +420,9 @@ class AggregatorService:
                 assert self._delivery is not None  # noqa: S101  (a rejection answers the delivery at hand)
                 self._transport.reject(token, reason, detail, self._delivery)
             case do.WriteCheckpoint(commit, snapshot):
-                self._copied = commit, threading.Event()
-                self._writer.submit(self._write, commit, snapshot, self._copied[1])
+                is_copied = threading.Event()
+                outcome = self._writer.submit(self._write, commit, snapshot, is_copied)
+                self._writing = _Writing(commit, is_copied, outcome)
             case do.Broadcast():
                 self._broadcast(effect)
             case do.Tell(worker, reason, detail, update):
@@ -428,11 +443,16 @@ class AggregatorService:
         whole = [self._delivery.body] if self._delivery.chunks is None else encode_parts(self._arrival.update)
         archive.add(*whole)
 
-    def _write(self, commit: int, snapshot: Snapshot, is_copied: threading.Event) -> None:
+    def _write(
+        self, commit: int, snapshot: Snapshot, is_copied: threading.Event
+    ) -> on.CheckpointWritten | on.CheckpointFailed | None:
+        """On the writer's thread; what the machine is to be told, which is in the inbox already. None: it is over."""
+
         def give_back() -> None:
             self._inbox.put(on.CheckpointCopied(commit))
             is_copied.set()
 
+        outcome: on.CheckpointWritten | on.CheckpointFailed = on.CheckpointWritten(commit)
         try:
             self._history.sync()
             if self._led is not None and self._led.archive is not None:
@@ -441,16 +461,17 @@ class AggregatorService:
             if self._led is not None:
                 self._led.keep_another_base(self._store, snapshot)
         except CheckpointNotWritten as error:
-            self._inbox.put(on.CheckpointFailed(commit, str(error)))
+            outcome = on.CheckpointFailed(commit, str(error))
         except FedmqError as error:
             self._inbox.put(Failed(error))
+            return None
         except BaseException as error:
             self._inbox.put(Failed(FedmqError(f"writing checkpoint {commit}: {error!r}")))
             raise
-        else:
-            self._inbox.put(on.CheckpointWritten(commit))
         finally:
             is_copied.set()  # whatever happened, nothing of the snapshot is read any more
+        self._inbox.put(outcome)
+        return outcome
 
     def _broadcast(self, effect: do.Broadcast) -> None:
         message = Parameters(
@@ -512,6 +533,15 @@ class AggregatorService:
         seconds = self._now() - self._led.started
         write_results(self.folder, self.run_name, outcome, machine.parameters, seconds=seconds)
         return outcome
+
+
+@dataclass(frozen=True, slots=True)
+class _Writing:
+    """The checkpoint that is on its way, or was last."""
+
+    commit: int
+    is_copied: threading.Event
+    outcome: Future[on.CheckpointWritten | on.CheckpointFailed | None]
 
 
 class _Reign:

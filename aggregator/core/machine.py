@@ -93,8 +93,7 @@ class RoundMachine:
         fresh = rules.optimizer.init()
         # Another optimiser than before the restart starts without memory: the old slots mean nothing to it.
         self._optimizer_state = snapshot.optimizer if snapshot.optimizer.slots.keys() == fresh.slots.keys() else fresh
-        partial = snapshot.accumulator.count > 0
-        self._accumulator = snapshot.accumulator if partial else rules.strategy.init(snapshot.model)
+        self._accumulator = snapshot.accumulator
         self._ledger = Ledger(snapshot.ledger)
         self._round = Round(self.version, now, self._plan(0), entries=list(snapshot.entries))
         self._folds = _folds_of(snapshot, rules)
@@ -123,6 +122,15 @@ class RoundMachine:
     def lends(self) -> bool:
         """Whether a checkpoint on its way reads from the accumulator, so that the next fold has to copy it."""
         return self._commits.borrows(self._accumulator)
+
+    @property
+    def trails(self) -> bool:
+        """Whether the next fold begins a round while a checkpoint on its way reads the version before the newest.
+
+        It would take memory beside both versions.
+        """
+        flight = self._commits.flight
+        return flight is not None and flight.snapshot.version < self.version and not self._round.entries
 
     @property
     def fill(self) -> int:
@@ -248,7 +256,10 @@ class RoundMachine:
         return self._reject(token, head.id.worker, *refused, head.id)
 
     def _fold(self, update: Update, token: Token, nbytes: int, now: float) -> do.Effect:
-        if self._commits.borrows(self._accumulator):
+        if not self._round.entries:
+            # Not before, so that it can have the memory of parameters that have been replaced meanwhile.
+            self._accumulator = self.rules.strategy.init(self.model)
+        elif self.lends:
             self._accumulator = self._accumulator.copy()
         staleness = self.version - update.base_version
         weight = self.rules.strategy.fold(self._accumulator, update, staleness)
@@ -317,7 +328,6 @@ class RoundMachine:
         fresh = order.rules.optimizer.init()
         if self._optimizer_state.slots.keys() != fresh.slots.keys():
             self._optimizer_state = fresh
-        self._accumulator = order.rules.strategy.init(self.model)
         self._set_done(now)
 
     def _renew_plan(self) -> list[do.Effect]:
@@ -405,7 +415,7 @@ class RoundMachine:
         A step that is not finite becomes a version with the parameters of the one before: the run goes on, and
         its history tells which updates were left out. Raises :class:`StrategyError` if that goes on and on.
         """
-        if self._commits.borrows(self._accumulator):
+        if self.lends:
             self._accumulator = self._accumulator.copy()
         rules, entries, before = self.rules, tuple(self._round.entries), self._digest
         step, folds, self._folds = self._optimizer_state.step, self._folds, ()
@@ -448,7 +458,7 @@ class RoundMachine:
                 folds=() if all(settings == rules.settings for _, settings in folds) else folds,
             )
         )
-        self._accumulator = rules.strategy.init(self.model)
+        self._accumulator = Accumulator()
         self._take_up(now)
         self._set_done(now)
         self._round = Round(self.version, now, self._plan(0))
@@ -481,7 +491,7 @@ class RoundMachine:
             parameters=self.parameters,
             digest=self._digest,
             optimizer=self._optimizer_state,
-            accumulator=self._accumulator.lend() if self._accumulator.count else Accumulator(),
+            accumulator=self._accumulator.lend(),
             entries=tuple(self._round.entries),
             folds=self._folds,
             ledger=self._ledger.to_plain(),

@@ -17,10 +17,10 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
-from aggregator.checkpointfile import ForeignCheckpoint, contents, read_checkpoint, write_tensors
-from aggregator.core.snapshot import Snapshot, rolled_back
+from aggregator.checkpointfile import ForeignCheckpoint, contents, read_checkpoint, read_head, write_tensors
+from aggregator.core.snapshot import Snapshot, SnapshotHead, rolled_back
 from aggregator.disk import make_folder, sync_folder
 from aggregator.optimizers import OptimizerState
 from aggregator.strategies.base import Accumulator
@@ -45,6 +45,9 @@ RELOADS = 20
 #: The lock is held for milliseconds, unless its holder hangs.
 LOCK_SECONDS = 30.0
 LOCK_PAUSE = 0.01
+
+
+Read = TypeVar("Read", bound=SnapshotHead)
 
 
 class CheckpointStore:
@@ -74,29 +77,42 @@ class CheckpointStore:
         """
         return self._load()[0]
 
+    def head(self) -> SnapshotHead:
+        """The newest snapshot without its arrays, in a moment whatever the model's size. Raises as :meth:`load`.
+
+        Enough to look at a run, not to go on with it: tensors are not read, so damage in them goes unnoticed, and
+        where :meth:`load` would fall back behind a file, this may tell what stands in it.
+        """
+        return self._newest(read_head)[0]
+
     def read(self, file: Path) -> Snapshot:
         """What stands in ``file``.
 
         Raises :class:`CheckpointCorrupt` and the like if it cannot be relied on, :class:`WrongRun` if it is of
         another run.
         """
-        snapshot = read_checkpoint(file)
-        if snapshot.run != self.run:
-            raise WrongRun(f"{file.parent} holds run {snapshot.run!r}, not {self.run!r}: choose another --folder")
-        return snapshot
+        return self._ours(file, read_checkpoint(file))
+
+    def _ours(self, file: Path, found: Read) -> Read:
+        if found.run != self.run:
+            raise WrongRun(f"{file.parent} holds run {found.run!r}, not {self.run!r}: choose another --folder")
+        return found
 
     def _load(self) -> tuple[Snapshot, list[Path]]:
         """The newest snapshot that is whole, and the newer files that are not."""
+        return self._newest(read_checkpoint)
+
+    def _newest(self, read: Callable[[Path], Read]) -> tuple[Read, list[Path]]:
         for _ in range(RELOADS):
             files = self.files()
             try:
-                return self._newest_whole(files)
+                return self._newest_whole(files, read)
             except CheckpointError:
                 if all(file.exists() for file in files):
                     raise
         raise CheckpointError(f"{self.folder}: its files vanish while they are read; is somebody deleting them?")
 
-    def _newest_whole(self, files: list[Path]) -> tuple[Snapshot, list[Path]]:
+    def _newest_whole(self, files: list[Path], read: Callable[[Path], Read]) -> tuple[Read, list[Path]]:
         if not files:
             raise CheckpointMissing(
                 f"no checkpoint of run {self.run!r} in {self.folder}: make the first with "
@@ -106,7 +122,7 @@ class CheckpointStore:
         problems: list[str] = []
         for file in files:
             try:
-                snapshot = self.read(file)
+                snapshot = self._ours(file, read(file))
             except ForeignCheckpoint:
                 raise
             except CheckpointCorrupt as error:
@@ -169,7 +185,7 @@ class CheckpointStore:
             CheckpointNotWritten: the epoch cannot be made durable.
         """
         if not self.files():
-            self.load()  # says what is missing, before anything is made in a folder that may be a typing error
+            self.head()  # says what is missing, before anything is made in a folder that may be a typing error
         with self._locked():
             snapshot, damaged = self._load()
             known = max(self.stored_epoch(), snapshot.epoch)
@@ -203,15 +219,20 @@ class CheckpointStore:
                 file.replace(file.with_name(f"{file.name}.damaged"))
         return snapshot
 
-    def write(self, snapshot: Snapshot) -> Path:
+    def write(self, snapshot: Snapshot, copied: Callable[[], None] | None = None) -> Path:
         """Make ``snapshot`` durable; when this returns, it will survive a crash of this machine.
+
+        Args:
+            snapshot: its arrays are read until this returns or raises.
+            copied: called as soon as the accumulator is not read any more, long before it is durable. Not called if
+                there is no update in it, or if something fails before.
 
         Raises:
             StaleEpoch: another aggregator has claimed the run.
             CheckpointNotWritten: disk full, folder read-only and the like; the older checkpoints are untouched.
         """
         target = self._next_file()
-        self._put(snapshot, target, epoch=snapshot.epoch)
+        self._put(snapshot, target, epoch=snapshot.epoch, copied=copied)
         for old in self.files()[self._keep :]:
             with contextlib.suppress(OSError):
                 old.unlink()
@@ -236,7 +257,7 @@ class CheckpointStore:
         Raises what :meth:`load` and :meth:`write` raise, and :class:`CheckpointCorrupt` if there is something
         newer that cannot be read.
         """
-        self.load()  # says what is missing, before anything is made in a folder that may be a typing error
+        self.head()  # says what is missing, before anything is made in a folder that may be a typing error
         with self._locked():
             snapshot, damaged = self._load()
             if damaged:
@@ -250,10 +271,16 @@ class CheckpointStore:
         return changed
 
     def _put(
-        self, snapshot: Snapshot, target: Path, *, epoch: int | None = None, first: Callable[[], None] | None = None
+        self,
+        snapshot: Snapshot,
+        target: Path,
+        *,
+        epoch: int | None = None,
+        first: Callable[[], None] | None = None,
+        copied: Callable[[], None] | None = None,
     ) -> None:
         arrays, metadata = contents(snapshot)
-        self._replace(target, lambda file: write_tensors(file, arrays, metadata), epoch=epoch, first=first)
+        self._replace(target, lambda file: write_tensors(file, arrays, metadata, copied), epoch=epoch, first=first)
 
     def _next_file(self) -> Path:
         number = max(map(_number, self.files()), default=0) + 1

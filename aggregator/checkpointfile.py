@@ -4,8 +4,11 @@ Any tool of the field can open it. Tensors are named ``parameters/…``, ``optim
 ``accumulator/…``; everything else (ledger, epoch, partial round) is JSON in the file's metadata. ``checksum``
 there covers that JSON and the bytes of the tensors, ``layout`` their dtypes and shapes and the format.
 
-We write the format ourselves, since the library's ``save_file`` neither syncs nor streams (it would hold a
-second copy of the model); reading goes through the library.
+``head`` covers the JSON alone, for those who do not read the tensors.
+
+We write the format ourselves, since the library's ``save_file`` neither syncs nor streams (it would hold a second
+copy of the model). The library checks what is read; the tensors we read ourselves, straight to where they stay, since
+it would copy them out of a mapping of the file, and have each of them in memory twice.
 """
 
 from __future__ import annotations
@@ -13,7 +16,8 @@ from __future__ import annotations
 import json
 import re
 import struct
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, BinaryIO, ClassVar
@@ -23,13 +27,13 @@ import xxhash
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 from safetensors import SafetensorError, safe_open
 
-from aggregator.core.snapshot import Entry, Folds, Snapshot, VersionRecord
+from aggregator.core.snapshot import Entry, Folds, Snapshot, SnapshotHead, VersionRecord
 from aggregator.optimizers import OptimizerState
 from aggregator.strategies.base import Accumulator
 from broker.errors import CheckpointCorrupt, CheckpointError, CheckpointNotWritten
 from broker.messages import DTYPES, Array, ModelSpec, Scalar, Tensors, as_bytes
 
-__all__ = ["ForeignCheckpoint", "contents", "read_checkpoint", "write_tensors"]
+__all__ = ["ForeignCheckpoint", "contents", "read_checkpoint", "read_head", "write_tensors"]
 
 FORMAT = "fedmq-checkpoint-1"
 FORMATS = r"fedmq-checkpoint-\d+"
@@ -47,6 +51,10 @@ _SAFETENSORS_DTYPES = {
     "int64": "I64",
     "uint8": "U8",
 }
+
+_DTYPES = {theirs: DTYPES[ours] for ours, theirs in _SAFETENSORS_DTYPES.items()}
+
+_ACCUMULATOR = "accumulator/"
 
 #: Dtype, as the format calls it, and shape of each tensor.
 _Layout = Mapping[str, tuple[str, tuple[int, ...]]]
@@ -93,47 +101,92 @@ class _State:
 
 
 _ADAPTER: TypeAdapter[_State] = TypeAdapter(_State)
-_SHARED = {f.name for f in fields(_State)} & {f.name for f in fields(Snapshot)}
+_SHARED = {f.name for f in fields(SnapshotHead)}
 
 
 def read_checkpoint(file: Path) -> Snapshot:
-    """What stands in ``file``, checked.
+    """What stands in ``file``, checked. Takes the memory of the arrays that it returns, once.
 
     Raises:
         CheckpointCorrupt: torn, truncated or altered.
         ForeignCheckpoint: of a newer release.
         CheckpointError: the disk, or a right, does not let it be read; or it is not there any more.
     """
-    try:
-        with safe_open(file, framework="np") as content:
-            metadata = content.metadata() or {}
-            arrays, layout = {}, {}
-            for name in content.keys():  # noqa: SIM118 (no mapping)
-                part = content.get_slice(name)
-                layout[name] = part.get_dtype(), tuple(part.get_shape())
-                arrays[name] = content.get_tensor(name)
-    except OSError as error:
-        # The disk or a right, not the file: an older generation must not take its place.
-        raise CheckpointError(f"{file} cannot be read: {error.strerror or error}") from None
-    except (SafetensorError, ValueError, TypeError, AttributeError) as error:
-        raise CheckpointCorrupt(f"{file} cannot be read: {error}") from None
+    with _clear_errors(file):
+        metadata, layout = _described(file)
+        arrays = _read_tensors(file, layout)
     is_whole = metadata.get("checksum") == _checksum(metadata.get("state", ""), arrays)
-    if (found := metadata.get("format", "")) != FORMAT and not is_whole and re.fullmatch(FORMATS, found):
-        raise ForeignCheckpoint(f"{file}: format {found!r}, this release reads {FORMAT!r}: upgrade fedmq")
-    # The checkpoints of 0.1 have no ``layout``.
-    is_whole = is_whole and metadata.get("layout", _layout_sum(layout)) == _layout_sum(layout)
-    if not is_whole or found != FORMAT:
-        raise CheckpointCorrupt(f"{file}: the checksum does not match, the file was altered or damaged")
-    try:
-        state = _ADAPTER.validate_json(metadata["state"])
-    except ValidationError as error:
-        raise ForeignCheckpoint(
-            f"{file}: {error.error_count()} fields are not as this release expects: upgrade fedmq"
-        ) from None
+    state = _checked_state(file, metadata, layout, is_whole=is_whole)
     wanted = {f"parameters/{t.name}": (_SAFETENSORS_DTYPES[t.dtype], tuple(t.shape)) for t in state.model.tensors}
     if wanted != {name: kind for name, kind in layout.items() if name.startswith("parameters/")}:
         raise CheckpointCorrupt(f"{file}: its parameters are not those of its model, the file was altered or damaged")
     return _snapshot(state, arrays)
+
+
+def read_head(file: Path) -> SnapshotHead:
+    """What stands in ``file`` beside its tensors, which are not read: damage in them goes unnoticed.
+
+    What it returns has its own checksum; a checkpoint of before that is taken as it is. Raises as
+    :func:`read_checkpoint`.
+    """
+    with _clear_errors(file):
+        metadata, layout = _described(file)
+    state = _checked_state(file, metadata, layout, is_whole="state" in metadata)
+    return SnapshotHead(**{name: getattr(state, name) for name in _SHARED})
+
+
+@contextmanager
+def _clear_errors(file: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        # The disk or a right, not the file: an older generation must not take its place.
+        raise CheckpointError(f"{file} cannot be read: {error.strerror or error}") from None
+    except (SafetensorError, struct.error, ValueError, TypeError, KeyError, AttributeError) as error:
+        raise CheckpointCorrupt(f"{file} cannot be read: {error}") from None
+
+
+def _described(file: Path) -> tuple[dict[str, str], _Layout]:
+    """Metadata and layout; the library has looked whether the file has room for just these tensors."""
+    with safe_open(file, framework="np") as content:
+        parts = {name: content.get_slice(name) for name in content.keys()}  # noqa: SIM118 (no mapping)
+        layout = {name: (part.get_dtype(), tuple(part.get_shape())) for name, part in parts.items()}
+        return content.metadata() or {}, layout
+
+
+def _read_tensors(file: Path, layout: _Layout) -> dict[str, Array]:
+    """The tensors of a file that the library has opened."""
+    arrays: dict[str, Array] = {}
+    with file.open("rb") as content:
+        (length,) = struct.unpack("<Q", content.read(8))
+        header = json.loads(content.read(length))
+        for name in sorted(layout, key=lambda name: int(header[name]["data_offsets"][0])):
+            dtype, shape = layout[name]
+            if dtype not in _DTYPES:
+                raise ValueError(f"{name} is of dtype {dtype}")
+            arrays[name] = np.empty(shape, _DTYPES[dtype])
+            content.seek(8 + length + int(header[name]["data_offsets"][0]))
+            if content.readinto(as_bytes(arrays[name])) != arrays[name].nbytes:
+                raise ValueError(f"it ends within {name}")
+    return arrays
+
+
+def _checked_state(file: Path, metadata: Mapping[str, str], layout: _Layout, *, is_whole: bool) -> _State:
+    """The state in ``metadata``; ``is_whole`` says whether what was read beside it is what was written."""
+    found, text = metadata.get("format", ""), metadata.get("state", "")
+    # Earlier checkpoints have no ``head``, and those of 0.1 no ``layout``.
+    is_whole = is_whole and metadata.get("head") in (None, _sum_of(text))
+    if found != FORMAT and not is_whole and re.fullmatch(FORMATS, found):
+        raise ForeignCheckpoint(f"{file}: format {found!r}, this release reads {FORMAT!r}: upgrade fedmq")
+    is_whole = is_whole and metadata.get("layout") in (None, _layout_sum(layout))
+    if not is_whole or found != FORMAT:
+        raise CheckpointCorrupt(f"{file}: the checksum does not match, the file was altered or damaged")
+    try:
+        return _ADAPTER.validate_json(text)
+    except ValidationError as error:
+        raise ForeignCheckpoint(
+            f"{file}: {error.error_count()} fields are not as this release expects: upgrade fedmq"
+        ) from None
 
 
 def contents(snapshot: Snapshot) -> tuple[dict[str, Array], dict[str, str]]:
@@ -141,14 +194,23 @@ def contents(snapshot: Snapshot) -> tuple[dict[str, Array], dict[str, str]]:
     arrays = _arrays(snapshot)
     state = _ADAPTER.dump_json(_state(snapshot)).decode()
     layout = {name: (_SAFETENSORS_DTYPES[a.dtype.name], a.shape) for name, a in arrays.items()}
-    metadata = {"format": FORMAT, "state": state, "checksum": _checksum(state, arrays), "layout": _layout_sum(layout)}
-    return arrays, metadata
+    sums = {"checksum": _checksum(state, arrays), "layout": _layout_sum(layout), "head": _sum_of(state)}
+    return arrays, {"format": FORMAT, "state": state, **sums}
 
 
-def write_tensors(file: BinaryIO, arrays: Tensors, metadata: Mapping[str, str]) -> None:
+def write_tensors(
+    file: BinaryIO, arrays: Tensors, metadata: Mapping[str, str], copied: Callable[[], None] | None = None
+) -> None:
     """Write ``arrays`` to ``file`` in the safetensors format, without copying contiguous ones.
 
-    Wider elements first, as the library does, so that each tensor is aligned to its element's size.
+    Wider elements first, as the library does, so that each tensor is aligned to its element's size. The accumulator's
+    are at least as wide as the parameters they are sums of, and first by name: it is read first.
+
+    Args:
+        file: written to, neither flushed nor synced.
+        arrays: by name; read until this returns or raises.
+        metadata: what stands beside them.
+        copied: called as soon as the accumulator, if there is one in ``arrays``, is not read any more.
     """
     order = sorted(arrays, key=lambda name: (-arrays[name].itemsize, name))
     header: dict[str, Any] = {"__metadata__": dict(metadata)}
@@ -168,8 +230,11 @@ def write_tensors(file: BinaryIO, arrays: Tensors, metadata: Mapping[str, str]) 
         raise CheckpointNotWritten(f"the run's state takes {len(text)} bytes; safetensors reads up to {MAX_HEADER}")
     file.write(struct.pack("<Q", len(text)))
     file.write(text)
+    lent = [name for name in order if name.startswith(_ACCUMULATOR)]
     for name in order:
         file.write(as_bytes(arrays[name]))
+        if copied is not None and lent and name == lent[-1]:
+            copied()
 
 
 def _checksum(state: str, arrays: Tensors) -> str:
@@ -178,6 +243,10 @@ def _checksum(state: str, arrays: Tensors) -> str:
         digest.update(name.encode())
         digest.update(as_bytes(arrays[name]))
     return digest.hexdigest()
+
+
+def _sum_of(state: str) -> str:
+    return xxhash.xxh3_128(b"head" + state.encode()).hexdigest()
 
 
 def _layout_sum(layout: _Layout) -> str:
@@ -190,7 +259,7 @@ def _arrays(snapshot: Snapshot) -> dict[str, Array]:
     for slot, tensors in snapshot.optimizer.slots.items():
         arrays |= {f"optimizer/{slot}/{name}": array for name, array in tensors.items()}
     if snapshot.accumulator.count:
-        arrays |= {f"accumulator/{name}": array for name, array in snapshot.accumulator.tensors.items()}
+        arrays |= {f"{_ACCUMULATOR}{name}": array for name, array in snapshot.accumulator.tensors.items()}
     return arrays
 
 
@@ -207,10 +276,10 @@ def _state(snapshot: Snapshot) -> _State:
 
 def _snapshot(state: _State, arrays: Mapping[str, Array]) -> Snapshot:
     def under(prefix: str) -> dict[str, Array]:
-        return {n.removeprefix(prefix): np.asarray(a) for n, a in arrays.items() if n.startswith(prefix)}
+        return {n.removeprefix(prefix): a for n, a in arrays.items() if n.startswith(prefix)}
 
     stored = under("parameters/")
-    parameters = {t.name: stored[t.name].astype(DTYPES[t.dtype], copy=False) for t in state.model.tensors}
+    parameters = {t.name: stored[t.name] for t in state.model.tensors}
     for array in parameters.values():
         array.flags.writeable = False
     slots = {slot: under(f"optimizer/{slot}/") for slot in state.optimizer_slots}
@@ -219,7 +288,7 @@ def _snapshot(state: _State, arrays: Mapping[str, Array]) -> Snapshot:
         parameters=parameters,
         optimizer=OptimizerState(slots, state.optimizer_step),
         accumulator=Accumulator(
-            tensors=under("accumulator/"),
+            tensors=under(_ACCUMULATOR),
             share=state.accumulator_share,
             weight=state.accumulator_weight,
             count=state.accumulator_count,

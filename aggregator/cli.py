@@ -94,10 +94,11 @@ def serve(settings: Settings, *, accept_older: bool = False, drop_changes: bool 
     config = settings.table("aggregator", AggregatorConfig)
     folder = run_folder(settings)
     store = CheckpointStore(checkpoint_folder(settings), settings.run, keep=config.keep_checkpoints)
-    snapshot = store.load()
+    # Its own checksum is enough here: who leads reads the tensors when it is its turn, and their checksum with them.
+    head = store.head()
     # Now, not at the takeover: a standby with other settings would be none.
-    rules_of(config, snapshot, {} if drop_changes else snapshot.changes)
-    size = snapshot.model.nbytes
+    rules_of(config, head, {} if drop_changes else head.changes)
+    size = head.model.nbytes
     _write_settings(settings, folder)
     stop = threading.Event()
     serving: list[AggregatorService] = []
@@ -155,8 +156,8 @@ def _write_settings(settings: Settings, folder: Path) -> None:
 
 def _by_command(store: CheckpointStore) -> bool:
     """Whether it was a command that superseded the aggregator, like ``fedmq rollback``: it does so once."""
-    snapshot = store.load()
-    return any(record.epoch == snapshot.epoch and record.source is not None for record in snapshot.records)
+    head = store.head()
+    return any(record.epoch == head.epoch and record.source is not None for record in head.records)
 
 
 def _require_no_rival(ousted: list[float], folder: Path) -> None:

@@ -17,7 +17,7 @@ from safetensors import SafetensorError, safe_open
 
 from aggregator.archive import KeptUpdates
 from aggregator.checkpoint import CheckpointStore
-from aggregator.core.snapshot import Entry, Snapshot, VersionRecord
+from aggregator.core.snapshot import Entry, SnapshotHead, VersionRecord
 from aggregator.history import scan_history, version_record
 from aggregator.replay import Link, Rebuild, distance, needed, rebuild
 from broker.errors import CheckpointCorrupt, LineageError, WireError
@@ -72,7 +72,7 @@ class Lineage:
         self._bases: dict[int, Path] = {}
         self._broken: set[Path] = set()
 
-    def refresh(self, newest: Snapshot) -> None:
+    def refresh(self, newest: SnapshotHead) -> None:
         """Look at what there is now. Raises :class:`CheckpointError`.
 
         Args:

@@ -11,7 +11,7 @@ from pathlib import Path
 from safetensors import SafetensorError, safe_open
 
 from aggregator.checkpoint import CheckpointStore
-from aggregator.core.snapshot import Snapshot, rolled_back
+from aggregator.core.snapshot import Snapshot, SnapshotHead, rolled_back
 from aggregator.lineage import Lineage, Replay
 from aggregator.optimizers import OptimizerState
 from broker.errors import CheckpointError, CheckpointOutdated, LineageError
@@ -29,7 +29,7 @@ FEW = 3
 def open_lineage(folder: Path, store: CheckpointStore) -> Lineage:
     """The lineage of the run in ``folder`` as it is now. Raises :class:`CheckpointError`."""
     lineage = Lineage(folder, store)
-    lineage.refresh(store.load())
+    lineage.refresh(store.head())
     return lineage
 
 
@@ -93,7 +93,7 @@ def adopt(
     Raises :class:`CheckpointError`; nothing has changed then.
     """
 
-    def catch_up(head: Snapshot) -> int:
+    def catch_up(head: SnapshotHead) -> int:
         replay.lineage.refresh(head)
         count = replay.plan(head.version) if go_on else 0
         for version in replay.run() if go_on else ():
@@ -118,12 +118,12 @@ def adopt(
 
     # Most of it while the run goes on: in the last step its aggregator has to wait.
     for _ in range(CATCH_UPS):
-        if catch_up(store.load()) < FEW:
+        if catch_up(store.head()) < FEW:
             break
     return store.supersede(change)
 
 
-def _require_newest(lineage: Lineage, head: Snapshot) -> None:
+def _require_newest(lineage: Lineage, head: SnapshotHead) -> None:
     if lineage.newest > head.version:
         raise CheckpointOutdated(
             f"the newest checkpoint is of version {head.version}, and {lineage.history} tells of version "

@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import logging
 import queue
+import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor, wait
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from aggregator.archive import UpdateArchive, base_file
@@ -24,7 +25,7 @@ from aggregator.core import events as on
 from aggregator.core.controls import Order
 from aggregator.core.machine import RoundMachine
 from aggregator.core.rules import Rules
-from aggregator.core.snapshot import Changes, Snapshot
+from aggregator.core.snapshot import Changes, Snapshot, SnapshotHead
 from aggregator.history import History
 from aggregator.reading import from_aside, read_update
 from aggregator.reporting import Reporter
@@ -64,6 +65,13 @@ RETRY_SECONDS = 5.0
 LISTEN_SECONDS = 2.0
 #: How long a leaving aggregator goes on settling what has been delivered already.
 DRAIN_SECONDS = 0.3
+#: How long an update waits until a checkpoint lets go of memory, and one second more for each so many bytes of model;
+#: far below the minute after which health checks think that it hangs. If the disk takes longer, memory is taken.
+WAIT_SECONDS = 1.0
+WAIT_BYTES = 250e6
+MAX_WAIT_SECONDS = 10.0
+#: Below this size of a model, in bytes, copying takes less than waiting.
+LARGE = 16 * 2**20
 #: Kept updates, in sizes of the model, after which another state is kept to begin replays with.
 BASE_EVERY = 64
 
@@ -110,6 +118,7 @@ class AggregatorService:
         self._history = History(folder / "history.jsonl")
         self._inbox: queue.SimpleQueue[Incoming | on.Happening] = queue.SimpleQueue()
         self._writer = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
+        self._writing: _Writing | None = None
         self._broadcasts: set[Future[None]] = set()
         self._prepared = -1
         self._wake_at: float | None = None
@@ -155,27 +164,55 @@ class AggregatorService:
 
     def _loop(self, is_over: Callable[[], bool]) -> None:
         while not is_over():
-            now = self._now()
-            timeout = IDLE_SECONDS if self._wake_at is None else min(max(self._wake_at - now, 0.0), IDLE_SECONDS)
-            try:
-                item = self._inbox.get(timeout=min(timeout, DRAIN_SECONDS) if self._finish else timeout)
-            except queue.Empty:
-                item = on.Tick()
-            self._show_life()
-            if self._claim_again is not None and time.monotonic() > self._claim_again[0]:
-                self._inbox.put(item)
-                item = self._claim_again[1]
-            event = self._arrival = self._event(item)
-            if event is None:
-                continue
-            if self._led is None:
-                if isinstance(event, on.StopRequested):
-                    self._finish = "stopped"
-                continue
-            self._wake_at = None  # the machine says it anew, if there is anything that time alone will change
-            for effect in self._led.machine.handle(event, self._now()):
-                self._perform(effect)
-            self._delivery = self._arrival = None
+            self._take(self._next())  # no name: an update would take memory here until the next one is there
+
+    def _next(self) -> Incoming | on.Happening:
+        now = self._now()
+        timeout = IDLE_SECONDS if self._wake_at is None else min(max(self._wake_at - now, 0.0), IDLE_SECONDS)
+        try:
+            return self._inbox.get(timeout=min(timeout, DRAIN_SECONDS) if self._finish else timeout)
+        except queue.Empty:
+            return on.Tick()
+
+    def _take(self, item: Incoming | on.Happening) -> None:
+        self._show_life()
+        if self._claim_again is not None and time.monotonic() > self._claim_again[0]:
+            self._inbox.put(item)
+            item = self._claim_again[1]
+        event = self._arrival = self._event(item)
+        if event is None:
+            return
+        if self._led is None:
+            if isinstance(event, on.StopRequested):
+                self._finish = "stopped"
+            return
+        if isinstance(event, on.Arrived):
+            self._await_disk(self._led.machine)
+        self._handle(event, self._led.machine)
+        self._delivery = self._arrival = None
+
+    def _handle(self, event: on.Happening, machine: RoundMachine) -> None:
+        self._wake_at = None  # the machine says it anew, if there is anything that time alone will change
+        for effect in machine.handle(event, self._now()):
+            self._perform(effect)
+
+    def _await_disk(self, machine: RoundMachine) -> None:
+        """Give the checkpoint on its way some time, lest the next update takes the memory of another model.
+
+        It could be taken in at once: the machine copies the accumulator while that is read, and begins another one
+        beside two versions of the parameters. What is heard of here the inbox has, too, but behind others.
+        """
+        writing = self._writing
+        if writing is None or machine.model.nbytes < LARGE or not (machine.lends or machine.trails):
+            return
+        patience = min(WAIT_SECONDS + machine.model.nbytes / WAIT_BYTES, MAX_WAIT_SECONDS)
+        self._writing = None  # once: updates that are not folded would wait as well
+        if machine.lends and writing.is_copied.wait(patience):
+            self._handle(on.CheckpointCopied(writing.commit), machine)
+        elif machine.trails and wait([writing.outcome], patience).done and not writing.outcome.exception():
+            outcome = writing.outcome.result()
+            if outcome is not None:
+                self._handle(outcome, machine)
 
     def _listen(self) -> None:
         """Superseded: because the turn was lost (one that hung hears of it late), or though it was not?"""
@@ -387,7 +424,9 @@ class AggregatorService:
                 self._transport.reject(token, reason, detail, self._delivery)
             case do.WriteCheckpoint(commit, snapshot):
                 self._prepare(snapshot)
-                self._writer.submit(self._write, commit, snapshot)
+                is_copied = threading.Event()
+                outcome = self._writer.submit(self._write, commit, snapshot, is_copied)
+                self._writing = _Writing(commit, is_copied, outcome)
             case do.Broadcast():
                 self._broadcast(effect)
             case do.Tell(worker, reason, detail, update):
@@ -408,23 +447,35 @@ class AggregatorService:
         whole = [self._delivery.body] if self._delivery.chunks is None else encode_parts(self._arrival.update)
         archive.add(*whole)
 
-    def _write(self, commit: int, snapshot: Snapshot) -> None:
+    def _write(
+        self, commit: int, snapshot: Snapshot, is_copied: threading.Event
+    ) -> on.CheckpointWritten | on.CheckpointFailed | None:
+        """On the writer's thread; what the machine is to be told, which is in the inbox already. None: it is over."""
+
+        def give_back() -> None:
+            self._inbox.put(on.CheckpointCopied(commit))
+            is_copied.set()
+
+        outcome: on.CheckpointWritten | on.CheckpointFailed = on.CheckpointWritten(commit)
         try:
             self._history.sync()
             if self._led is not None and self._led.archive is not None:
                 self._led.archive.sync()
-            self._store.write(snapshot)
+            self._store.write(snapshot, give_back)
             if self._led is not None:
                 self._led.keep_another_base(self._store, snapshot)
         except CheckpointNotWritten as error:
-            self._inbox.put(on.CheckpointFailed(commit, str(error)))
+            outcome = on.CheckpointFailed(commit, str(error))
         except FedmqError as error:
             self._inbox.put(Failed(error))
+            return None
         except BaseException as error:
             self._inbox.put(Failed(FedmqError(f"writing checkpoint {commit}: {error!r}")))
             raise
-        else:
-            self._inbox.put(on.CheckpointWritten(commit))
+        finally:
+            is_copied.set()  # whatever happened, nothing of the snapshot is read any more
+        self._inbox.put(outcome)
+        return outcome
 
     def _broadcast(self, effect: do.Broadcast) -> None:
         message = Parameters(
@@ -489,6 +540,15 @@ class AggregatorService:
         return outcome
 
 
+@dataclass(frozen=True, slots=True)
+class _Writing:
+    """The checkpoint that is on its way, or was last."""
+
+    commit: int
+    is_copied: threading.Event
+    outcome: Future[on.CheckpointWritten | on.CheckpointFailed | None]
+
+
 class _Reign:
     """What an aggregator has from its turn on."""
 
@@ -517,7 +577,7 @@ class _Reign:
             self._based_at = self.archive.size
 
 
-def rules_of(config: AggregatorConfig, snapshot: Snapshot, changes: Changes) -> Rules:
+def rules_of(config: AggregatorConfig, snapshot: SnapshotHead, changes: Changes) -> Rules:
     """The rules that ``config`` with ``changes`` makes for the run of ``snapshot``.
 
     Raises :class:`ConfigError` if they do not go together, or not with how the run has been going on.

@@ -18,7 +18,7 @@ from aggregator.checkpoint import CheckpointStore
 from aggregator.checkpoints import require_some
 from aggregator.cli import FolderOption, checkpoint_folder, run_folder
 from aggregator.config import AggregatorConfig
-from aggregator.core.snapshot import Snapshot
+from aggregator.core.snapshot import Snapshot, SnapshotHead
 from aggregator.lineage import Lineage, Replay, ranges
 from aggregator.results import write_model
 from aggregator.rollback import adopt as adopt_without
@@ -67,7 +67,7 @@ def history(
     """
     with _command(config, run, folder, settings, verbose) as read:
         place = run_folder(read)
-        snapshot = _store(read).load()
+        snapshot = _store(read).head()
         wanted = Wanted(version=version, worker=worker)
         file = place / "history.jsonl"
         if as_json:
@@ -205,9 +205,9 @@ def _store(read: Settings) -> CheckpointStore:
     return store
 
 
-def _ancestry(read: Settings, store: CheckpointStore) -> tuple[Ancestry, Snapshot]:
+def _ancestry(read: Settings, store: CheckpointStore) -> tuple[Ancestry, SnapshotHead]:
     """How the versions descend from each other, and the newest checkpoint."""
-    head = store.load()
+    head = store.head()
     return Ancestry(run_folder(read) / "history.jsonl", head.records), head
 
 

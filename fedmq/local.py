@@ -165,7 +165,7 @@ class Threads:
     def _aggregator(self, _member: Member) -> None:
         config = self._settings.table("aggregator", AggregatorConfig)
         store = CheckpointStore(checkpoint_folder(self._settings), self._settings.run)
-        prefetch = config.prefetch(store.load().model.nbytes)
+        prefetch = config.prefetch(store.head().model.nbytes)
         self._service = AggregatorService(
             folder=run_folder(self._settings), run=self._settings.run, config=config, store=store
         )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from aggregator.core.rules import CommitPolicy
 from aggregator.core.snapshot import Snapshot
@@ -42,6 +42,8 @@ class Commits:
     """Not before then, since the last one failed."""
     held: dict[UpdateId, Held] = field(default_factory=dict)
     flight: Flight | None = None
+    lent: Accumulator | None = None
+    """What the checkpoint on its way still reads from, so that nobody may write into it."""
     _number: int = 0
 
     def hold(self, update: UpdateId, token: Token, nbytes: int, now: float) -> None:
@@ -55,7 +57,7 @@ class Commits:
 
     def borrows(self, accumulator: Accumulator) -> bool:
         """Whether the checkpoint on its way reads from ``accumulator``, so that nobody may write into it."""
-        return self.flight is not None and self.flight.snapshot.accumulator is accumulator
+        return self.lent is accumulator
 
     def is_due(self, policy: CommitPolicy, now: float, *, at_once: bool) -> bool:
         """Whether to write one now: because something asks for it at once, or by count, bytes or age."""
@@ -71,9 +73,10 @@ class Commits:
             )
         )
 
-    def start(self, snapshot: Snapshot, commands: Iterable[str]) -> int:
-        """``snapshot``, which covers all that is held, is on its way; the commit's number."""
+    def start(self, snapshot: Snapshot, commands: Iterable[str], *, lent: Accumulator) -> int:
+        """``snapshot``, which covers all that is held and has the arrays of ``lent``, is on its way; its number."""
         self._number += 1
+        self.lent = lent if snapshot.accumulator.tensors else None
         self.flight = Flight(self._number, snapshot, frozenset(self.held), frozenset(commands))
         return self._number
 
@@ -81,8 +84,15 @@ class Commits:
         """The checkpoint that was on its way, which has arrived or failed; None if it is another."""
         if self.flight is None or self.flight.commit != commit:
             return None
-        flight, self.flight = self.flight, None
+        flight, self.flight, self.lent = self.flight, None, None
         return flight
+
+    def give_back(self, commit: int) -> None:
+        """The checkpoint on its way reads no more from the accumulator; nothing happens if it is another."""
+        if self.flight is not None and self.flight.commit == commit:
+            self.lent = None
+            # Nor may it keep arrays alive that the next version does not take over, as those of half precision.
+            self.flight = replace(self.flight, snapshot=replace(self.flight.snapshot, accumulator=Accumulator()))
 
     def release(self, flight: Flight) -> list[Token]:
         """What may be acknowledged, now that ``flight`` is durable."""

@@ -35,7 +35,11 @@ __all__ = [
 
 @dataclass(frozen=True, slots=True)
 class WriteCheckpoint:
-    """Make ``snapshot`` durable, then say ``CheckpointWritten(commit)`` or ``CheckpointFailed``."""
+    """Make ``snapshot`` durable, then say ``CheckpointWritten(commit)`` or ``CheckpointFailed``.
+
+    Say ``CheckpointCopied`` before, as soon as its accumulator has been read: whoever does not makes the next fold
+    copy it.
+    """
 
     commit: int
     snapshot: Snapshot

@@ -12,6 +12,7 @@ from broker.transport import Token
 __all__ = [
     "Announced",
     "Arrived",
+    "CheckpointCopied",
     "CheckpointFailed",
     "CheckpointWritten",
     "Evaluated",
@@ -105,6 +106,13 @@ class Evaluated:
 
 
 @dataclass(frozen=True, slots=True)
+class CheckpointCopied:
+    """Commit number ``commit`` is not durable yet, but nobody reads its snapshot's accumulator any more."""
+
+    commit: int
+
+
+@dataclass(frozen=True, slots=True)
 class CheckpointWritten:
     """Commit number ``commit`` is durable."""
 
@@ -152,6 +160,7 @@ Happening = (
     | Seen
     | Ordered
     | Evaluated
+    | CheckpointCopied
     | CheckpointWritten
     | CheckpointFailed
     | LinkUp

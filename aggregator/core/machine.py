@@ -10,8 +10,12 @@ Everything that decides what is in the model stands in this file, under five rul
 5. Time comes in with events.
 
 At most one checkpoint is on its way to the disk; meanwhile the machine goes on folding. The snapshot borrows
-the machine's arrays: parameters are replaced and never written into, and the accumulator is copied before the
-next fold if a snapshot that borrowed it is still being written.
+the machine's arrays: parameters and the optimiser's state are replaced and never written into, and the accumulator is
+copied before the next fold if a snapshot that borrowed it is still being read.
+
+Memory, in sizes of the model: the parameters, the accumulator and the update at hand. A step turns the accumulator
+into the next parameters; the ones before go when no checkpoint and no broadcast reads them any more. Half precision
+counts twice in the accumulator; momentum is one more, Adam two, and those twice while a checkpoint reads the old.
 """
 
 from __future__ import annotations
@@ -32,6 +36,8 @@ from aggregator.core.rules import Rules
 from aggregator.core.screen import refusal, refused_values
 from aggregator.core.snapshot import Entry, Folds, Snapshot, VersionRecord
 from aggregator.core.step import next_parameters
+from aggregator.optimizers import OptimizerState
+from aggregator.strategies.base import Accumulator
 from broker.errors import StrategyError
 from broker.messages import (
     Action,
@@ -64,7 +70,7 @@ class RoundMachine:
 
         Args:
             rules: those in force, ``snapshot.changes`` included.
-            snapshot: what :meth:`CheckpointStore.claim` gave.
+            snapshot: what :meth:`CheckpointStore.claim` gave. Its accumulator is the machine's from here on.
             now: seconds; never falls from here on.
             pending: the rules that ``snapshot.pending`` makes, if it is not None.
 
@@ -87,8 +93,7 @@ class RoundMachine:
         fresh = rules.optimizer.init()
         # Another optimiser than before the restart starts without memory: the old slots mean nothing to it.
         self._optimizer_state = snapshot.optimizer if snapshot.optimizer.slots.keys() == fresh.slots.keys() else fresh
-        partial = snapshot.accumulator.count > 0
-        self._accumulator = snapshot.accumulator.copy() if partial else rules.strategy.init(snapshot.model)
+        self._accumulator = snapshot.accumulator
         self._ledger = Ledger(snapshot.ledger)
         self._round = Round(self.version, now, self._plan(0), entries=list(snapshot.entries))
         self._folds = _folds_of(snapshot, rules)
@@ -99,7 +104,7 @@ class RoundMachine:
         self._fetching: dict[UpdateId, list[Token]] = {}
         self._here = self.roster.here(now)
         self._commits = Commits(retry_at=now)
-        self._durable = snapshot
+        self._durable = _without_sums(snapshot)
         self._last_arrival = now
         self._ask_again_at: float | None = None
         self._spoiled = 0
@@ -112,6 +117,20 @@ class RoundMachine:
     def applied(self) -> int:
         """Updates in the model or in the buffer."""
         return len(self._ledger)
+
+    @property
+    def lends(self) -> bool:
+        """Whether a checkpoint on its way reads from the accumulator, so that the next fold has to copy it."""
+        return self._commits.borrows(self._accumulator)
+
+    @property
+    def trails(self) -> bool:
+        """Whether the next fold begins a round while a checkpoint on its way reads the version before the newest.
+
+        It would take memory beside both versions.
+        """
+        flight = self._commits.flight
+        return flight is not None and flight.snapshot.version < self.version and not self._round.entries
 
     @property
     def fill(self) -> int:
@@ -152,13 +171,16 @@ class RoundMachine:
             case on.Evaluated(worker, version, metrics):
                 self.roster.evaluated(worker, version, now)
                 effects.append(do.Record(do.EvaluationRecord(worker, version, metrics)))
+            case on.CheckpointCopied(commit):
+                self._commits.give_back(commit)
             case on.CheckpointWritten(commit):
                 effects += self._written(commit, now)
             case on.CheckpointFailed(commit, error):
                 effects += self._failed(commit, error, now)
             case on.LinkUp():
                 self._announced = self._linked = True
-                effects.append(self._broadcast())
+                # If a newer version is on its way to the disk, that one is broadcast when it is there.
+                effects += [self._broadcast()] if self._durable.parameters else []
             case on.LinkLost(generation):
                 self._linked = False
                 self._fetching.clear()
@@ -234,7 +256,10 @@ class RoundMachine:
         return self._reject(token, head.id.worker, *refused, head.id)
 
     def _fold(self, update: Update, token: Token, nbytes: int, now: float) -> do.Effect:
-        if self._commits.borrows(self._accumulator):
+        if not self._round.entries:
+            # Not before, so that it can have the memory of parameters that have been replaced meanwhile.
+            self._accumulator = self.rules.strategy.init(self.model)
+        elif self.lends:
             self._accumulator = self._accumulator.copy()
         staleness = self.version - update.base_version
         weight = self.rules.strategy.fold(self._accumulator, update, staleness)
@@ -303,7 +328,6 @@ class RoundMachine:
         fresh = order.rules.optimizer.init()
         if self._optimizer_state.slots.keys() != fresh.slots.keys():
             self._optimizer_state = fresh
-        self._accumulator = order.rules.strategy.init(self.model)
         self._set_done(now)
 
     def _renew_plan(self) -> list[do.Effect]:
@@ -328,7 +352,8 @@ class RoundMachine:
         at_once = bool(self._records or self.controls.held or (self._stopping and self._commits.held))
         if self._commits.is_due(self.rules.commit, now, at_once=at_once):
             snapshot = self.snapshot(now)
-            effects.append(do.WriteCheckpoint(self._commits.start(snapshot, self.controls.held), snapshot))
+            commit = self._commits.start(snapshot, self.controls.held, lent=self._accumulator)
+            effects.append(do.WriteCheckpoint(commit, snapshot))
         if (finish := self._finish(now)) is not None:
             effects.append(finish)
         elif (wake := self._next_wake(now)) is not None:
@@ -390,7 +415,7 @@ class RoundMachine:
         A step that is not finite becomes a version with the parameters of the one before: the run goes on, and
         its history tells which updates were left out. Raises :class:`StrategyError` if that goes on and on.
         """
-        if self._commits.borrows(self._accumulator):
+        if self.lends:
             self._accumulator = self._accumulator.copy()
         rules, entries, before = self.rules, tuple(self._round.entries), self._digest
         step, folds, self._folds = self._optimizer_state.step, self._folds, ()
@@ -415,6 +440,7 @@ class RoundMachine:
             self._spoiled = 0
             self._digest = parameters_digest(self.parameters)
         self.version += 1
+        self._let_go()
         self._records.append(
             VersionRecord(
                 version=self.version,
@@ -432,7 +458,7 @@ class RoundMachine:
                 folds=() if all(settings == rules.settings for _, settings in folds) else folds,
             )
         )
-        self._accumulator = rules.strategy.init(self.model)
+        self._accumulator = Accumulator()
         self._take_up(now)
         self._set_done(now)
         self._round = Round(self.version, now, self._plan(0))
@@ -471,7 +497,7 @@ class RoundMachine:
             parameters=self.parameters,
             digest=self._digest,
             optimizer=self._optimizer_state,
-            accumulator=self._accumulator,
+            accumulator=self._accumulator.lend(),
             entries=tuple(self._round.entries),
             folds=self._folds,
             ledger=self._ledger.to_plain(),
@@ -495,8 +521,7 @@ class RoundMachine:
         if flight is None:
             return []
         is_newer = flight.snapshot.version > self._durable.version
-        # The accumulator is not needed to broadcast, and holding it would keep a model's worth of memory.
-        self._durable = replace(flight.snapshot, accumulator=type(flight.snapshot.accumulator)())
+        self._durable = _without_sums(flight.snapshot)
         effects: list[do.Effect] = [do.Ack(token) for token in self._commits.release(flight)]
         for command in sorted(flight.commands):
             effects += [do.Ack(token) for token in self.controls.held.pop(command)]
@@ -508,7 +533,13 @@ class RoundMachine:
             if self._durable.version == self.version:
                 self._round.opened = now  # a round's time runs from when workers can know of it
             effects.append(self._broadcast())
+        self._let_go()
         return effects
+
+    def _let_go(self) -> None:
+        """Drop the parameters of a version that has a successor: workers have them, and the next fold takes memory."""
+        if self._durable.version < self.version:
+            self._durable = replace(self._durable, parameters={})
 
     def _failed(self, commit: int, error: str, now: float) -> list[do.Effect]:
         if self._commits.land(commit) is None:
@@ -556,6 +587,11 @@ class RoundMachine:
         if (expiry := self.roster.next_expiry(now)) is not None:
             times.append(expiry)
         return min((time for time in times if time > now), default=None)
+
+
+def _without_sums(snapshot: Snapshot) -> Snapshot:
+    """As much of ``snapshot`` as a broadcast needs: what else is in it would keep models' worth of memory."""
+    return replace(snapshot, accumulator=Accumulator(), optimizer=OptimizerState({}))
 
 
 def _folds_of(snapshot: Snapshot, rules: Rules) -> Folds:

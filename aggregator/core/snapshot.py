@@ -10,7 +10,7 @@ from aggregator.strategies.base import Accumulator
 from broker.errors import ConfigError
 from broker.messages import Mode, ModelSpec, Scalar, Tensors, UpdateId, parameters_digest
 
-__all__ = ["Changes", "Entry", "Folds", "Snapshot", "VersionRecord", "rolled_back"]
+__all__ = ["Changes", "Entry", "Folds", "Snapshot", "SnapshotHead", "VersionRecord", "rolled_back"]
 
 #: Settings of the table ``[aggregator]`` that were changed while the run went on.
 Changes = Mapping[str, Scalar]
@@ -64,21 +64,14 @@ class VersionRecord:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Snapshot:
-    """The durable state of a run.
-
-    Arrays are borrowed, not copied: whoever holds a snapshot may read them until the machine is told that the
-    checkpoint is written (or failed); the machine does not write into them before.
-    """
+class SnapshotHead:
+    """The durable state of a run without its arrays: what can be told of a checkpoint in a moment."""
 
     run: str
     model: ModelSpec
     epoch: int
     version: int
-    parameters: Tensors
     digest: str
-    optimizer: OptimizerState
-    accumulator: Accumulator
     entries: tuple[Entry, ...] = ()
     """Updates in the accumulator, in the order in which they were folded."""
     folds: Folds = ()
@@ -116,6 +109,20 @@ class Snapshot:
                 f"aggregator.mode = {mode.value!r}, but run {self.run!r} has been going on with {self.mode!r}; "
                 "the mode of a run cannot change"
             )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Snapshot(SnapshotHead):
+    """The durable state of a run.
+
+    Arrays are borrowed, not copied: whoever holds a snapshot may read those of the accumulator until the machine
+    is told that they are copied, or that the checkpoint is written or failed; the machine does not write into them
+    before. All others are replaced, never written into. An accumulator without updates is left out.
+    """
+
+    parameters: Tensors
+    optimizer: OptimizerState
+    accumulator: Accumulator
 
 
 def rolled_back(

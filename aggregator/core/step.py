@@ -17,7 +17,7 @@ __all__ = ["next_parameters"]
 def next_parameters(
     model: ModelSpec,
     parameters: Tensors,
-    aggregate: Mapping[str, Array],
+    aggregate: dict[str, Array],
     *,
     mode: Mode,
     optimizer: Optimizer,
@@ -28,21 +28,24 @@ def next_parameters(
     Statistics and counters are not the optimiser's: a learning rate on a running variance has no meaning.
     Counters are rounded to the nearest integer (ties to even).
 
+    ``aggregate`` is used up: it is empty afterwards, and the result and the new state have its memory where they
+    can. ``parameters`` and ``state`` are not written into.
+
     Raises:
-        StrategyError: if a result is not finite or has another shape than the model; nothing has changed then.
+        StrategyError: if a result is not finite or has another shape than the model; parameters and state have not
+            changed then.
     """
-    trained = [t.name for t in model.tensors if t.role is TensorRole.PARAMETER]
-    if mode is Mode.GRADIENT:
-        direction = {name: aggregate[name] for name in trained}
-    else:
-        direction = {name: np.asarray(np.negative(aggregate[name])) for name in trained}
+    own = {tensor.name: _own(tensor, aggregate.pop(tensor.name)) for tensor in model.tensors}
+    direction = {t.name: own.pop(t.name) for t in model.tensors if t.role is TensorRole.PARAMETER}
     with np.errstate(over="ignore", invalid="ignore"):
+        if mode is Mode.DELTA:
+            for array in direction.values():
+                np.negative(array, out=array)
         moved, new_state = optimizer.apply(parameters, direction, state)
-        result = {t.name: _next(t, parameters[t.name], aggregate[t.name], moved) for t in model.tensors}
+        result = {t.name: _next(t, parameters[t.name], own, moved) for t in model.tensors}
     for tensor in model.tensors:
         array = result[tensor.name]
-        if array.shape != tensor.shape or array.dtype.name != tensor.dtype:
-            raise StrategyError(f"{tensor.name} became {array.dtype.name}{list(array.shape)}; the model has {tensor}")
+        _require_kind(tensor, array.shape, array.dtype.name)
         if not is_finite(array):
             raise StrategyError(
                 f"{tensor.name} is not finite after the step, so there is no step; lower "
@@ -52,9 +55,20 @@ def next_parameters(
     return result, new_state
 
 
-def _next(tensor: TensorSpec, value: Array, aggregate: Array, moved: Mapping[str, Array]) -> Array:
+def _own(tensor: TensorSpec, array: Array) -> Array:
+    """``array``, or a copy if it cannot be written into in one row."""
+    _require_kind(tensor, array.shape, tensor.dtype)
+    return np.require(array, requirements=["C", "W"])
+
+
+def _require_kind(tensor: TensorSpec, shape: tuple[int, ...], dtype: str) -> None:
+    if (shape, dtype) != (tensor.shape, tensor.dtype):
+        raise StrategyError(f"{tensor.name} became {dtype}{list(shape)}; the model has {tensor}")
+
+
+def _next(tensor: TensorSpec, value: Array, own: Mapping[str, Array], moved: Mapping[str, Array]) -> Array:
     if tensor.role is TensorRole.PARAMETER:
         return moved[tensor.name]
     if tensor.role is TensorRole.STATISTIC:
-        return aggregate.astype(value.dtype)
-    return np.asarray(value + np.rint(aggregate)).astype(value.dtype)
+        return own[tensor.name].astype(value.dtype, copy=False)
+    return np.asarray(value + np.rint(own[tensor.name])).astype(value.dtype)

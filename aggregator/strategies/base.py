@@ -29,6 +29,10 @@ class Accumulator:
     count: int = 0
     """Updates folded."""
 
+    def lend(self) -> Accumulator:
+        """This accumulator as it is now, with the same arrays: whoever has it sees what is written into them."""
+        return Accumulator(dict(self.tensors), self.share, self.weight, self.count)
+
     def copy(self) -> Accumulator:
         """An accumulator that shares no array with this one."""
         return Accumulator(

@@ -12,7 +12,7 @@ counters are no steps: their sums are divided by the sum of s(tau_i) n_i, so tha
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -23,9 +23,9 @@ from broker.messages import Array, ModelSpec, TensorRole, Update, pieces
 
 __all__ = ["Mean"]
 
-# Elements that are multiplied and added while they are in the processor's cache; measured between 16 Ki and
-# 1 Mi elements, flat around this.
-_BLOCK = 1 << 16
+# Elements that are multiplied and added while they are in the processor's cache. Of float32, 100 MB to 1 GB: 4 GB/s
+# at 4 Ki elements (the interpreter's share), 8 at 64 Ki, 11 from 256 Ki to 1 Mi; larger ones take memory for nothing.
+_BLOCK = 1 << 18
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,10 +44,7 @@ class Mean:
         share = float(update.examples) if self.weighting == "examples" else 1.0
         weight = share * self.staleness_weight(staleness)
         for name, total in accumulator.tensors.items():
-            start, flat = 0, total.reshape(-1)
-            for piece in pieces(update.tensors[name]):
-                _add_scaled(flat[start : start + piece.size], piece, weight)
-                start += piece.size
+            _add_scaled(total.reshape(-1), pieces(update.tensors[name]), weight)
         accumulator.share += share
         accumulator.weight += weight
         accumulator.count += 1
@@ -62,11 +59,22 @@ class Mean:
         return accumulator.tensors
 
 
-def _add_scaled(total: Array, values: Array, weight: float) -> None:
-    """``total += weight * values`` without a temporary of the tensor's size."""
-    flat, source = total.reshape(-1), values.reshape(-1)
-    scratch = np.empty(min(_BLOCK, flat.size), total.dtype)
-    for start in range(0, flat.size, _BLOCK):
-        block = source[start : start + _BLOCK]
-        scaled = np.multiply(block, weight, out=scratch[: block.size], casting="unsafe", dtype=total.dtype)
-        flat[start : start + _BLOCK] += scaled
+def _add_scaled(total: Array, values: Iterable[Array], weight: float) -> None:
+    """``total += weight * values`` without a temporary of the tensor's size.
+
+    Args:
+        total: flat, and written into.
+        values: flat, in consecutive pieces of any length. How they are cut makes no difference to the
+            result, not in a single bit.
+        weight: of all of them.
+    """
+    scratch = np.empty(min(_BLOCK, total.size), total.dtype)
+    end = 0
+    for piece in values:
+        for start in range(0, piece.size, _BLOCK):
+            block = piece[start : start + _BLOCK]
+            begin, end = end, end + block.size
+            target = total[begin:end]
+            if weight != 1.0:  # the product with 1 would be the same, and takes half of the time
+                block = np.multiply(block, weight, out=scratch[: block.size], casting="unsafe", dtype=total.dtype)
+            np.add(target, block, out=target, casting="unsafe", dtype=total.dtype)

@@ -102,7 +102,8 @@ class World:
         self.generation += 1
         self.disk = replace(self.disk, epoch=self.disk.epoch + 1)
         pending = None if self.disk.pending is None else self.changed(self.disk.pending)
-        self.aggregator = RoundMachine(self.changed(self.disk.changes), self.disk, self.now, pending=pending)
+        read = copy.deepcopy(self.disk)
+        self.aggregator = RoundMachine(self.changed(self.disk.changes), read, self.now, pending=pending)
         self.tell(on.LinkUp(self.generation))
         self.beat(self.reign)
         self.pump()
@@ -184,6 +185,8 @@ class World:
                 copied = copy.deepcopy(snapshot)
                 fails = self.faults and self.random.random() < 0.1
                 took = self.random.choice([0.01, 0.3, 3.0])
+                if self.random.random() < 0.5:
+                    self.later(took / 2, lambda: self.copied(commit, reign))
                 self.later(took, lambda: self.written(commit, copied, reign, fails=fails))
             case do.Broadcast(epoch, version, plan, digest, _, _):
                 assert version == self.disk.version, "broadcast what is not durable"
@@ -205,6 +208,10 @@ class World:
         for worker in self.workers:
             if worker.name == notice.update.worker:
                 self.say(worker, notice)
+
+    def copied(self, commit: int, reign: int) -> None:
+        if reign == self.reign:
+            self.tell(on.CheckpointCopied(commit))
 
     def written(self, commit: int, snapshot: Snapshot, reign: int, *, fails: bool) -> None:
         if reign != self.reign:

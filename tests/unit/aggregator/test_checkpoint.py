@@ -20,6 +20,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 
 from aggregator.checkpoint import CheckpointStore, write_tensors
+from aggregator.checkpointfile import contents
 from aggregator.core.effects import EvaluationRecord
 from aggregator.core.ledger import Ledger
 from aggregator.core.rounds import Buffered
@@ -163,6 +164,60 @@ def test_a_newer_format_says_upgrade(store: CheckpointStore) -> None:
 
     with pytest.raises(CheckpointCorrupt, match=r"fedmq-checkpoint-9.*upgrade"):
         store.load()
+
+
+def test_the_head_is_what_stands_beside_the_tensors(store: CheckpointStore) -> None:
+    snapshot = mid_round(store)
+    store.write(snapshot)
+
+    head = store.head()
+
+    for field in head.__dataclass_fields__:
+        assert getattr(head, field) == getattr(snapshot, field), field
+
+
+def test_damage_in_a_tensor_is_not_noticed_in_the_head_and_all_other_damage_is(
+    store: CheckpointStore, caplog: Any
+) -> None:
+    snapshot = mid_round(store)
+    store.write(snapshot)
+    newer = store.write(replace(snapshot, version=7))
+    whole = newer.read_bytes()
+    for where in (-1, whole.index(b"version") + 2, 3):
+        content = bytearray(whole)
+        content[where] ^= 0x01
+        newer.write_bytes(content)
+        caplog.clear()
+
+        assert store.head().version == (7 if where == -1 else snapshot.version)
+        assert ("falling back" in caplog.text) == (where != -1)
+        assert store.load().version == snapshot.version
+
+
+def test_the_head_of_a_file_that_is_older_than_its_checksum_is_taken(store: CheckpointStore) -> None:
+    arrays, metadata = contents(mid_round(store))
+    del metadata["head"]
+    with (store.folder / "0000000002.safetensors").open("wb") as file:
+        write_tensors(file, arrays, metadata)
+
+    assert store.head().version == store.load().version == 1
+
+
+def test_a_head_that_cannot_be_used_says_so(store: CheckpointStore, tmp_path: Path) -> None:
+    with pytest.raises(CheckpointMissing, match="fedmq init --run test"):
+        CheckpointStore(tmp_path / "nowhere", RUN).head()
+    with pytest.raises(WrongRun, match="holds run 'test', not 'other'"):
+        CheckpointStore(store.folder, "other").head()
+
+    file = store.folder / "0000000002.safetensors"
+    with file.open("wb") as out:
+        write_tensors(out, TENSORS, {"format": "fedmq-checkpoint-9", "seal": "of another kind"})
+    with pytest.raises(CheckpointCorrupt, match=r"fedmq-checkpoint-9.*upgrade"):
+        store.head()
+    file.unlink()
+    store.files()[0].write_bytes(b"")
+    with pytest.raises(CheckpointCorrupt, match="backup"):
+        store.head()
 
 
 def test_no_checkpoint_says_how_to_make_one(tmp_path: Path) -> None:

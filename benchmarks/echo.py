@@ -104,6 +104,7 @@ class Raw:
 
     def __call__(self, delivery: Delivery) -> Outgoing:
         """The next of them."""
+        del delivery
         self._seq += 1
         return dataclasses.replace(self._message, message_id=f"{self._name}/bench/{self._seq}")
 

@@ -389,8 +389,8 @@ class AggregatorService:
 
     def _admit(self, workers: Iterable[str], model_bytes: int) -> None:
         """Whoever trains a model that does not fit into one message needs an outbox."""
-        if self._versions.is_in_chunks(model_bytes):
-            for worker in workers:
+        for worker in workers:
+            if self._versions.is_in_chunks(model_bytes, self._transport.max_message_bytes):
                 self._transport.admit(worker)
 
     def _ordered(self, command: Command, delivery: Delivery, machine: RoundMachine) -> on.Ordered | None:

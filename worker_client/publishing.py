@@ -8,7 +8,6 @@ from concurrent.futures import Future
 from broker.errors import ConnectionLost, FedmqError
 from broker.messages import ModelSpec, ParametersHead, Update, UpdateId
 from broker.transport import Outgoing, WorkerTransport
-from broker.wire import decode
 from worker_client.mailbox import Published
 from worker_client.outbox import Outbox
 from worker_client.sending import Sender
@@ -79,11 +78,9 @@ class Publishing:
 
     def cut_again(self) -> bool:
         """Cut it to what the broker takes, if that is less than it was when it was cut; whether it is."""
-        if self._message is None or self._largest >= self._size:
+        if self._update is None or self._largest >= self._size:
             return False
-        update = self._update or decode(self._message.body)
-        assert isinstance(update, Update)  # noqa: S101  (it was encoded here)
-        self._cut(update)
+        self._cut(self._update)
         return True
 
     def confirm(self) -> None:
@@ -98,9 +95,7 @@ class Publishing:
 
     def _cut(self, update: Update) -> None:
         self._size = self._largest
-        self._message = self._sender.cut(update, self._size)
-        # What is in one body is in it, and needs no second copy.
-        self._update = update if self._message.chunks else None
+        self._update, self._message = update, self._sender.cut(update, self._size)
 
 
 def error_of(done: Future[None]) -> BaseException | None:

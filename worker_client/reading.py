@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 
 from broker.errors import WireError
 from broker.messages import Event, EventKind, Manifest, ModelSpec, Parameters, ParametersHead
@@ -68,5 +68,4 @@ def head_of(parameters: Parameters) -> ParametersHead:
 
 def under(head: ParametersHead, parameters: Parameters) -> Parameters:
     """The tensors of ``parameters`` under another head that has their digest: the plan was told anew."""
-    facts = {f.name: getattr(head, f.name) for f in fields(ParametersHead)}
-    return Parameters(**facts, model=parameters.model, tensors=parameters.tensors)
+    return replace(parameters, **{f.name: getattr(head, f.name) for f in fields(ParametersHead)})

@@ -29,9 +29,9 @@ class Broadcasts:
         self._shared: Shared | None = None
         self._told: tuple[str, Manifest, Sequence[bytes]] | None = None
 
-    def is_in_chunks(self, model_bytes: int) -> bool:
-        """Whether a version of this size travels in chunks."""
-        return bool(self._codec) or model_bytes + CHUNK_OVERHEAD > self._chunk_bytes
+    def is_in_chunks(self, model_bytes: int, largest: int) -> bool:
+        """Whether a version of this size travels in chunks; ``largest`` is what the broker takes."""
+        return bool(self._codec) or model_bytes + CHUNK_OVERHEAD > min(self._chunk_bytes, largest)
 
     def message(self, version: Parameters, largest: int) -> Outgoing:
         """``version`` on its way out; ``largest`` is what the broker takes. Its tensors are borrowed."""

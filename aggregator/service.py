@@ -389,8 +389,8 @@ class AggregatorService:
 
     def _admit(self, workers: Iterable[str], model_bytes: int) -> None:
         """Whoever trains a model that does not fit into one message needs an outbox."""
-        if self._versions.is_in_chunks(model_bytes):
-            for worker in workers:
+        for worker in workers:
+            if self._versions.is_in_chunks(model_bytes, self._transport.max_message_bytes):
                 self._transport.admit(worker)
 
     def _ordered(self, command: Command, delivery: Delivery, machine: RoundMachine) -> on.Ordered | None:
@@ -493,7 +493,8 @@ class AggregatorService:
 
     def _prepare(self, snapshot: Snapshot) -> None:
         """While a version becomes durable its chunks are sent ahead; nobody looks at them before it is broadcast."""
-        if snapshot.version == self._prepared or not self._versions.is_in_chunks(snapshot.model.nbytes):
+        largest = self._transport.max_message_bytes
+        if snapshot.version == self._prepared or not self._versions.is_in_chunks(snapshot.model.nbytes, largest):
             return
         self._prepared = snapshot.version
         message = Parameters(
@@ -505,7 +506,7 @@ class AggregatorService:
             model=snapshot.model,
             tensors=snapshot.parameters,
         )
-        self._transport.prepare(self._versions.message(message, self._transport.max_message_bytes))
+        self._transport.prepare(self._versions.message(message, largest))
 
     def _broadcast_done(self, future: Future[None]) -> None:
         self._broadcasts.discard(future)

@@ -167,7 +167,11 @@ class Threads:
         store = CheckpointStore(checkpoint_folder(self._settings), self._settings.run)
         prefetch = config.prefetch(store.head().model.nbytes)
         self._service = AggregatorService(
-            folder=run_folder(self._settings), run=self._settings.run, config=config, store=store
+            folder=run_folder(self._settings),
+            run=self._settings.run,
+            config=config,
+            store=store,
+            chunk_bytes=self._settings.broker.chunk_bytes,
         )
         self._service.run(self.broker.aggregator(self._settings.run, prefetch=prefetch))
 
@@ -175,7 +179,8 @@ class Threads:
         config = self._resolve(member).table("worker", WorkerConfig)
         transport = self.broker.worker(self._settings.run, config.name)
         run = run_evaluator if member.command == "evaluate" else run_worker
-        run(config, self._settings.run, transport, load_task(config.task), stop=self._stop)
+        size = self._settings.broker.chunk_bytes
+        run(config, self._settings.run, transport, load_task(config.task), chunk_bytes=size, stop=self._stop)
 
 
 def _die_with_parent() -> None:

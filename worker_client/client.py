@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 
 from broker.messages import Role
+from broker.settings import CHUNK_BYTES
 from broker.transport import WorkerTransport
 from worker_client.config import WorkerConfig
 from worker_client.core import EvaluatorMachine, WorkerMachine
@@ -24,13 +25,14 @@ def run_worker(
     transport: WorkerTransport,
     task: Task,
     *,
+    chunk_bytes: int = CHUNK_BYTES,
     stop: StopSignal | None = None,
     grace: float = GRACE,
 ) -> Summary:
     """Train for ``run`` until it is over, ``max_updates`` is reached or ``stop`` is set.
 
     With ``config.folder`` the worker keeps its identity there; without, it is a new one each time. The
-    transport is opened and closed here.
+    transport is opened and closed here. Updates that are larger than ``chunk_bytes`` travel in chunks.
 
     Raises:
         TaskError: the task raised, or its shard is empty.
@@ -51,6 +53,7 @@ def run_worker(
             outbox=outbox,
             machine=WorkerMachine(config.name, outbox.incarnation, max_updates=config.max_updates),
             role=Role.TRAINER,
+            chunk_bytes=chunk_bytes,
             stop=stop,
             grace=grace,
         ).run()
@@ -64,6 +67,7 @@ def run_evaluator(
     transport: WorkerTransport,
     task: Task,
     *,
+    chunk_bytes: int = CHUNK_BYTES,
     stop: StopSignal | None = None,
     grace: float = GRACE,
 ) -> Summary:
@@ -82,6 +86,7 @@ def run_evaluator(
         outbox=Outbox.open(None, run, config.name),
         machine=EvaluatorMachine(),
         role=Role.EVALUATOR,
+        chunk_bytes=chunk_bytes,
         stop=stop,
         grace=grace,
     ).run()

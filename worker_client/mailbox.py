@@ -35,7 +35,8 @@ Item = Incoming | Finished | Published
 class Mailbox:
     """A queue that keeps of the parameters only the newest.
 
-    A worker that trains for an hour must not find an hour's versions in its memory.
+    A worker that trains for an hour must not find an hour's versions in its memory. What it has asked for is no news:
+    a download that ended is kept beside a newer offer.
     """
 
     def __init__(self) -> None:
@@ -46,7 +47,7 @@ class Mailbox:
     def put(self, item: Item) -> None:
         """Add ``item``, from any thread. Never waits for the reader."""
         with self._ready:
-            if isinstance(item, Delivery) and item.source is Source.PARAMETERS:
+            if isinstance(item, Delivery) and item.source is Source.PARAMETERS and not _was_asked_for(item):
                 if self._newest is None or _order(item) >= _order(self._newest):
                     self._newest = item
             else:
@@ -61,6 +62,10 @@ class Mailbox:
                 return self._items.popleft()
             newest, self._newest = self._newest, None
             return newest
+
+
+def _was_asked_for(delivery: Delivery) -> bool:
+    return delivery.chunks is not None or bool(delivery.lost)
 
 
 def _order(delivery: Delivery) -> tuple[int, ...]:
@@ -103,3 +108,4 @@ class Bench:
             except BaseException as error:  # noqa: BLE001 - handed to the loop, which raises it
                 finished = Finished(error=error)
             self._done(finished)
+            del work, finished  # they hold the version and the update, while this thread waits for more work

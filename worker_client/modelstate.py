@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Mapping
 
 import ml_dtypes
 import numpy as np
@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from broker.errors import TaskError
-from broker.messages import DTYPES, Array, ModelSpec, TensorRole, Tensors, TensorSpec
+from broker.messages import DTYPES, Array, ModelSpec, TensorRole, TensorSpec, Values, pieces, whole
 
 __all__ = ["ModelState", "as_array"]
 
@@ -62,21 +62,20 @@ class ModelState:
         """Copies of the values, by name, in ``spec``'s order, shapes and dtypes."""
         return {name: as_array(tensor).copy() for name, tensor in self._tensors().items()}
 
-    def load(self, tensors: Tensors) -> None:
-        """Copy values into the model, in place. ``tensors`` fit ``spec``; they may be read-only."""
+    def load(self, tensors: Mapping[str, Values]) -> None:
+        """Copy values into the model, in place, piece by piece. ``tensors`` fit ``spec``; they may be read-only."""
         with torch.no_grad():
             for name, target in self._tensors().items():
                 _copy_into(target, tensors[name])
 
-    def change_since(self, old: Tensors, names: Iterable[str] | None = None) -> dict[str, Array]:
+    def change_since(self, old: Mapping[str, Values], names: Iterable[str] | None = None) -> dict[str, Array]:
         """New minus old value of each tensor in ``names`` (all, if None), in the tensor's own dtype."""
         now = self._tensors()
         result = {}
         # A model that diverged holds infinities; the aggregator judges that, a warning would say nothing.
         with np.errstate(all="ignore"):
             for name in now if names is None else names:
-                new = as_array(now[name])
-                result[name] = np.subtract(new, old[name], out=np.empty_like(new))
+                result[name] = _difference(as_array(now[name]), old[name])
         return result
 
     def gradients(self) -> dict[str, Array]:
@@ -95,7 +94,7 @@ class ModelState:
                 result[name] = as_array(gradient.to_dense() if gradient.is_sparse else gradient)
         return result
 
-    def buffers_since(self, old: Tensors) -> dict[str, Array]:
+    def buffers_since(self, old: Mapping[str, Values]) -> dict[str, Array]:
         """What an update says of the buffers: the values of statistics (copied), the changes of counters."""
         now = self._tensors()
         counters = [t.name for t in self.spec.tensors if t.role is TensorRole.COUNTER]
@@ -120,14 +119,38 @@ def as_array(tensor: torch.Tensor) -> Array:
     return array
 
 
-def _copy_into(target: torch.Tensor, values: Array) -> None:
+def _difference(new: Array, old: Values) -> Array:
+    result = np.empty_like(new)
+    for (start, stop), piece in _placed(old):
+        np.subtract(new.reshape(-1)[start:stop], piece, out=result.reshape(-1)[start:stop])
+    return result
+
+
+def _placed(values: Values) -> Iterator[tuple[tuple[int, int], Array]]:
+    """The pieces of ``values``, with where each begins and ends."""
+    start = 0
+    for piece in pieces(values):
+        yield (start, start + piece.size), piece
+        start += piece.size
+
+
+def _copy_into(target: torch.Tensor, values: Values) -> None:
+    plain = target.detach()
+    if not plain.is_contiguous():
+        # Such a tensor is not one stretch of memory that pieces could be put into.
+        _copy_piece(plain, whole(values))
+        return
+    for (start, stop), piece in _placed(values):
+        _copy_piece(plain.view(-1)[start:stop], piece)
+
+
+def _copy_piece(target: torch.Tensor, values: Array) -> None:
     if target.device.type == "cpu":
         # Through numpy, because torch.from_numpy warns of read-only arrays, even if it only reads them.
-        plain = target.detach()
-        if plain.dtype is torch.bfloat16:
-            np.copyto(plain.view(torch.int16).numpy(), values.view(np.int16))
+        if target.dtype is torch.bfloat16:
+            np.copyto(target.view(torch.int16).numpy(), values.view(np.int16))
         else:
-            np.copyto(plain.numpy(), values)
+            np.copyto(target.numpy(), values)
     elif target.dtype is torch.bfloat16:
         target.copy_(torch.from_numpy(values.view(np.int16).copy()).view(torch.bfloat16))
     else:

@@ -23,6 +23,7 @@ MEANINGS: Mapping[Reason, str] = {
     Reason.WRONG_WORKER: "it came under another name than the broker's user may use; check --name",
     Reason.WRONG_MODE: "the run wants the other of gradient and delta; the next version's plan says which",
     Reason.MODEL_MISMATCH: "the model differs from the run's; use the same task, with the same sizes",
+    Reason.INCOMPLETE: "chunks of it are gone from the outbox: did somebody delete or purge that queue?",
     Reason.NO_EXAMPLES: "no examples stand behind it; check the shard",
     Reason.NOT_FINITE: "it holds NaN or infinity: training diverged; lower learning_rate or set clip_norm",
     Reason.FUTURE_VERSION: "the aggregator does not have the version it starts from: was an older checkpoint restored?",

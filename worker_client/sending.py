@@ -6,9 +6,20 @@ import time
 from collections.abc import Mapping
 from typing import Any
 
-from broker.messages import Event, EventKind, Goodbye, Hello, ModelSpec, ParametersHead, Role, Update, UpdateId
+from broker.messages import (
+    Event,
+    EventKind,
+    Goodbye,
+    Hello,
+    Manifest,
+    ModelSpec,
+    ParametersHead,
+    Role,
+    Update,
+    UpdateId,
+)
 from broker.transport import Outgoing
-from broker.wire import Message, encode
+from broker.wire import Message, decode, encode, encode_in_chunks
 from worker_client.training import Trained
 
 __all__ = ["Sender"]
@@ -47,9 +58,9 @@ class Sender:
         facts = {**data, "role": str(self._role), "incarnation": self._incarnation}
         return self._sheet(Event(run=self._run, kind=kind, source=self._worker, time=time.time(), data=facts))
 
-    def update(self, update: UpdateId, base: ParametersHead, trained: Trained, model: ModelSpec) -> Outgoing:
-        """What was trained from ``base``. Raises :class:`ModelMismatch` if its tensors do not fit ``model``."""
-        message = Update(
+    def update(self, update: UpdateId, base: ParametersHead, trained: Trained, model: ModelSpec) -> Update:
+        """What was trained from ``base``."""
+        return Update(
             run=self._run,
             id=update,
             base_version=base.version,
@@ -61,15 +72,26 @@ class Sender:
             model=model,
             tensors=trained.tensors,
         )
+
+    def cut(self, update: Update, largest: int) -> Outgoing:
+        """``update`` on its way out, in chunks if it takes more than ``largest`` bytes.
+
+        Raises :class:`ModelMismatch` if its tensors do not fit its model.
+        """
         headers: dict[str, str | int] = {
             "run": self._run,
-            "worker": update.worker,
-            "incarnation": update.incarnation,
-            "seq": update.seq,
-            "base_version": base.version,
-            "examples": trained.examples,
+            "worker": update.id.worker,
+            "incarnation": update.id.incarnation,
+            "seq": update.id.seq,
+            "base_version": update.base_version,
+            "examples": update.examples,
         }
-        return Outgoing(body=encode(message), message_id=str(update), headers=headers)
+        body, chunks = encode_in_chunks(update, str(update.id), largest)
+        if chunks:
+            manifest = decode(body)
+            assert isinstance(manifest, Manifest)  # noqa: S101  (it was encoded here)
+            headers |= {"chunks": len(chunks), "bytes": manifest.nbytes}
+        return Outgoing(body=body, chunks=chunks, message_id=str(update.id), headers=headers)
 
     def _sheet(self, message: Message) -> Outgoing:
         return Outgoing(body=encode(message), headers={"run": self._run, "worker": self._worker})

@@ -13,14 +13,13 @@ import threading
 import time
 from collections.abc import Mapping
 from concurrent.futures import Future
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from typing import Any, Protocol, assert_never
 
-from broker.errors import BrokerError, ConnectionLost, FedmqError, TaskError, WireError
-from broker.messages import Event, EventKind, Parameters, ParametersHead, Reason, Role, UpdateId
+from broker.errors import BrokerError, FedmqError, MessageTooLarge, TaskError, Unroutable, WireError
+from broker.messages import Event, EventKind, ModelSpec, Parameters, ParametersHead, Reason, Role, UpdateId
 from broker.seldom import Seldom
-from broker.transport import Connected, Delivery, Disconnected, Failed, Outgoing, Source, Standby, WorkerTransport
-from broker.wire import decode
+from broker.transport import Connected, Delivery, Disconnected, Failed, Standby, WorkerTransport
 from worker_client.config import WorkerConfig
 from worker_client.context import Abandoned
 from worker_client.core import EvaluatorMachine, WorkerMachine
@@ -28,6 +27,8 @@ from worker_client.core import events as ev
 from worker_client.mailbox import Bench, Finished, Item, Mailbox, Published
 from worker_client.notices import DIVERGED, MEANINGS
 from worker_client.outbox import Outbox
+from worker_client.publishing import Publishing, error_of
+from worker_client.reading import Broken, Offer, head_of, read, under
 from worker_client.sending import Sender
 from worker_client.training import Evaluation, Trained, Trainer
 
@@ -77,6 +78,7 @@ class Session:
         outbox: Outbox,
         machine: WorkerMachine | EvaluatorMachine,
         role: Role,
+        chunk_bytes: int,
         stop: StopSignal | None,
         grace: float,
     ) -> None:
@@ -93,11 +95,14 @@ class Session:
         self._mailbox = Mailbox()
         self._seldom = Seldom()
         self._bench = Bench(self._mailbox.put)
+        self._publishing = Publishing(
+            transport, outbox, self._sender, trainer.spec, chunk_bytes=chunk_bytes, report=self._mailbox.put
+        )
+        self._offer: Offer | None = None
         self._parameters: Parameters | None = None
-        self._base: Parameters | None = None
-        self._trained: Trained | None = None
-        self._publishing: tuple[UpdateId, Outgoing] | None = None
-        self._alarms: dict[type[ev.BackOffOver | ev.RestOver | ev.GraceOver], float] = {}
+        self._base: ParametersHead | None = None
+        self._trained: tuple[ParametersHead, Trained] | None = None
+        self._alarms: dict[type[ev.BackOffOver | ev.RestOver | ev.GraceOver | ev.DownloadDue], float] = {}
         self._hello: Future[None] | None = None
         self._farewells: dict[str, Future[None]] = {}
         self._connected = False
@@ -175,29 +180,51 @@ class Session:
 
     def _read(self, delivery: Delivery) -> None:
         try:
-            message = decode(delivery.body)
+            message = read(delivery, self._run)
         except WireError as error:
             log.warning("a message from %s is ignored: %s", delivery.source, error)
             return
-        if isinstance(message, Parameters) and delivery.source is Source.PARAMETERS and message.run == self._run:
-            self._arrived(message)
-        elif isinstance(message, Event) and message.kind is EventKind.NOTICE and message.run == self._run:
-            self._noticed(message.data)
-        else:
-            log.warning("a %s from %s is not for this worker and ignored", type(message).__name__, delivery.source)
+        match message:
+            case Parameters():
+                self._arrived(message)
+            case Offer():
+                self._offered(message)
+            case Broken(head, problem):
+                if self._seldom.may("a broken download"):
+                    log.warning("version %d cannot be downloaded and is asked for again: %s", head.version, problem)
+                self._tell(ev.DownloadFailed(head))
+            case Event(data=data):
+                self._noticed(data)
+            case _:
+                log.warning("a message from %s is not for this worker and ignored", delivery.source)
 
     def _arrived(self, parameters: Parameters) -> None:
-        try:
-            parameters.model.require_same(self._trainer.spec, theirs=f"this worker's task {self._trainer.task_name}")
-        except FedmqError as error:
-            self._fail(error)
-            return
-        head = _head_of(parameters)
-        effects = self._machine.handle(ev.ParametersArrived(head))
-        if self._machine.newest is head:
-            self._parameters = parameters
+        if self._is_ours(parameters.model):
+            head, versions = head_of(parameters), self._machine.versions
+            effects = self._machine.handle(ev.ParametersArrived(head))
+            if versions.here is not None and versions.here.digest == head.digest:
+                self._parameters = parameters
+            self._take_note(head, effects)
+
+    def _offered(self, offer: Offer) -> None:
+        if self._is_ours(offer.model):
+            effects = self._machine.handle(ev.Offered(offer.head))
+            if self._machine.versions.newest == offer.head:
+                self._offer = offer
+            self._take_note(offer.head, effects)
+
+    def _take_note(self, head: ParametersHead, effects: list[ev.Effect]) -> None:
+        if self._machine.versions.newest is head:
             self._tell_pause(is_paused=head.plan.paused)
         self._perform(effects)
+
+    def _is_ours(self, model: ModelSpec) -> bool:
+        try:
+            model.require_same(self._trainer.spec, theirs=f"this worker's task {self._trainer.task_name}")
+        except FedmqError as error:
+            self._fail(error)
+            return False
+        return True
 
     def _tell_pause(self, *, is_paused: bool) -> None:
         if is_paused is not self._paused and self._role is Role.TRAINER:
@@ -224,26 +251,29 @@ class Session:
             self._fail(error)
         elif result is not None:
             self._metrics, self._seconds = result.metrics, result.seconds
-            if isinstance(result, Trained):
-                self._trained = result
+            if isinstance(result, Trained) and self._base is not None:
+                self._trained = self._base, result
                 self._tell(ev.TrainingDone())
-            else:
+            elif isinstance(result, Evaluation):
                 self._tell_evaluation(result)
                 self._tell(ev.EvaluationDone())
 
     def _published(self, error: BaseException | None) -> None:
-        if self._publishing is None:
+        update = self._publishing.id
+        if update is None:
             return
-        update, _ = self._publishing
         if error is None:
-            self._outbox.confirm(update)
-            self._publishing = None
+            self._publishing.confirm()
             log.info("update %s confirmed", update)
             self._tell(ev.PublishConfirmed())
+        elif isinstance(error, MessageTooLarge) and self._publishing.cut_again():
+            log.warning("update %s is cut into smaller chunks: %s", update, error)
+            self._publishing.send()
         elif isinstance(error, BrokerError) and error.retryable:
             if self._seldom.may(type(error).__name__):
                 log.warning("update %s is published again: %s: %s", update, type(error).__name__, error)
-            self._tell(ev.PublishFailed())
+            lacks_outbox = isinstance(error, Unroutable) and self._publishing.is_in_chunks
+            self._tell(ev.PublishFailed(lacks_outbox))
         else:
             self._fail(error)
 
@@ -268,17 +298,21 @@ class Session:
         match effect:
             case ev.SayHello(version):
                 self._greet(version)
-            case ev.Train(_, ordinal):
-                self._train(ordinal)
-            case ev.Evaluate():
-                self._base = base = self._newest_parameters()
+            case ev.Download():
+                self._download()
+            case ev.DownloadLater(seconds):
+                self._alarms[ev.DownloadDue] = time.monotonic() + seconds
+            case ev.Train(head, ordinal):
+                self._train(head, ordinal)
+            case ev.Evaluate(head):
+                base = self._take_up(head)
                 self._bench.start(lambda abandon: self._trainer.evaluate(base, abandon.is_set))
             case ev.Abandon():
                 self._bench.abandon()
             case ev.Publish():
                 self._publish()
             case ev.PublishAgain():
-                self._send()
+                self._publishing.send()
             case ev.BackOff(seconds):
                 self._alarms[ev.BackOffOver] = time.monotonic() + seconds
             case ev.Rest(seconds):
@@ -295,8 +329,21 @@ class Session:
             case _:
                 assert_never(effect)
 
-    def _train(self, ordinal: int) -> None:
-        self._base = base = self._newest_parameters()
+    def _download(self) -> None:
+        if self._offer is None:
+            raise RuntimeError("no version was offered")
+        log.debug("downloading version %d", self._offer.head.version)
+        self._transport.fetch(self._offer.delivery)
+
+    def _take_up(self, head: ParametersHead) -> Parameters:
+        """The version to work with. Only the work holds it, besides this while there is no newer one."""
+        if self._parameters is None:
+            raise RuntimeError("no version has arrived")
+        self._base = head
+        return under(head, self._parameters)
+
+    def _train(self, head: ParametersHead, ordinal: int) -> None:
+        base = self._take_up(head)
         log.info("training from version %d", base.version)
 
         def work(abandon: threading.Event) -> Trained:
@@ -309,26 +356,12 @@ class Session:
         self._bench.start(work)
 
     def _publish(self) -> None:
-        base, trained = self._base, self._trained
-        if base is None or trained is None:
+        if self._trained is None:
             raise RuntimeError("there is no update to publish")
+        (base, trained), self._trained = self._trained, None
         if not all(map(math.isfinite, trained.metrics.values())):
             log.warning("training diverged (%s); the aggregator will reject the update", dict(trained.metrics))
-        update = self._outbox.next_id()
-        message = self._sender.update(update, base, trained, self._trainer.spec)
-        self._base = self._trained = None
-        self._publishing = update, message
-        self._send()
-
-    def _send(self) -> None:
-        if self._publishing is None:
-            raise RuntimeError("there is no update to publish")
-        try:
-            future = self._transport.publish(self._publishing[1])
-        except FedmqError as error:
-            self._mailbox.put(Published(error))
-        else:
-            future.add_done_callback(lambda done: self._mailbox.put(Published(_error_of(done))))
+        self._publishing.start(base, trained)
 
     def _say_goodbye(self, reason: str) -> None:
         if not self._connected:
@@ -337,13 +370,13 @@ class Session:
         try:
             goodbye = self._transport.control(self._sender.goodbye(self._outbox.confirmed, reason))
             # It goes the way that an update in hand has not got through all the time.
-            if self._publishing is None:
+            if self._publishing.id is None:
                 goodbye.result(timeout=GOODBYE)
         except (FedmqError, TimeoutError) as error:
             log.debug("the goodbye did not get out: %s", error)
 
     def _tell_evaluation(self, evaluation: Evaluation) -> None:
-        base, self._base = self._base, None
+        base = self._base
         if base is None:
             raise RuntimeError("no evaluation was asked for")
         log.info("version %d: %s", base.version, {k: round(v, 4) for k, v in evaluation.metrics.items()})
@@ -359,10 +392,10 @@ class Session:
 
     def _greet_again(self) -> None:
         """A hello fails if the run's aggregator has never been there yet; it may be there now."""
-        told = [name for name, future in self._farewells.items() if future.done() and _error_of(future) is None]
+        told = [name for name, future in self._farewells.items() if future.done() and error_of(future) is None]
         self._outbox.told(told)
-        if self._hello is not None and self._hello.done() and _error_of(self._hello) is not None:
-            self._perform([ev.SayHello(self._version)])
+        if self._hello is not None and self._hello.done() and error_of(self._hello) is not None:
+            self._greet(self._machine.versions.number)
 
     def _beat(self) -> None:
         if self._config.folder is not None:
@@ -385,21 +418,8 @@ class Session:
 
     @property
     def _version(self) -> int:
-        return self._machine.newest.version if self._machine.newest else -1
-
-    def _newest_parameters(self) -> Parameters:
-        if self._parameters is None:
-            raise RuntimeError("no version has arrived")
-        return self._parameters
+        newest = self._machine.versions.newest
+        return newest.version if newest else -1
 
     def _event(self, kind: EventKind, data: Mapping[str, Any]) -> None:
         self._transport.event(kind.value, self._sender.event(kind, data))
-
-
-def _head_of(parameters: Parameters) -> ParametersHead:
-    """Only the small facts: the machine must not keep a version's tensors in memory, nor compare them."""
-    return ParametersHead(**{f.name: getattr(parameters, f.name) for f in fields(ParametersHead)})
-
-
-def _error_of(done: Future[None]) -> BaseException | None:
-    return ConnectionLost("the transport gave up waiting for the confirm") if done.cancelled() else done.exception()

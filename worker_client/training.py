@@ -161,6 +161,8 @@ class Trainer:
         elif base.plan.mode is Mode.GRADIENT:
             changes = self._state.gradients()
         else:
+            # They take as much memory as the delta that is made now.
+            self._model.zero_grad(set_to_none=True)
             changes = self._state.change_since(old, names)
         changes |= {name: a for name, a in self._state.buffers_since(old).items() if name not in changes}
         return {tensor.name: changes[tensor.name] for tensor in self.spec.tensors}

@@ -60,9 +60,16 @@ class _Wanted:
 
 @dataclass(slots=True)
 class _Found:
-    chunks: dict[int, bytes] = field(default_factory=dict)
-    tags: list[int] = field(default_factory=list)
-    nbytes: int = 0
+    chunks: dict[int, tuple[int, bytes]] = field(default_factory=dict)
+    """Delivery tag and body, by index."""
+
+    @property
+    def tags(self) -> list[int]:
+        return [tag for tag, _ in self.chunks.values()]
+
+    @property
+    def nbytes(self) -> int:
+        return sum(len(body) for _, body in self.chunks.values())
 
 
 class _Missing(Exception):
@@ -152,7 +159,7 @@ class Outboxes:
                 await asyncio.sleep(PAUSE)
             else:
                 self._held[wanted.token] = getter.channel, found.tags
-                chunks = tuple(found.chunks.pop(index) for index in range(wanted.count))
+                chunks = tuple(found.chunks.pop(index)[1] for index in range(wanted.count))
                 self._deliver(replace(wanted.delivery, chunks=chunks))
                 return
 
@@ -170,10 +177,10 @@ class Outboxes:
                 raise _Missing(missing)
             tag, message_id, body = got
             of, _, index = message_id.rpartition("#")
-            if of == wanted.id and index.isdecimal() and int(index) < wanted.count and int(index) not in found.chunks:
-                found.chunks[int(index)] = body
-                found.tags.append(tag)
-                found.nbytes += len(body)
+            if of == wanted.id and index.isdecimal() and int(index) < wanted.count:
+                if int(index) in found.chunks:  # the later one stands: the update may have been cut anew
+                    getter.channel.raw.basic_ack(found.chunks[int(index)][0])
+                found.chunks[int(index)] = tag, body
                 if found.nbytes > wanted.room:
                     raise _Missing(f"its chunks in {queue} are larger than the {wanted.room} bytes that it announces")
             elif _is_later(of, wanted.id):

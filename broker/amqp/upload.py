@@ -13,7 +13,7 @@ import pika
 
 from broker.amqp.publisher import Publisher
 from broker.amqp.session import Channel
-from broker.errors import BrokerError, BrokerUnreachable, ConnectionLost
+from broker.errors import BrokerError, BrokerUnreachable, ConnectionLost, MessageTooLarge
 from broker.transport import Outgoing
 
 __all__ = ["Route", "Tail", "Uploader", "chunk_id", "offsets_text", "runs_of"]
@@ -154,6 +154,8 @@ class Uploader:
         try:
             upload = self._send_chunks(message)
         except BrokerError as error:
+            if isinstance(error, MessageTooLarge):
+                self._upload = None  # it is cut anew, and what was confirmed is of another cut
             future.set_exception(error)
             return
         headers = dict(message.headers)

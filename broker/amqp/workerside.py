@@ -45,6 +45,7 @@ class AmqpWorkerTransport(Side):
         super().__init__(config, topology, f"worker {worker}", route=route)
         self._worker = worker
         self._last = (-1, -1, -1)
+        self._offsets: str | int = ""
         self._download: Download | None = None
         self._wish = asyncio.Event()
 
@@ -137,10 +138,12 @@ class AmqpWorkerTransport(Side):
     def _take(self, properties: pika.BasicProperties, body: bytes) -> None:
         # A stream begins to read at its last block, which may hold several versions, and after a reconnect
         # it begins there again.
-        order = order_of(properties)
-        if order > self._last:
-            self._last = order
-            self._hand(delivery_of(Source.PARAMETERS, body, properties))
+        order, delivery = order_of(properties), delivery_of(Source.PARAMETERS, body, properties)
+        offsets = delivery.headers.get("offsets", "")
+        # The same version in other places: the stream of chunks was deleted and made again.
+        if order > self._last or (order == self._last and offsets != self._offsets):
+            self._last, self._offsets = order, offsets
+            self._hand(delivery)
 
     def _say_absent(self) -> Unroutable:
         run = self._topology.run

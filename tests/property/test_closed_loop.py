@@ -55,13 +55,17 @@ class Worker:
     next_seq: int = 0
     confirmed: set[UpdateId] = field(default_factory=set)
     confirmed_now: int = 0
+    download: int = 0
+    """Counts them: of one that was replaced nothing is heard any more."""
 
 
 class World:
     """Virtual time, a broker, one aggregator, some workers."""
 
-    def __init__(self, rules: Rules, workers: int, seed: int) -> None:
+    def __init__(self, rules: Rules, workers: int, seed: int, *, in_chunks: bool) -> None:
         self.rules, self.random = rules, random.Random(seed)
+        self.in_chunks = in_chunks
+        """Whether versions are offered first, and downloaded by whoever wants them."""
         self.now = 0.0
         self._order = itertools.count()
         self._agenda: list[tuple[float, int, Callable[[], None]]] = []
@@ -244,17 +248,17 @@ class World:
     def heartbeat(self, worker: Worker, life: int) -> None:
         if worker.machine is None or worker.life != life:
             return
-        waits = worker.machine.state is State.WAITING and worker.machine.newest is not None
-        waiting = worker.machine.newest.version if waits and worker.machine.newest else None
+        newest = worker.machine.versions.newest
+        waiting = newest.version if worker.machine.state is State.WAITING and newest else None
         if not (self.faults and self.random.random() < 0.2):
             self.tell(on.Seen(worker.name, f"i{life}", Role.TRAINER, worker.confirmed_now, waiting))
         self.later(2.0, lambda: self.heartbeat(worker, life))
 
     def offer(self, worker: Worker) -> None:
         if worker.machine is not None and self.newest is not None:
-            self.say(worker, ev.ParametersArrived(self.newest))
+            self.say(worker, ev.Offered(self.newest) if self.in_chunks else ev.ParametersArrived(self.newest))
 
-    def say(self, worker: Worker, event: ev.Event) -> None:
+    def say(self, worker: Worker, event: ev.Event) -> None:  # noqa: PLR0912 - one branch a kind of effect
         if worker.machine is None:
             return
         life = worker.life
@@ -267,6 +271,10 @@ class World:
                 case ev.SayHello(version):
                     hello = Hello(run=RUN, worker=worker.name, incarnation=f"i{life}", version=version)
                     self.tell(on.Joined(hello))
+                case ev.Download(head):
+                    self.download(worker, life, head)
+                case ev.DownloadLater(seconds):
+                    soon(seconds, ev.DownloadDue())
                 case ev.Train(head, _):
                     worker.base = head
                     soon(self.random.choice([0.5, 3.0, 15.0]), ev.TrainingDone())
@@ -292,6 +300,16 @@ class World:
                     self.tell(on.Left(goodbye))
                 case ev.Exit():
                     worker.machine = None
+
+    def download(self, worker: Worker, life: int, head: ParametersHead) -> None:
+        worker.download += 1
+        number, fails = worker.download, self.faults and self.random.random() < 0.2
+
+        def over() -> None:
+            if (worker.life, worker.download) == (life, number):
+                self.say(worker, ev.DownloadFailed(head) if fails else ev.ParametersArrived(head))
+
+        self.later(self.random.choice([0.1, 2.0, 10.0]), over)
 
     def train(self, worker: Worker, life: int) -> None:
         one = np.zeros(len(self.workers), np.float64)
@@ -391,7 +409,7 @@ ROUND_RULES: st.SearchStrategy[RoundRule] = st.one_of(
 )
 
 
-def play(rounds: RoundRule, workers: int, seed: int) -> World:
+def play(rounds: RoundRule, workers: int, seed: int, *, in_chunks: bool) -> World:
     rules = rules_of(
         rounds=rounds,
         strategy=Summing(),
@@ -400,7 +418,7 @@ def play(rounds: RoundRule, workers: int, seed: int) -> World:
         commit=CommitPolicy(count=3, seconds=30.0),
         linger_seconds=20.0,
     )
-    world = World(rules, workers, seed)
+    world = World(rules, workers, seed, in_chunks=in_chunks)
     world.later(world.random.uniform(0, 10), world.nemesis)
     world.run(FAULTS_UNTIL, lambda: bool(world.finished))
     world.heal()
@@ -428,12 +446,12 @@ class Summing:
         return accumulator.tensors
 
 
-@settings(max_examples=150, deadline=None)
-@given(rounds=ROUND_RULES, workers=st.integers(1, 4), seed=st.integers(0, 2**32))
+@settings(max_examples=200, deadline=None)
+@given(rounds=ROUND_RULES, workers=st.integers(1, 4), seed=st.integers(0, 2**32), in_chunks=st.booleans())
 def test_whatever_happened_the_run_comes_to_its_end_and_counts_each_update_once(
-    rounds: RoundRule, workers: int, seed: int
+    rounds: RoundRule, workers: int, seed: int, *, in_chunks: bool
 ) -> None:
-    world = play(rounds, workers, seed)
+    world = play(rounds, workers, seed, in_chunks=in_chunks)
 
     assert world.finished == "done", (
         f"version {world.disk.version} after {world.now:.0f} s; workers "
@@ -452,6 +470,6 @@ def test_whatever_happened_the_run_comes_to_its_end_and_counts_each_update_once(
 
 @pytest.mark.parametrize("seed", range(3))
 def test_the_same_seed_gives_the_same_world(seed: int) -> None:
-    first, second = (play(Buffered(size=3, max_staleness=100), 3, seed) for _ in range(2))
+    first, second = (play(Buffered(size=3, max_staleness=100), 3, seed, in_chunks=True) for _ in range(2))
 
     assert (first.now, first.disk.digest) == (second.now, second.disk.digest)

@@ -12,6 +12,10 @@ __all__ = [
     "BackOff",
     "BackOffOver",
     "Connected",
+    "Download",
+    "DownloadDue",
+    "DownloadFailed",
+    "DownloadLater",
     "Effect",
     "Evaluate",
     "EvaluationDone",
@@ -20,6 +24,7 @@ __all__ = [
     "Failed",
     "GraceOver",
     "NoticeArrived",
+    "Offered",
     "ParametersArrived",
     "Publish",
     "PublishAgain",
@@ -41,10 +46,29 @@ class Connected:
 
 
 @dataclass(frozen=True, slots=True)
-class ParametersArrived:
-    """A version was received, and its model is this worker's."""
+class Offered:
+    """A version can be downloaded, and its model is this worker's."""
 
     head: ParametersHead
+
+
+@dataclass(frozen=True, slots=True)
+class ParametersArrived:
+    """A version was received whole, and its model is this worker's."""
+
+    head: ParametersHead
+
+
+@dataclass(frozen=True, slots=True)
+class DownloadFailed:
+    """Of the version that ``Download`` asked for something is missing or damaged."""
+
+    head: ParametersHead
+
+
+@dataclass(frozen=True, slots=True)
+class DownloadDue:
+    """The time that ``DownloadLater`` asked to wait is over."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,6 +94,9 @@ class PublishConfirmed:
 @dataclass(frozen=True, slots=True)
 class PublishFailed:
     """The broker did not take the update, or its answer is unknown; publishing again may help."""
+
+    lacks_outbox: bool = False
+    """There is no outbox for its chunks: the aggregator makes it for whoever says hello."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,7 +136,10 @@ class Failed:
 
 Event = (
     Connected
+    | Offered
     | ParametersArrived
+    | DownloadFailed
+    | DownloadDue
     | TrainingDone
     | EvaluationDone
     | Abandoned
@@ -129,6 +159,20 @@ class SayHello:
     """Tell the aggregator that the worker is here; ``version`` is the newest it has, -1 if none."""
 
     version: int
+
+
+@dataclass(frozen=True, slots=True)
+class Download:
+    """Get the tensors of the version ``head``, the newest that was offered, in place of a download in progress."""
+
+    head: ParametersHead
+
+
+@dataclass(frozen=True, slots=True)
+class DownloadLater:
+    """Report ``DownloadDue`` after ``seconds``; a second one replaces the first."""
+
+    seconds: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -153,7 +197,7 @@ class Abandon:
 
 @dataclass(frozen=True, slots=True)
 class Publish:
-    """Publish the update that was just trained, under a new id."""
+    """Publish the update that was trained last, under a new id; the one before is confirmed."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -189,4 +233,17 @@ class Exit:
     reason: str
 
 
-Effect = SayHello | Train | Evaluate | Abandon | Publish | PublishAgain | BackOff | Rest | SayGoodbye | Exit
+Effect = (
+    SayHello
+    | Download
+    | DownloadLater
+    | Train
+    | Evaluate
+    | Abandon
+    | Publish
+    | PublishAgain
+    | BackOff
+    | Rest
+    | SayGoodbye
+    | Exit
+)

@@ -1,16 +1,33 @@
 """The machine of a worker that trains: pull, train, publish, publish again.
 
-    WAITING ──Train──▶ TRAINING ──Publish──▶ PUBLISHING ──confirmed──▶ WAITING (and on at once, if allowed)
-                           │                  │      ▲
-                           │                failed   │ PublishAgain: time is over, or a new connection
-                           │                  ▼      │
-                           └──abandoned    BACKING_OFF          any state ──Exit──▶ GONE
+    WAITING ──Download──▶ DOWNLOADING ──arrived──▶ WAITING
+    WAITING ──Train──▶ TRAINING ──an update, or abandoned──▶ WAITING
+    WAITING ──Rest──▶ RESTING ──its time is over──▶ WAITING            any state ──Exit──▶ GONE
 
-A worker whose update was rejected for what it holds is RESTING for a while before it trains again, in place of
-WAITING; the longer, the more were rejected in a row.
+and beside it, with an update in hand:
 
-One update is in hand at any time. A newer version that arrives in mid-training does not stop the training:
-that is what staleness is for. Time and chance come from outside; nothing here does I/O.
+    Publish ──▶ PUBLISHING ──confirmed──▶ Publish the update that waits behind it, if there is one
+                  │      ▲
+                failed   │ PublishAgain: time is over, or a new connection
+                  ▼      │
+                BACKING_OFF
+
+A worker whose update was rejected for what it holds is RESTING for a while before it trains again; the longer, the
+more were rejected in a row. Of several states at once, the heartbeats say the one that comes first: RESTING or
+TRAINING, then PUBLISHING or BACKING_OFF, then DOWNLOADING.
+
+In buffered rounds the next training begins while the update before it is being published; one update is published at
+a time, and one that is trained waits behind it. In synchronous rounds the one is over before the other begins.
+
+A newer version that is offered in mid-training does not stop the training: that is what staleness is for. A worker
+that waits downloads the newest rather than train from an older one; but what arrives while it waits it trains from
+at once, even if it was overtaken on its way, or a slow worker would only ever download.
+
+Memory, in sizes M of the model: the model M, its gradients M while it trains, the version that it trains from M, and
+what is published M. So a download, which takes M as well, runs beside a training only if nothing is published, and
+beside an update that is published only if nothing is trained; and nothing is trained while two updates are in hand.
+
+Time and chance come from outside; nothing here does I/O.
 """
 
 from __future__ import annotations
@@ -21,8 +38,9 @@ from enum import StrEnum
 from broker.messages import ParametersHead, Reason, Rounds, UpdateId
 from worker_client.core import events as ev
 from worker_client.core.rejections import Rejections
+from worker_client.core.versions import Versions
 
-__all__ = ["State", "WorkerMachine", "is_newer"]
+__all__ = ["State", "WorkerMachine"]
 
 #: Rejections that would meet every further update of this process too; going on would only burn energy.
 HOPELESS = frozenset({Reason.UNKNOWN_FORMAT, Reason.NOT_SUPPORTED, Reason.WRONG_RUN, Reason.WRONG_WORKER}) | {
@@ -36,23 +54,13 @@ class State(StrEnum):
     """What the worker is doing; the words stand in its heartbeats."""
 
     WAITING = "waiting"
+    DOWNLOADING = "downloading"
     TRAINING = "training"
     EVALUATING = "evaluating"
     PUBLISHING = "publishing"
     BACKING_OFF = "backing-off"
     RESTING = "resting"
     GONE = "gone"
-
-
-def is_newer(head: ParametersHead, than: ParametersHead | None) -> bool:
-    """Whether ``head`` replaces ``than``: a higher epoch, then version, then attempt; or another plan for it.
-
-    A lower epoch never does: its aggregator was replaced, and what it still says is void.
-    """
-    if than is None:
-        return True
-    mine, other = ((h.epoch, h.version, h.plan.attempt) for h in (head, than))
-    return mine > other or (mine == other and head != than)
 
 
 class WorkerMachine:
@@ -65,12 +73,15 @@ class WorkerMachine:
     """
 
     def __init__(self, worker: str, incarnation: str, *, max_updates: int | None = None) -> None:
-        self.state = State.WAITING
-        self.newest: ParametersHead | None = None
+        self.versions = Versions()
         self.confirmed = 0
         self._worker = worker
         self._incarnation = incarnation
         self._max_updates = max_updates
+        self._work = State.WAITING
+        self._sending: State | None = None
+        self._waits_behind = False
+        self._base: ParametersHead | None = None
         self._round: tuple[int, int, int] | None = None
         self._trained_in_round = 0
         self._failures = 0
@@ -78,32 +89,45 @@ class WorkerMachine:
         self._rest_owed = False
         self._leaving: str | None = None
 
+    @property
+    def state(self) -> State:
+        """What the worker is doing, in one word."""
+        if self._work is not State.WAITING:
+            return self._work
+        return self._sending or (State.DOWNLOADING if self.versions.is_awaited else State.WAITING)
+
     def handle(self, event: ev.Event) -> list[ev.Effect]:  # noqa: PLR0911, PLR0912 - one branch a kind of event
         """Take in one event and say what to do. Raises RuntimeError for an event that cannot come now."""
-        if self.state is State.GONE:
+        if self._work is State.GONE:
             return []
         match event:
             case ev.Connected():
-                hello = ev.SayHello(self.newest.version if self.newest else -1)
-                return [hello, *self._publish_again()]
-            case ev.ParametersArrived(head):
-                return self._arrived(head)
+                return [self._hello(), *self._publish_again()]
+            case ev.Offered(head) | ev.ParametersArrived(head):
+                return self._told(head, is_here=isinstance(event, ev.ParametersArrived))
+            case ev.DownloadFailed(head):
+                return [*self.versions.fail(head), *self._go_on()]
+            case ev.DownloadDue():
+                self.versions.end_pause()
+                return self._go_on()
             case ev.TrainingDone():
                 self._expect(State.TRAINING, event)
                 return self._trained()
             case ev.Abandoned():
                 self._expect(State.TRAINING, event)
-                return self._exit(self._leaving or "stopped")
+                self._work = State.WAITING
+                self._leaving = self._leaving or "stopped"
+                return self._settle(self._leaving)
             case ev.PublishConfirmed():
                 self._expect(State.PUBLISHING, event)
                 return self._published()
-            case ev.PublishFailed():
+            case ev.PublishFailed(lacks_outbox):
                 self._expect(State.PUBLISHING, event)
-                return self._refused()
+                return [*([self._hello()] if lacks_outbox else []), *self._refused()]
             case ev.BackOffOver():
                 return self._publish_again()
             case ev.RestOver():
-                return self._next() if self.state is State.RESTING else []
+                return self._rested() if self._work is State.RESTING else []
             case ev.NoticeArrived(reason, update):
                 ours = (update.worker, update.incarnation) == (self._worker, self._incarnation)
                 return self._rejected(reason, update) if ours else []
@@ -117,67 +141,116 @@ class WorkerMachine:
                 raise RuntimeError(f"a training worker knows no {event}")
 
     def _expect(self, state: State, event: ev.Event) -> None:
-        if self.state is not state:
+        if state not in {self._work, self._sending}:
             raise RuntimeError(f"{event} in state {self.state}")
 
-    def _arrived(self, head: ParametersHead) -> list[ev.Effect]:
-        if not is_newer(head, self.newest):
-            return []
-        self.newest = head
-        if head.plan.done:
-            return self._leave("done")
-        return self._next() if self.state is State.WAITING else []
+    def _hello(self) -> ev.Effect:
+        return ev.SayHello(self.versions.number)
 
-    def _next(self) -> list[ev.Effect]:
-        """Train from the newest version if the plan allows this worker one more update for it."""
-        self.state = State.WAITING
-        head = self.newest
-        if head is None:
+    def _told(self, head: ParametersHead, *, is_here: bool) -> list[ev.Effect]:
+        is_of_use = (self.versions.arrive if is_here else self.versions.offer)(head)
+        if is_of_use and head.plan.done:
+            return self._leave("done")
+        return self._go_on(arrived=is_of_use and is_here)
+
+    # ---------------------------------------------------------------------------------------------- training
+
+    def _go_on(self, *, arrived: bool = False) -> list[ev.Effect]:
+        """Rest, download or train, if anything of that is next; ``arrived``: a version just did."""
+        newest = self.versions.newest
+        if self._leaving or self._waits_behind or self._work is State.RESTING:
             return []
-        plan = head.plan
-        if self._rest_owed:
-            self._rest_owed = False
-            self.state = State.RESTING
+        if self._rest_owed and self._work is State.WAITING:
+            self._rest_owed, self._work = False, State.RESTING
             return [ev.Rest(self._spread(self._rejections.rest, self._rejections.in_a_row))]
-        if plan.paused:
+        if newest is None or newest.plan.paused:
             return []
+        return self._look_ahead(newest) if self._work is State.TRAINING else self._begin(newest, arrived=arrived)
+
+    def _begin(self, newest: ParametersHead, *, arrived: bool) -> list[ev.Effect]:
+        """Train, or download what to train from, if the plan allows this worker one more update."""
+        head, here = newest, self.versions.here
+        is_overtaken = arrived and here is not newest and newest.plan.rounds is Rounds.BUFFERED
+        if is_overtaken and here is not None and self._is_asked(here):
+            head = here
+        if not self._is_asked(head):
+            return []
+        if head is not here:
+            return self.versions.download()
+        if self._sending and (head.plan.rounds is Rounds.SYNCHRONOUS or self.versions.coming):
+            return []
+        return self._train(head)
+
+    def _look_ahead(self, newest: ParametersHead) -> list[ev.Effect]:
+        """Download one version beside the training, if nothing is published."""
+        here, base = self.versions.here, self._base
+        has_next = here is not None and base is not None and here.digest != base.digest
+        if self._sending or has_next or here is newest or not self._is_asked(newest):
+            return []
+        return self.versions.download()
+
+    def _is_asked(self, head: ParametersHead) -> bool:
+        """Whether the plan allows this worker one more update for ``head``."""
+        plan = head.plan
+        in_hand = [self._sending, self._waits_behind, self._work is State.TRAINING]
+        if self._max_updates is not None and self.confirmed + sum(map(bool, in_hand)) >= self._max_updates:
+            return False
         if plan.rounds is Rounds.SYNCHRONOUS and not plan.is_sampled(self._worker, head.version):
-            return []
+            return False
         allowance = 1 if plan.rounds is Rounds.SYNCHRONOUS else plan.updates_per_version
-        # With the epoch: an aggregator that came back may not know that it rejected this worker's update, or may
-        # come from an older copy. And it may ask again. Whose update is in stands in the plan.
-        this_round = (head.epoch, head.version, plan.asked)
-        if this_round != self._round:
-            self._round, self._trained_in_round = this_round, 0
-        if self._trained_in_round >= allowance:
-            return []
+        return self._round != _round_of(head) or self._trained_in_round < allowance
+
+    def _train(self, head: ParametersHead) -> list[ev.Effect]:
+        if self._round != _round_of(head):
+            self._round, self._trained_in_round = _round_of(head), 0
         ordinal = self._trained_in_round
         self._trained_in_round += 1
-        self.state = State.TRAINING
+        self._work, self._base = State.TRAINING, head
         return [ev.Train(head, ordinal)]
 
     def _trained(self) -> list[ev.Effect]:
+        self._work = State.WAITING
         if self._leaving == "done":
-            return self._exit("done")
-        self.state = State.PUBLISHING
+            return self._settle("done")
+        if self._sending:
+            self._waits_behind = True
+            return []
+        return [*self._publish(), *self._go_on()]
+
+    # -------------------------------------------------------------------------------------------- publishing
+
+    def _publish(self) -> list[ev.Effect]:
+        self._sending = State.PUBLISHING
         self._failures = 0
         return [ev.Publish()]
 
     def _published(self) -> list[ev.Effect]:
         self.confirmed += 1
+        self._sending = None
+        effects: list[ev.Effect] = []
+        if self._waits_behind:
+            self._waits_behind = False
+            effects = self._publish()
         if self._leaving:
-            return self._exit(self._leaving)
+            return effects + self._settle(self._leaving)
         if self._max_updates is not None and self.confirmed >= self._max_updates:
             return self._exit("limit")
-        return self._next()
+        return effects + self._go_on()
 
     def _refused(self) -> list[ev.Effect]:
         if self._leaving == "done":
-            return self._exit("done")
-        self.state = State.BACKING_OFF
+            self._sending = None
+            return self._settle("done")
+        self._sending = State.BACKING_OFF
         self._failures += 1
         longest = min(LONGEST_BACK_OFF, FIRST_BACK_OFF * 2 ** min(self._failures - 1, 10))
         return [ev.BackOff(self._spread(longest, self._failures))]
+
+    def _publish_again(self) -> list[ev.Effect]:
+        if self._sending is not State.BACKING_OFF:
+            return []
+        self._sending = State.PUBLISHING
+        return [ev.PublishAgain()]
 
     def _spread(self, longest: float, attempt: int) -> float:
         # Lest all workers come back to a full queue at once; by hash, for want of randomness here.
@@ -190,30 +263,41 @@ class WorkerMachine:
         self._rest_owed |= self._rejections.add(reason, update.seq)
         if self._rejections.has_diverged:
             return self._exit("diverged")
-        # What is trained or published just now takes its course; the rest comes before the next training.
-        return self._next() if self._rest_owed and self.state in {State.WAITING, State.RESTING} else []
+        # What is trained just now takes its course; the rest comes before the next training.
+        return self._rested() if self._rest_owed and self._work in {State.WAITING, State.RESTING} else []
 
-    def _publish_again(self) -> list[ev.Effect]:
-        if self.state is not State.BACKING_OFF:
-            return []
-        self.state = State.PUBLISHING
-        return [ev.PublishAgain()]
+    def _rested(self) -> list[ev.Effect]:
+        self._work = State.WAITING
+        return self._go_on()
+
+    # ----------------------------------------------------------------------------------------------- leaving
 
     def _leave(self, reason: str) -> list[ev.Effect]:
         if self._leaving == reason:
             return []
         # "done" outranks "stopped": what is trained or half published for a finished run is of no use.
         self._leaving = "done" if "done" in {self._leaving, reason} else reason
-        if self.state is State.TRAINING:
-            return [ev.Abandon()]
-        if self.state is State.PUBLISHING or (self.state is State.BACKING_OFF and self._leaving != "done"):
-            return []
-        return self._exit(self._leaving)
+        if self._leaving == "done":
+            self._waits_behind = False
+            self._sending = None if self._sending is State.BACKING_OFF else self._sending
+        abandon: list[ev.Effect] = [ev.Abandon()] if self._work is State.TRAINING else []
+        return abandon + self._settle(self._leaving)
+
+    def _settle(self, reason: str) -> list[ev.Effect]:
+        """Exit, once nothing is in hand."""
+        is_busy = self._work is State.TRAINING or self._sending
+        return [] if is_busy else self._exit(reason)
 
     def _fail(self, detail: str) -> list[ev.Effect]:
-        self.state = State.GONE
+        self._work = State.GONE
         return [ev.SayGoodbye(detail), ev.Exit("failed")]
 
     def _exit(self, reason: str) -> list[ev.Effect]:
-        self.state = State.GONE
+        self._work = State.GONE
         return [ev.SayGoodbye(reason), ev.Exit(reason)]
+
+
+def _round_of(head: ParametersHead) -> tuple[int, int, int]:
+    # With the epoch: an aggregator that came back may not know that it rejected this worker's update, or may come
+    # from an older copy. And it may ask again. Whose update is in stands in the plan.
+    return head.epoch, head.version, head.plan.asked

@@ -12,6 +12,7 @@ import pytest
 from aggregator.agreement import Agreement
 from aggregator.config import AggregatorConfig
 from aggregator.service import AggregatorService
+from broker.memory import MemoryBroker
 from tests.support.builders import RUN
 from tests.support.runfolder import RunFolder
 
@@ -26,6 +27,7 @@ def place(tmp_path: Path) -> RunFolder:
 def claim(place: RunFolder) -> None:
     """As a service does whose turn it is."""
     service = AggregatorService(folder=place.folder, run=RUN, config=AggregatorConfig(), store=place.store)
+    service._transport = MemoryBroker().aggregator(RUN)
     service._claim(None)
     service._writer.shutdown()
 

@@ -3,8 +3,6 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
 from broker.messages import Reason, Rounds, UpdateId
 from tests.unit.worker_client.models import head_of
@@ -56,8 +54,8 @@ def test_a_newer_version_does_not_stop_a_training_and_is_taken_after_it() -> Non
 
     assert worker.handle(arrived(1)) == NOTHING
     assert worker.handle(arrived(2)) == NOTHING
-    assert worker.handle(ev.TrainingDone()) == [ev.Publish()]
-    assert worker.handle(ev.PublishConfirmed()) == [ev.Train(head_of(2), 0)]
+    assert worker.handle(ev.TrainingDone()) == [ev.Publish(), ev.Train(head_of(2), 0)]
+    assert worker.handle(ev.PublishConfirmed()) == NOTHING
 
 
 def test_it_leaves_after_as_many_updates_as_it_was_told() -> None:
@@ -74,7 +72,7 @@ def test_what_a_replaced_aggregator_still_says_is_void() -> None:
     worker = machine(arrived(3, epoch=2), *TRAINED_AND_PUBLISHED)
 
     assert worker.handle(arrived(9, epoch=1)) == NOTHING
-    assert worker.newest == head_of(3, epoch=2)
+    assert worker.versions.newest == head_of(3, epoch=2)
 
 
 def test_an_aggregator_that_went_back_is_followed() -> None:
@@ -111,11 +109,17 @@ def test_a_buffered_run_may_ask_for_several_updates_of_one_version() -> None:
 
     effects = [worker.handle(arrived(5, **plan))]
     for _ in range(3):
-        worker.handle(ev.TrainingDone())
-        effects.append(worker.handle(ev.PublishConfirmed()))
+        effects.append(worker.handle(ev.TrainingDone()))
+        worker.handle(ev.PublishConfirmed())
 
     head = head_of(5, **plan)
-    assert effects == [[ev.Train(head, 0)], [ev.Train(head, 1)], [ev.Train(head, 2)], NOTHING]
+    assert effects == [
+        [ev.Train(head, 0)],
+        [ev.Publish(), ev.Train(head, 1)],
+        [ev.Publish(), ev.Train(head, 2)],
+        [ev.Publish()],
+    ]
+    assert worker.state is State.WAITING
 
 
 def test_a_synchronous_round_is_answered_once_whatever_the_allowance() -> None:
@@ -192,7 +196,84 @@ def test_the_waits_begin_anew_with_each_update() -> None:
     assert worker.handle(ev.PublishFailed()) == first
 
 
+# --------------------------------------------------------------------------------- publishing beside training
+
+
+def test_one_update_is_published_and_one_waits_behind_it() -> None:
+    worker = machine(arrived(0, updates_per_version=9), ev.TrainingDone())
+
+    # Nothing more is trained while two are in hand
+    assert worker.handle(ev.TrainingDone()) == NOTHING
+    assert worker.state is State.PUBLISHING
+    assert worker.handle(arrived(1, updates_per_version=9)) == NOTHING
+    assert worker.handle(ev.PublishConfirmed()) == [ev.Publish(), ev.Train(head_of(1, updates_per_version=9), 0)]
+
+
+def test_an_update_is_published_again_beside_a_training() -> None:
+    worker = machine(arrived(0, updates_per_version=9), ev.TrainingDone())
+
+    [back_off] = worker.handle(ev.PublishFailed())
+    assert isinstance(back_off, ev.BackOff)
+    assert worker.handle(ev.TrainingDone()) == NOTHING
+    assert worker.state is State.BACKING_OFF
+    assert worker.handle(ev.BackOffOver()) == [ev.PublishAgain()]
+    assert worker.handle(ev.PublishConfirmed())[0] == ev.Publish()
+
+
+def test_in_synchronous_rounds_an_update_is_published_before_the_next_training() -> None:
+    worker = machine(arrived(0, **SYNCHRONOUS), ev.TrainingDone())
+
+    assert worker.handle(arrived(1, **SYNCHRONOUS)) == NOTHING
+    assert worker.handle(ev.PublishConfirmed()) == [ev.Train(head_of(1, **SYNCHRONOUS), 0)]
+
+
+def test_no_more_is_trained_than_may_be_published() -> None:
+    worker = machine(arrived(0, updates_per_version=9), max_updates=2)
+
+    assert worker.handle(ev.TrainingDone())[1:] == [ev.Train(head_of(0, updates_per_version=9), 1)]
+    assert worker.handle(ev.TrainingDone()) == NOTHING
+    assert worker.handle(ev.PublishConfirmed()) == [ev.Publish()]
+    assert worker.handle(ev.PublishConfirmed()) == GOODBYE["limit"]
+
+
+def test_without_an_outbox_it_says_hello_again_once_for_each_failure() -> None:
+    worker = machine(arrived(3), ev.TrainingDone())
+
+    for _ in range(2):
+        hello, back_off = worker.handle(ev.PublishFailed(lacks_outbox=True))
+        assert hello == ev.SayHello(3)
+        assert isinstance(back_off, ev.BackOff)
+        assert worker.handle(ev.BackOffOver()) == [ev.PublishAgain()]
+
+
 # --------------------------------------------------------------------------------------------------- leaving
+
+
+def test_who_is_asked_to_stop_publishes_what_is_trained() -> None:
+    worker = machine(arrived(0, updates_per_version=9), ev.TrainingDone(), ev.TrainingDone())
+
+    assert worker.handle(ev.StopRequested()) == NOTHING
+    assert worker.handle(ev.PublishConfirmed()) == [ev.Publish()]
+    assert worker.handle(ev.PublishConfirmed()) == GOODBYE["stopped"]
+
+
+def test_who_is_asked_to_stop_abandons_its_training_and_waits_for_the_update_on_its_way() -> None:
+    for order in ((ev.Abandoned(), ev.PublishConfirmed()), (ev.PublishConfirmed(), ev.Abandoned())):
+        worker = machine(arrived(0, updates_per_version=9), ev.TrainingDone())
+
+        assert worker.handle(ev.StopRequested()) == [ev.Abandon()]
+        assert worker.handle(order[0]) == NOTHING
+        assert worker.handle(order[1]) == GOODBYE["stopped"]
+
+
+def test_when_the_run_is_over_what_waits_is_dropped() -> None:
+    waits = machine(arrived(0, updates_per_version=9), ev.TrainingDone(), ev.TrainingDone())
+    backs_off = machine(arrived(0, updates_per_version=9), ev.TrainingDone(), ev.PublishFailed())
+
+    assert waits.handle(arrived(9, done=True)) == NOTHING
+    assert waits.handle(ev.PublishConfirmed()) == GOODBYE["done"]
+    assert backs_off.handle(arrived(9, done=True)) == [ev.Abandon()]
+    assert backs_off.handle(ev.TrainingDone()) == GOODBYE["done"]
 
 
 def test_an_idle_worker_leaves_at_once() -> None:
@@ -323,8 +404,10 @@ def test_a_training_in_progress_is_published_before_the_rest() -> None:
     worker = machine(arrived(0), *TRAINED_AND_PUBLISHED, arrived(1))
 
     assert worker.handle(rejected(0)) == NOTHING
-    assert worker.handle(ev.TrainingDone()) == [ev.Publish()]
-    assert rest_of(worker.handle(ev.PublishConfirmed())) <= 1
+    publish, *rest = worker.handle(ev.TrainingDone())
+    assert publish == ev.Publish()
+    assert rest_of(rest) <= 1
+    assert worker.handle(ev.PublishConfirmed()) == NOTHING
 
 
 @pytest.mark.parametrize("reason", [Reason.TOO_STALE, Reason.SECOND_IN_ROUND, Reason.ROLLED_BACK])
@@ -355,57 +438,13 @@ def test_an_update_that_was_taken_between_them_ends_the_row() -> None:
         assert worker.handle(rejected(seq)) == NOTHING
 
 
-# ------------------------------------------------------------------------------------------------- invariants
+# ------------------------------------------------------------------------------------------------- mistakes
 
 
 @pytest.mark.parametrize("event", [ev.TrainingDone(), ev.Abandoned(), ev.PublishConfirmed(), ev.PublishFailed()])
 def test_an_event_that_cannot_come_now_is_an_error(event: ev.Event) -> None:
     with pytest.raises(RuntimeError, match="in state waiting"):
         machine().handle(event)
-
-
-VERSIONS: st.SearchStrategy[ev.Event] = st.builds(
-    arrived,
-    st.integers(0, 4),
-    epoch=st.integers(1, 3),
-    attempt=st.integers(0, 2),
-    updates_per_version=st.integers(1, 3),
-    rounds=st.sampled_from(Rounds),
-)
-ALWAYS: st.SearchStrategy[ev.Event] = st.sampled_from([ev.Connected(), ev.BackOffOver(), ev.RestOver()])
-IN_STATE: dict[State, st.SearchStrategy[ev.Event]] = {
-    State.WAITING: VERSIONS | ALWAYS,
-    State.TRAINING: VERSIONS | ALWAYS | st.just(ev.TrainingDone()),
-    State.PUBLISHING: VERSIONS | ALWAYS | st.sampled_from([ev.PublishConfirmed(), ev.PublishFailed()]),
-    State.BACKING_OFF: VERSIONS | ALWAYS,
-    State.RESTING: VERSIONS | ALWAYS | st.just(ev.RestOver()),
-}
-
-
-@given(st.data())
-def test_whatever_happens_one_update_is_in_hand_and_the_newest_version_is_trained(data: st.DataObject) -> None:
-    worker = WorkerMachine("w0", "i0")
-    trainings: list[ev.Train] = []
-    for turn in range(data.draw(st.integers(0, 40))):
-        before = worker.state
-        if data.draw(st.integers(0, 9)) == 0:
-            worker.handle(rejected(turn, Reason.NO_EXAMPLES))
-            before = worker.state
-        effects = worker.handle(data.draw(IN_STATE[worker.state]))
-
-        works = [effect for effect in effects if isinstance(effect, ev.Train | ev.Publish | ev.PublishAgain)]
-        assert len(works) <= 1
-        if works and isinstance(works[0], ev.Train):
-            assert before in {State.WAITING, State.PUBLISHING, State.RESTING}
-            assert works[0].head == worker.newest
-            trainings.append(works[0])
-
-    order = [(t.head.epoch, t.head.version, t.head.plan.attempt) for t in trainings]
-    assert order == sorted(order)
-    for training in trainings:
-        plan = training.head.plan
-        allowed = 1 if plan.rounds is Rounds.SYNCHRONOUS else plan.updates_per_version
-        assert training.ordinal < allowed
 
 
 # ------------------------------------------------------------------------------------------------- evaluator

@@ -104,11 +104,11 @@ def test_clipping_bounds_the_gradients_norm() -> None:
 def test_two_gradients_do_not_share_memory() -> None:
     task = Points()
     trainer = Trainer(task, config())
-    version = version_of(*initial_parameters(task), mode=Mode.GRADIENT)
-    first = trainer.train(version)
+    model, tensors = initial_parameters(task)
+    first = trainer.train(version_of(model, tensors, mode=Mode.GRADIENT))
     copies = {name: array.copy() for name, array in first.tensors.items()}
 
-    trainer.train(version_of(version.model, {n: a + 1 for n, a in version.tensors.items()}, 1, mode=Mode.GRADIENT))
+    trainer.train(version_of(model, {n: a + 1 for n, a in tensors.items()}, 1, mode=Mode.GRADIENT))
 
     assert same(first.tensors, copies)
 

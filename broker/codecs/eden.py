@@ -131,7 +131,7 @@ class Eden:
         levels = LEVELS[self.bits]
         numbers = np.zeros(rotated.size, np.uint8)
         for threshold in (levels[1:] + levels[:-1]) / 2:
-            numbers += magnitude > np.float32(threshold * deviation)
+            numbers += magnitude > np.float32(float(threshold) * deviation)
         for bit in range(self.bits - 1):
             planes[1 + bit] = np.packbits(numbers & np.uint8(1 << bit), bitorder="little")
         projection = float(np.multiply(magnitude, levels.take(numbers), out=spare).sum(dtype=np.float64))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ml_dtypes
 import numpy as np
 
 from broker.codecs.base import spans
@@ -19,7 +18,7 @@ def narrow(values: Array, out: Array) -> None:
 
     Clipped to the largest finite value: those above would become infinite.
     """
-    largest = np.float32(ml_dtypes.finfo(out.dtype).max)
+    largest = (_infinity(out) - np.uint16(1)).view(out.dtype).astype(np.float32)
     for span, clipped in spans(values.size):
         out[span] = np.clip(values[span], -largest, largest, out=clipped)
 
@@ -33,8 +32,13 @@ def widen(halves: Array, out: Array) -> Array:
 def require_finite(name: str, halves: Array) -> None:
     """Raise :class:`WireError` if one of ``halves`` is NaN or infinite."""
     # Without its sign, the bits of what is not finite are a number at least that of infinity.
-    infinity = np.array(np.inf, halves.dtype).view(np.uint16)
+    infinity = _infinity(halves)
     for span, buffer in spans(halves.size, np.uint16):
         np.bitwise_and(halves[span].view(np.uint16), ~SIGN, out=buffer)
-        if buffer.max() >= infinity:
+        if buffer.max() >= infinity[0]:
             raise WireError(f"{name}: a value is not finite")
+
+
+def _infinity(like: Array) -> Array:
+    """The bits of infinity; one less are those of the largest finite value."""
+    return np.array([np.inf], like.dtype).view(np.uint16)

@@ -114,13 +114,15 @@ class Memory(threading.Thread):
     def look(self, pids: Sequence[int]) -> None:
         """One sample."""
         now = [_memory(pid) for pid in pids]
-        self.together = max(self.together, sum(resident for resident, _ in now))
-        self.largest = max(self.largest, *(peak for _, peak in now), 0)
+        self.largest = max([self.largest, *(peak for _, peak in now)])
+        # A peak between two looks is known of each process, but not of all together.
+        self.together = max(self.together, self.largest, sum(resident for resident, _ in now))
 
     def end(self) -> None:
-        """Look no more."""
+        """Look once more, and then no more."""
         self._over.set()
         self.join()
+        self.look(self._who())
 
 
 class Group:

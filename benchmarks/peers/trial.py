@@ -119,7 +119,7 @@ class Trial:
                 name, code = next(iter(gone.items()))
                 raise Failure(f"{name} ended with exit code {code} before {what}")
             if time.monotonic() > deadline:
-                raise Failure(f"{what} did not come within {limit:.0f} s")
+                raise Failure(f"{what} did not come within {limit:g} s")
             time.sleep(LOOK)
 
     def finish(self, name: str, limit: float) -> None:

@@ -55,6 +55,7 @@ def _run(command: list[str | Path], limit: float) -> str:
     except subprocess.TimeoutExpired as error:
         raise Failure(f"cannot be installed here: nothing after {limit:.0f} s") from error
     if done.returncode != 0:
-        last = [text for text in done.stderr.splitlines() if not text.startswith("WARNING")][-1:]
-        raise Failure(f"cannot be installed here: {' '.join(last) or 'no reason given'}")
+        # `venv` complains on standard output, `pip` on the other; warnings come last there.
+        said = [text for text in (done.stderr or done.stdout).splitlines() if text and not text.startswith("WARNING")]
+        raise Failure(f"cannot be installed here: {said[-1][:200] if said else 'no reason given'}")
     return done.stdout

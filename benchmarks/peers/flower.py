@@ -10,7 +10,7 @@ from pathlib import Path
 
 from benchmarks.peers.trial import System, Trial, free_port
 
-__all__ = ["FLOWER", "FLOWER_GRPC", "FLOWER_TUNED"]
+__all__ = ["FLOWER", "FLOWER_GRPC"]
 
 APPS = Path(__file__).parent / "apps"
 QUIET = {"FLWR_TELEMETRY_ENABLED": "0", "FLWR_DISABLE_UPDATE_CHECK": "1"}
@@ -111,15 +111,6 @@ FLOWER = System(
     requirements="flower",
     start=start_deployment,
     settings=QUIET,
-)
-FLOWER_TUNED = System(
-    name="flower-tuned",
-    title="Flower {version}, deployment, tuned",
-    how="the same with FLWR_SUPEREXEC_TASK_POLL_INTERVAL=0.05 (1 s by default)",
-    package="flwr",
-    requirements="flower",
-    start=start_deployment,
-    settings={**QUIET, "FLWR_SUPEREXEC_TASK_POLL_INTERVAL": "0.05"},
 )
 FLOWER_GRPC = System(
     name="flower-1.8",

@@ -177,7 +177,7 @@ def measure(system: System, programs: Path, mb: float, plan: Plan, *, keep: Path
         try:
             system.start(trial)
             starts = _wait_for_rounds(trial)
-        except Failure as failure:
+        except (Failure, OSError) as failure:
             log = group.tail()
             print(f"# {system.name}, {mb:g} MB: {failure}\n{log}", file=sys.stderr, flush=True)
             return Outcome(system.name, mb, failure=str(failure))

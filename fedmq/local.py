@@ -172,6 +172,7 @@ class Threads:
             config=config,
             store=store,
             chunk_bytes=self._settings.broker.chunk_bytes,
+            pack_chunks=self._settings.broker.pack_chunks,
         )
         self._service.run(self.broker.aggregator(self._settings.run, prefetch=prefetch))
 
@@ -179,8 +180,16 @@ class Threads:
         config = self._resolve(member).table("worker", WorkerConfig)
         transport = self.broker.worker(self._settings.run, config.name)
         run = run_evaluator if member.command == "evaluate" else run_worker
-        size = self._settings.broker.chunk_bytes
-        run(config, self._settings.run, transport, load_task(config.task), chunk_bytes=size, stop=self._stop)
+        broker = self._settings.broker
+        run(
+            config,
+            self._settings.run,
+            transport,
+            load_task(config.task),
+            chunk_bytes=broker.chunk_bytes,
+            pack_chunks=broker.pack_chunks,
+            stop=self._stop,
+        )
 
 
 def _die_with_parent() -> None:

@@ -111,7 +111,8 @@ def _live(settings: Settings, config: WorkerConfig, *, evaluator: bool) -> None:
     stop = threading.Event()
     with stop_on_signals(stop):
         transport = AmqpWorkerTransport(settings.broker, Topology(settings.run), worker=config.name)
-        summary = live(config, settings.run, transport, task, chunk_bytes=settings.broker.chunk_bytes, stop=stop)
+        sizes = {"chunk_bytes": settings.broker.chunk_bytes, "pack_chunks": settings.broker.pack_chunks}
+        summary = live(config, settings.run, transport, task, stop=stop, **sizes)
     version = f"newest version {summary.version}" if summary.version >= 0 else "no version yet"
     log.info("%s: %d updates confirmed, %s", summary.reason, summary.confirmed, version)
 

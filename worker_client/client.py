@@ -26,13 +26,15 @@ def run_worker(
     task: Task,
     *,
     chunk_bytes: int = CHUNK_BYTES,
+    pack_chunks: bool = False,
     stop: StopSignal | None = None,
     grace: float = GRACE,
 ) -> Summary:
     """Train for ``run`` until it is over, ``max_updates`` is reached or ``stop`` is set.
 
     With ``config.folder`` the worker keeps its identity there; without, it is a new one each time. The
-    transport is opened and closed here. Updates that are larger than ``chunk_bytes`` travel in chunks.
+    transport is opened and closed here. Updates that are larger than ``chunk_bytes`` travel in chunks,
+    packed if that makes them smaller with ``pack_chunks``.
 
     Raises:
         TaskError: the task raised, or its shard is empty.
@@ -54,6 +56,7 @@ def run_worker(
             machine=WorkerMachine(config.name, outbox.incarnation, max_updates=config.max_updates),
             role=Role.TRAINER,
             chunk_bytes=chunk_bytes,
+            pack_chunks=pack_chunks,
             stop=stop,
             grace=grace,
         ).run()
@@ -68,6 +71,7 @@ def run_evaluator(
     task: Task,
     *,
     chunk_bytes: int = CHUNK_BYTES,
+    pack_chunks: bool = False,
     stop: StopSignal | None = None,
     grace: float = GRACE,
 ) -> Summary:
@@ -87,6 +91,7 @@ def run_evaluator(
         machine=EvaluatorMachine(),
         role=Role.EVALUATOR,
         chunk_bytes=chunk_bytes,
+        pack_chunks=pack_chunks,
         stop=stop,
         grace=grace,
     ).run()

@@ -7,9 +7,10 @@ from dataclasses import dataclass, fields, replace
 from broker.errors import WireError
 from broker.messages import Event, EventKind, Manifest, ModelSpec, Parameters, ParametersHead
 from broker.transport import Delivery, Source
-from broker.wire import decode, join
+from broker.wire import Shared, decode, delta_range, follow, join
+from broker.wire.messages import read_chunk
 
-__all__ = ["Broken", "Offer", "head_of", "read", "under"]
+__all__ = ["Broken", "Complete", "Offer", "head_of", "read", "under"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -17,8 +18,29 @@ class Offer:
     """A version that can be downloaded."""
 
     head: ParametersHead
-    model: ModelSpec
+    manifest: Manifest
     delivery: Delivery
+
+    @property
+    def model(self) -> ModelSpec:
+        """The run's model."""
+        return self.manifest.model
+
+    def part(self, shared: Shared | None) -> range:
+        """Which chunks to get: those of the delta for whoever has the state before, else of the whole version."""
+        delta = self.manifest.delta
+        if delta is not None and shared is not None and delta.base == shared.state:
+            return delta_range(self.manifest)
+        return range(len(self.manifest.chunks))
+
+
+@dataclass(frozen=True, slots=True)
+class Complete:
+    """A version with its tensors."""
+
+    parameters: Parameters
+    state: str = ""
+    """The name of its tensors, where versions are told by deltas."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,8 +51,10 @@ class Broken:
     problem: str
 
 
-def read(delivery: Delivery, run: str) -> Parameters | Offer | Broken | Event | None:
+def read(delivery: Delivery, run: str, shared: Shared | None = None) -> Complete | Offer | Broken | Event | None:
     """The version or notice in ``delivery``; None for what is not for a worker of ``run``. Raises :class:`WireError`.
+
+    ``shared`` is what is here, which a delta may start from.
 
     Of a version in chunks, each is checked against its checksum, and its tensors are views of them. The digest is not
     computed again: it comes from the same aggregator as the checksums, so it proves nothing more, and for 100 MB it
@@ -42,23 +66,32 @@ def read(delivery: Delivery, run: str) -> Parameters | Offer | Broken | Event | 
     if delivery.source is not Source.PARAMETERS:
         return None
     if isinstance(message, Parameters):
-        return message if message.run == run else None
+        return Complete(message) if message.run == run else None
     if isinstance(message, Manifest) and isinstance(message.head, ParametersHead) and message.head.run == run:
-        return _in_chunks(delivery, message, message.head)
+        return _in_chunks(delivery, message, message.head, shared)
     return None
 
 
-def _in_chunks(delivery: Delivery, manifest: Manifest, head: ParametersHead) -> Parameters | Offer | Broken:
+def _in_chunks(
+    delivery: Delivery, manifest: Manifest, head: ParametersHead, shared: Shared | None
+) -> Complete | Offer | Broken:
     if delivery.lost:
         return Broken(head, delivery.lost)
     if delivery.chunks is None:
-        return Offer(head, manifest.model, delivery)
+        return Offer(head, manifest, delivery)
+    of = str(delivery.headers.get("message_id", ""))
     try:
-        version = join(manifest, str(delivery.headers.get("message_id", "")), delivery.chunks)
+        first = read_chunk(delivery.chunks[0])[0].index if delivery.chunks else 0
+        if first < len(manifest.chunks):
+            version = join(manifest, of, delivery.chunks)
+        elif shared is not None:
+            version = follow(manifest, of, delivery.chunks, shared)
+        else:
+            return Broken(head, "a delta, and nothing here that it could start from")
     except WireError as error:
         return Broken(head, str(error))
     assert isinstance(version, Parameters)  # noqa: S101  (its head is a version's)
-    return version
+    return Complete(version, manifest.state)
 
 
 def head_of(parameters: Parameters) -> ParametersHead:

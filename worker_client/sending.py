@@ -28,11 +28,12 @@ __all__ = ["Sender"]
 class Sender:
     """One worker's stationery: its run, its name, its incarnation and its role stand on every sheet."""
 
-    def __init__(self, run: str, worker: str, incarnation: str, role: Role) -> None:
+    def __init__(self, run: str, worker: str, incarnation: str, role: Role, *, pack_chunks: bool = False) -> None:
         self._run = run
         self._worker = worker
         self._incarnation = incarnation
         self._role = role
+        self._pack_chunks = pack_chunks
 
     def hello(self, version: int) -> Outgoing:
         """The worker is here, and ``version`` is the newest it has (-1: none)."""
@@ -70,7 +71,9 @@ class Sender:
             metrics=dict(trained.metrics),
             seconds=trained.seconds,
             model=model,
-            tensors=trained.tensors,
+            tensors=trained.tensors if trained.encoded is None else trained.encoded,
+            codec=trained.codec,
+            seed=trained.seed,
         )
 
     def cut(self, update: Update, largest: int) -> Outgoing:
@@ -86,7 +89,7 @@ class Sender:
             "base_version": update.base_version,
             "examples": update.examples,
         }
-        body, chunks = encode_in_chunks(update, str(update.id), largest)
+        body, chunks = encode_in_chunks(update, str(update.id), largest, lossless=self._pack_chunks)
         if chunks:
             manifest = decode(body)
             assert isinstance(manifest, Manifest)  # noqa: S101  (it was encoded here)

@@ -20,6 +20,8 @@ from broker.errors import BrokerError, FedmqError, MessageTooLarge, TaskError, U
 from broker.messages import Event, EventKind, ModelSpec, Parameters, ParametersHead, Reason, Role, UpdateId
 from broker.seldom import Seldom
 from broker.transport import Connected, Delivery, Disconnected, Failed, Standby, WorkerTransport
+from broker.wire import Shared
+from worker_client.compression import Compressor
 from worker_client.config import WorkerConfig
 from worker_client.context import Abandoned
 from worker_client.core import EvaluatorMachine, WorkerMachine
@@ -28,7 +30,7 @@ from worker_client.mailbox import Bench, Finished, Item, Mailbox, Published
 from worker_client.notices import DIVERGED, MEANINGS
 from worker_client.outbox import Outbox
 from worker_client.publishing import Publishing, error_of
-from worker_client.reading import Broken, Offer, head_of, read, under
+from worker_client.reading import Broken, Complete, Offer, head_of, read, under
 from worker_client.sending import Sender
 from worker_client.training import Evaluation, Trained, Trainer
 
@@ -79,6 +81,7 @@ class Session:
         machine: WorkerMachine | EvaluatorMachine,
         role: Role,
         chunk_bytes: int,
+        pack_chunks: bool,
         stop: StopSignal | None,
         grace: float,
     ) -> None:
@@ -89,7 +92,9 @@ class Session:
         self._outbox = outbox
         self._machine = machine
         self._role = role
-        self._sender = Sender(run, config.name, outbox.incarnation, role)
+        self._sender = Sender(run, config.name, outbox.incarnation, role, pack_chunks=pack_chunks)
+        who = f"{config.name} {outbox.incarnation}"
+        self._compress = Compressor(config.folder, who, trainer.spec)
         self._stop = stop or threading.Event()
         self._grace = grace
         self._mailbox = Mailbox()
@@ -100,6 +105,8 @@ class Session:
         )
         self._offer: Offer | None = None
         self._parameters: Parameters | None = None
+        self._state = ""
+        self._is_delta = True
         self._base: ParametersHead | None = None
         self._trained: tuple[ParametersHead, Trained] | None = None
         self._alarms: dict[type[ev.BackOffOver | ev.RestOver | ev.GraceOver | ev.DownloadDue], float] = {}
@@ -180,16 +187,17 @@ class Session:
 
     def _read(self, delivery: Delivery) -> None:
         try:
-            message = read(delivery, self._run)
+            message = read(delivery, self._run, self._shared)
         except WireError as error:
             log.warning("a message from %s is ignored: %s", delivery.source, error)
             return
         match message:
-            case Parameters():
-                self._arrived(message)
+            case Complete(parameters, state):
+                self._arrived(parameters, state)
             case Offer():
                 self._offered(message)
             case Broken(head, problem):
+                self._is_delta = False  # it is taken whole
                 if self._seldom.may("a broken download"):
                     log.warning("version %d cannot be downloaded and is asked for again: %s", head.version, problem)
                 self._tell(ev.DownloadFailed(head))
@@ -198,12 +206,17 @@ class Session:
             case _:
                 log.warning("a message from %s is not for this worker and ignored", delivery.source)
 
-    def _arrived(self, parameters: Parameters) -> None:
+    @property
+    def _shared(self) -> Shared | None:
+        """What is here that the next version can be told by its difference from."""
+        return Shared(self._parameters.tensors, self._state) if self._parameters is not None and self._state else None
+
+    def _arrived(self, parameters: Parameters, state: str) -> None:
         if self._is_ours(parameters.model):
             head, versions = head_of(parameters), self._machine.versions
             effects = self._machine.handle(ev.ParametersArrived(head))
             if versions.here is not None and versions.here.digest == head.digest:
-                self._parameters = parameters
+                self._parameters, self._state, self._is_delta = parameters, state, True
             self._take_note(head, effects)
 
     def _offered(self, offer: Offer) -> None:
@@ -332,8 +345,9 @@ class Session:
     def _download(self) -> None:
         if self._offer is None:
             raise RuntimeError("no version was offered")
-        log.debug("downloading version %d", self._offer.head.version)
-        self._transport.fetch(self._offer.delivery)
+        part = self._offer.part(self._shared if self._is_delta else None)
+        log.debug("downloading version %d, %d chunks", self._offer.head.version, len(part))
+        self._transport.fetch(self._offer.delivery, part)
 
     def _take_up(self, head: ParametersHead) -> Parameters:
         """The version to work with. Only the work holds it, besides this while there is no newer one."""
@@ -347,7 +361,7 @@ class Session:
         log.info("training from version %d", base.version)
 
         def work(abandon: threading.Event) -> Trained:
-            trained = self._trainer.train(base, ordinal, abandon.is_set)
+            trained = self._compress(self._trainer.train(base, ordinal, abandon.is_set), head, ordinal)
             if abandon.wait(self._config.delay):
                 raise Abandoned("the delay was cut short, because the worker leaves")
             # Whoever looks for the slow worker wants to see what it really takes.

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.utils.data import default_collate
 
 from broker.errors import ModelMismatch, TaskError
-from broker.messages import DTYPES, Array, Mode, ModelSpec, Parameters, Tensors
+from broker.messages import DTYPES, Array, Mode, ModelSpec, Parameters, Tensors, Values
 from worker_client.batches import Examples, index_batches
 from worker_client.config import WorkerConfig, shard_of
 from worker_client.context import TrainingContext, TrainingResult
@@ -42,6 +42,10 @@ class Trained:
     examples: int
     metrics: Mapping[str, float]
     seconds: float
+    encoded: Mapping[str, Values] | None = None
+    """Instead of ``tensors``, which are gone then: in the code that the plan asks for."""
+    codec: str = ""
+    seed: int = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

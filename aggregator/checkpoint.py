@@ -219,20 +219,26 @@ class CheckpointStore:
                 file.replace(file.with_name(f"{file.name}.damaged"))
         return snapshot
 
-    def write(self, snapshot: Snapshot, copied: Callable[[], None] | None = None) -> Path:
+    def write(
+        self,
+        snapshot: Snapshot,
+        copied: Callable[[], None] | None = None,
+        first: Callable[[], None] | None = None,
+    ) -> Path:
         """Make ``snapshot`` durable; when this returns, it will survive a crash of this machine.
 
         Args:
             snapshot: its arrays are read until this returns or raises.
             copied: called as soon as the accumulator is not read any more, long before it is durable. Not called if
                 there is no update in it, or if something fails before.
+            first: called when all is written and synced, before it counts. If it raises, nothing has changed.
 
         Raises:
             StaleEpoch: another aggregator has claimed the run.
             CheckpointNotWritten: disk full, folder read-only and the like; the older checkpoints are untouched.
         """
         target = self._next_file()
-        self._put(snapshot, target, epoch=snapshot.epoch, copied=copied)
+        self._put(snapshot, target, epoch=snapshot.epoch, copied=copied, first=first)
         for old in self.files()[self._keep :]:
             with contextlib.suppress(OSError):
                 old.unlink()

@@ -118,6 +118,7 @@ class AggregatorService:
         self._history = History(folder / "history.jsonl")
         self._inbox: queue.SimpleQueue[Incoming | on.Happening] = queue.SimpleQueue()
         self._writer = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
+        self._syncer = ThreadPoolExecutor(1, thread_name_prefix="sync")
         self._writing: _Writing | None = None
         self._broadcasts: set[Future[None]] = set()
         self._prepared = -1
@@ -156,6 +157,7 @@ class AggregatorService:
         finally:
             transport.close()
             self._writer.shutdown()
+            self._syncer.shutdown()
             if self._led is not None and self._led.archive is not None:
                 self._led.archive.close()
         return self._write_results()
@@ -447,6 +449,12 @@ class AggregatorService:
         whole = [self._delivery.body] if self._delivery.chunks is None else encode_parts(self._arrival.update)
         archive.add(*whole)
 
+    def _sync(self) -> None:
+        """Make durable what the history and the kept updates have. Raises :class:`CheckpointNotWritten`."""
+        self._history.sync()
+        if self._led is not None and self._led.archive is not None:
+            self._led.archive.sync()
+
     def _write(
         self, commit: int, snapshot: Snapshot, is_copied: threading.Event
     ) -> on.CheckpointWritten | on.CheckpointFailed | None:
@@ -458,10 +466,9 @@ class AggregatorService:
 
         outcome: on.CheckpointWritten | on.CheckpointFailed = on.CheckpointWritten(commit)
         try:
-            self._history.sync()
-            if self._led is not None and self._led.archive is not None:
-                self._led.archive.sync()
-            self._store.write(snapshot, give_back)
+            # Beside the checkpoint's own sync, which takes as long; both must be durable before it counts.
+            synced = self._syncer.submit(self._sync)
+            self._store.write(snapshot, give_back, synced.result)
             if self._led is not None:
                 self._led.keep_another_base(self._store, snapshot)
         except CheckpointNotWritten as error:

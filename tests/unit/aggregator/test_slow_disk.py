@@ -32,12 +32,14 @@ class Slow(CheckpointStore):
         self.gives_back = gives_back
         self.begun, self.goes_on = threading.Event(), threading.Event()
 
-    def write(self, snapshot: Snapshot, copied: Callable[[], None] | None = None) -> Path:
+    def write(
+        self, snapshot: Snapshot, copied: Callable[[], None] | None = None, first: Callable[[], None] | None = None
+    ) -> Path:
         if copied is not None and self.gives_back:
             copied()
         self.begun.set()
         assert self.goes_on.wait(60)
-        return super().write(snapshot, copied)
+        return super().write(snapshot, copied, first)
 
 
 class Service:

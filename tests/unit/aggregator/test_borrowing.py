@@ -135,16 +135,29 @@ def test_how_values_are_cut_makes_no_difference(dtype: Any, weight: float) -> No
     assert total.tobytes() == expected.tobytes()
 
 
-def test_half_precision_is_screened_without_a_mask_of_its_size() -> None:
-    values = np.zeros(NBYTES // 2, np.float16)
+@pytest.mark.parametrize(("dtype", "largest"), [(np.float16, 65504.0), (ml_dtypes.bfloat16, 3.38e38)])
+def test_half_precision_is_screened_without_a_mask_of_its_size(dtype: Any, largest: float) -> None:
+    values = np.zeros(NBYTES // 2, dtype)
+    values[:2] = largest, -largest
     with peak() as taken:
         assert is_finite(values)
         assert taken() < 0.1
 
     for where in (0, values.size // 2, values.size - 1):
-        values[where] = np.inf
-        assert not is_finite(values)
+        for wrong in (np.inf, -np.inf, np.nan):
+            values[where] = wrong
+            assert not is_finite(values)
         values[where] = 0
+
+
+@pytest.mark.parametrize("dtype", [np.float16, ml_dtypes.bfloat16])
+def test_all_numbers_of_half_precision_are_screened_as_numpy_does(dtype: Any) -> None:
+    numbers = np.arange(2**16, dtype=np.uint16).view(dtype)
+
+    with np.errstate(invalid="ignore"):
+        expected = np.isfinite(numbers).tolist()
+    assert [is_finite(numbers[n : n + 1]) for n in range(numbers.size)] == expected
+    assert is_finite(numbers[:0])
 
 
 # ------------------------------------------------------------------------------------------------ the machine

@@ -19,6 +19,8 @@ class Offer:
     head: ParametersHead
     model: ModelSpec
     delivery: Delivery
+    part: range
+    """Which of its chunks hold the whole version."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,7 +54,7 @@ def _in_chunks(delivery: Delivery, manifest: Manifest, head: ParametersHead) -> 
     if delivery.lost:
         return Broken(head, delivery.lost)
     if delivery.chunks is None:
-        return Offer(head, manifest.model, delivery)
+        return Offer(head, manifest.model, delivery, range(len(manifest.chunks)))
     try:
         version = join(manifest, str(delivery.headers.get("message_id", "")), delivery.chunks)
     except WireError as error:

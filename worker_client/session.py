@@ -333,7 +333,7 @@ class Session:
         if self._offer is None:
             raise RuntimeError("no version was offered")
         log.debug("downloading version %d", self._offer.head.version)
-        self._transport.fetch(self._offer.delivery)
+        self._transport.fetch(self._offer.delivery, self._offer.part)
 
     def _take_up(self, head: ParametersHead) -> Parameters:
         """The version to work with. Only the work holds it, besides this while there is no newer one."""

@@ -3,9 +3,7 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -29,85 +27,19 @@ from broker.messages import (
     Update,
     parameters_digest,
 )
-from broker.transport import Delivery, Failed, Incoming, Outgoing, Sink, Source, WorkerTransport
-from broker.wire import decode, encode
+from broker.transport import Delivery, Failed, Outgoing, Sink, Source
+from broker.wire import encode
 from tests.support.waiting import wait_for
+from tests.unit.worker_client.ends import LIMIT, Aggregator, running
 from tests.unit.worker_client.models import RUN, Points, config, version_of
 from worker_client.client import Summary, run_evaluator, run_worker
-from worker_client.config import WorkerConfig
 from worker_client.core.rejections import MOST_NOT_FINITE
-from worker_client.task import Examples, Shard, Task, TrainingContext, TrainingResult
-from worker_client.training import initial_parameters
-
-LIMIT = 20.0
-
-
-class Aggregator:
-    """The other side, as far as a worker sees it: reads what comes and broadcasts what a test says."""
-
-    def __init__(self, broker: MemoryBroker, task: Task) -> None:
-        self.transport = broker.aggregator(RUN, prefetch=1000)
-        self.model, self.tensors = initial_parameters(task)
-        self.messages: list[Any] = []
-        self.outgoing: list[Delivery] = []
-        self._changed = threading.Condition()
-        self.transport.open(self._receive)
-
-    def _receive(self, item: Incoming) -> None:
-        if isinstance(item, Delivery):
-            with self._changed:
-                self.messages.append(decode(item.body))
-                self.outgoing.append(item)
-                self._changed.notify_all()
-            if item.token is not None:
-                self.transport.ack(item.token)
-
-    def broadcast(self, version: int, **rest: Any) -> Parameters:
-        parameters = version_of(self.model, self.tensors, version, **rest)
-        headers = {"epoch": parameters.epoch, "version": version, "attempt": parameters.plan.attempt}
-        self.transport.broadcast(Outgoing(body=encode(parameters), headers=headers)).result()
-        return parameters
-
-    def notify(self, worker: str, **data: Any) -> None:
-        event = Event(run=RUN, kind=EventKind.NOTICE, source="aggregator", time=1.0, data=data)
-        self.transport.notify(worker, Outgoing(body=encode(event)))
-
-    def of(self, wanted: type, /, **facts: Any) -> list[Any]:
-        return [
-            m
-            for m in list(self.messages)
-            if isinstance(m, wanted) and all(getattr(m, name) == value for name, value in facts.items())
-        ]
-
-    def wait_for(self, condition: Callable[[], Any]) -> Any:
-        with self._changed:
-            assert self._changed.wait_for(condition, LIMIT), self.messages
-        return condition()
+from worker_client.task import Examples, Shard, TrainingContext, TrainingResult
 
 
 @pytest.fixture
 def broker() -> MemoryBroker:
     return MemoryBroker()
-
-
-@contextmanager
-def running(
-    broker: MemoryBroker | WorkerTransport,
-    task: Task,
-    stop: threading.Event | None = None,
-    live: Callable[..., Summary] = run_worker,
-    **settings: Any,
-) -> Iterator[Future[Summary]]:
-    """A worker in the background, stopped at the end of the block."""
-    stop = stop or threading.Event()
-    values: WorkerConfig = config(heartbeat_seconds=0.05, **settings)
-    transport = broker.worker(RUN, values.name) if isinstance(broker, MemoryBroker) else broker
-    with ThreadPoolExecutor(1) as pool:
-        future = pool.submit(live, values, RUN, transport, task, stop=stop)
-        try:
-            yield future
-        finally:
-            stop.set()
 
 
 def test_a_worker_trains_each_version_and_leaves_with_the_last(broker: MemoryBroker, tmp_path: Path) -> None:

@@ -1,8 +1,11 @@
 from __future__ import annotations
 
+import gc
 import threading
+import weakref
 
 from broker.transport import Connected, Delivery, Source
+from tests.support.waiting import wait_for
 from worker_client.mailbox import Bench, Finished, Mailbox
 
 
@@ -26,6 +29,16 @@ def test_the_newest_is_told_by_epoch_before_version_before_attempt() -> None:
         mailbox.put(item)
 
     assert mailbox.take(0) == parameters(2, epoch=2, attempt=1)
+
+
+def test_a_download_that_ended_is_kept_beside_a_newer_offer() -> None:
+    mailbox = Mailbox()
+    whole = Delivery(source=Source.PARAMETERS, body=b"", chunks=(b"",), headers={"version": 1})
+    lost = Delivery(source=Source.PARAMETERS, body=b"", lost="gone", headers={"version": 2})
+    for item in (whole, parameters(3), lost, parameters(4)):
+        mailbox.put(item)
+
+    assert [mailbox.take(0) for _ in range(4)] == [whole, lost, parameters(4), None]
 
 
 def test_a_reader_that_waits_is_woken() -> None:
@@ -61,4 +74,22 @@ def test_abandoning_one_piece_of_work_does_not_touch_the_next() -> None:
     assert mailbox.take(10) == Finished(result=True)
     bench.start(lambda abandon: abandon.is_set())
     assert mailbox.take(10) == Finished(result=False)
+    bench.close()
+
+
+def test_the_bench_keeps_neither_the_work_nor_its_result() -> None:
+    """They hold a version and an update, while there may be nothing to do for long."""
+
+    class Large:
+        """What takes memory."""
+
+    mailbox = Mailbox()
+    bench = Bench(mailbox.put)
+    version, update = Large(), Large()
+    kept = [weakref.ref(version), weakref.ref(update)]
+    bench.start(lambda _, version=version, update=update: (version, update))  # type: ignore[misc]
+    del version, update
+
+    assert isinstance(mailbox.take(10), Finished)
+    wait_for(lambda: gc.collect() >= 0 and [ref() for ref in kept] == [None, None], what="both to be gone")
     bench.close()

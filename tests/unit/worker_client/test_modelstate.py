@@ -12,6 +12,7 @@ from torch import nn
 
 from broker.errors import ModelMismatch, TaskError
 from broker.messages import TensorRole
+from broker.wire.section import Spread
 from tests.unit.worker_client.models import Points
 from worker_client.modelstate import ModelState
 from worker_client.task import Task
@@ -165,6 +166,38 @@ def test_values_come_back_bit_for_bit(dtype: torch.dtype, numpy: Any, shape: tup
     assert arrays["w"].dtype == np.dtype(numpy)
     assert arrays["w"].shape == shape
     assert torch.equal(value_of(other), values)
+
+
+def in_pieces(array: Any) -> Spread:
+    """``array`` as if it had come in chunks."""
+    flat = np.ascontiguousarray(array).reshape(-1)
+    return Spread(array.shape, array.dtype, np.split(flat, [1, 3, 3, 4]))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+@pytest.mark.parametrize("shape", [(), (0, 3), (7,), (2, 3, 4)])
+def test_tensors_in_pieces_are_loaded_and_subtracted_like_whole_ones(
+    dtype: torch.dtype, shape: tuple[int, ...]
+) -> None:
+    random = torch.Generator().manual_seed(1)
+    old, new = (torch.randn(shape, generator=random).to(dtype) for _ in range(2))
+    values, changed = ModelState(tensor_model(w=old)).read(), ModelState(tensor_model(w=new))
+    pieces = {name: in_pieces(array) for name, array in values.items()}
+
+    assert np.array_equal(changed.change_since(pieces)["w"], changed.change_since(values)["w"])
+    assert changed.change_since(pieces)["w"].shape == shape
+    changed.load(pieces)
+    assert np.array_equal(changed.read()["w"], values["w"])
+
+
+def test_a_transposed_parameter_takes_pieces_in_its_own_order() -> None:
+    model = tensor_model(w=torch.zeros(3, 2).t())
+    values = np.arange(6, dtype=np.float32).reshape(2, 3)
+
+    ModelState(model).load({"w": in_pieces(values)})
+
+    assert np.array_equal(ModelState(model).read()["w"], values)
+    assert not ModelState(model).change_since({"w": in_pieces(values)})["w"].any()
 
 
 def test_what_was_read_does_not_change_when_training_goes_on() -> None:

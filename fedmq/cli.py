@@ -30,6 +30,7 @@ from broker.console import (
 from broker.dead import app as dead_app
 from broker.errors import CheckpointError, TaskError
 from broker.settings import Settings, Table, load, plain
+from fedmq.compress import register as register_compress
 from fedmq.control import register as register_controls
 from fedmq.lineage import register as register_lineage
 from worker_client.cli import TaskOption, evaluate, worker
@@ -195,6 +196,7 @@ app.command("worker")(worker)
 app.command("evaluate")(evaluate)
 register_controls(app)
 register_lineage(app)
+register_compress(app)
 app.add_typer(checkpoint_app, name="checkpoint")
 app.add_typer(dead_app, name="dead")
 app.add_typer(broker_app, name="broker")

@@ -112,9 +112,9 @@ def compress(
 ) -> None:
     """Show what each codec makes of a model's tensors: bytes, error, and GB of float32 a second on one core.
 
-    The error is vNMSE: the square of what is lost, in relation to that of the tensors. Tensors to which codecs do
-    not apply, those that are small or hold whole numbers, are left out. Updates compress as well as a model does with
-    bf16, int8 and eden; topk is for updates only.
+    The error is vNMSE, the square of what is lost in relation to that of the tensors. Tensors to which codecs do not
+    apply, those that are small or hold whole numbers, are left out. With bf16 and eden the error of an update is much
+    the same; topk makes sense for updates only.
 
     Example: fedmq compress runs/digits/model.safetensors --codec int8 --codec eden:4
     """
@@ -171,10 +171,14 @@ def _selection(file: Path, content: Any) -> Selection:
 def _measure(file: Path, content: Any, selection: Selection, scores: list[Score]) -> None:
     with _progress(selection.elements * len(scores)) as advance:
         for tensor in selection.tensors:
-            values = _values(file, content, tensor.name)
-            for score in scores:
-                score.add(values)
-                advance(values.size)
+            _measure_one(_values(file, content, tensor.name), scores, advance)
+
+
+def _measure_one(values: Array, scores: list[Score], advance: Callable[[int], object]) -> None:
+    """In a function of its own, so that no tensor is kept while the next is read."""
+    for score in scores:
+        score.add(values)
+        advance(values.size)
 
 
 def _values(file: Path, content: Any, name: str) -> Array:

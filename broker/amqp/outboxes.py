@@ -11,13 +11,13 @@ never completed. Whatever comes before the update's own chunks, and is not part 
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import logging
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 
 import pika
+import pika.exceptions
 
 from broker.amqp.refusals import Operation
 from broker.amqp.session import Channel
@@ -127,21 +127,29 @@ class Outboxes:
 
     async def _live(self, main: Channel) -> None:
         getter: _Getter | None = None
-        with contextlib.suppress(ConnectionLost):
+        try:
             while True:
                 while not self._wanted:
                     self._more.clear()
                     await self._more.wait()
                 if getter is None or not getter.channel.raw.is_open:
                     getter = _Getter(await main.session.channel())
-                wanted = self._wanted.popleft()
-                try:
-                    await (self._drop(getter, wanted) if wanted.is_waste else self._fetch(getter, wanted))
-                except ConnectionLost:
-                    raise
-                except BrokerError as error:
-                    # The outbox is gone, or may not be read: the channel is closed, and what it held is back.
-                    self._lose(wanted, str(error))
+                await self._serve(getter, self._wanted.popleft())
+        except ConnectionLost:
+            return
+        finally:
+            # If only the main channel has ended, what this one holds must go back as well.
+            if getter is not None and getter.channel.raw.is_open:
+                getter.channel.raw.close()
+
+    async def _serve(self, getter: _Getter, wanted: _Wanted) -> None:
+        try:
+            await (self._drop(getter, wanted) if wanted.is_waste else self._fetch(getter, wanted))
+        except ConnectionLost:
+            raise
+        except (BrokerError, pika.exceptions.AMQPError) as error:
+            # The outbox is gone, or may not be read: the channel is closed, and what it held is back.
+            self._lose(wanted, str(error))
 
     async def _fetch(self, getter: _Getter, wanted: _Wanted) -> None:
         patience = self._patience if wanted.delivery.redelivered else PATIENCE

@@ -172,7 +172,14 @@ class Uploader:
         missing = [index for index in range(len(message.chunks)) if index not in upload.stored]
         if missing:
             first = 0 if self._tail is None else self._tail.find()
-            _Attempt(self._publisher, self._route, message, lambda: self._is_closed).run(missing, upload.stored, first)
+            try:
+                _Attempt(self._publisher, self._route, message, lambda: self._is_closed).run(
+                    missing, upload.stored, first
+                )
+            except BrokerError:
+                if self._tail is not None:
+                    self._tail.forget()
+                raise
             if self._tail is not None:
                 self._tail.moved(len(missing))
         return upload

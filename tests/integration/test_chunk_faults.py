@@ -42,21 +42,24 @@ class Site:
     """A run that closes a round at each good update, and a client that can send anything."""
 
     def __init__(self, node: PrivateNode, folder: Path) -> None:
-        self.node, self.topology = node, fresh_topology("chunks")
-        store = CheckpointStore(folder / "checkpoints", self.topology.run)
-        store.create(MODEL, {"w": np.zeros(60_000, np.float32)}, now=0.0)
-        config = AggregatorConfig(buffer_size=1, linger=0.0, staleness="constant")
+        self.node, self.topology, self.folder = node, fresh_topology("chunks"), folder
+        self.store = CheckpointStore(folder / "checkpoints", self.topology.run)
+        self.store.create(MODEL, {"w": np.zeros(60_000, np.float32)}, now=0.0)
+        self.seq = 0
+        self.start(buffer_size=1)
+
+    def start(self, *, buffer_size: int) -> None:
+        store = CheckpointStore(self.folder / "checkpoints", self.topology.run)
+        config = AggregatorConfig(buffer_size=buffer_size, linger=0.0, staleness="constant")
         self.service = AggregatorService(
-            folder=folder, run=self.topology.run, config=config, store=store, chunk_bytes=CHUNK
+            folder=self.folder, run=self.topology.run, config=config, store=store, chunk_bytes=CHUNK
         )
         self.outcome: Outcome | None = None
         self._transport = AmqpAggregatorTransport(
-            config_of(node, heartbeat=5), self.topology, model_bytes=MODEL.nbytes, prefetch=8
+            config_of(self.node, heartbeat=5), self.topology, model_bytes=MODEL.nbytes, prefetch=8
         )
         self._thread = threading.Thread(target=self._run, daemon=True)
         self._thread.start()
-        self.store = store
-        self.seq = 0
 
     def _run(self) -> None:
         self.outcome = self.service.run(self._transport)
@@ -91,7 +94,7 @@ def site(node: PrivateNode, tmp_path: Path) -> Iterator[tuple[Site, Channel]]:
         wait_for(lambda: exists(node, site.topology.updates), what="the run's queues")
         raw.confirm_delivery()
         wait_for(lambda: says_hello(raw, site.topology), what="a queue for hellos")
-        wait_for(lambda: exists(site.node, site.topology.outbox(WORKER)), what="an outbox")
+        wait_for(lambda: has_outbox(raw, site.topology), what="an outbox")
         yield site, raw
     if site.outcome is None:
         site.close()
@@ -101,6 +104,16 @@ def exists(node: PrivateNode, queue: str) -> bool:
     try:
         ready(node, queue)
     except pika.exceptions.ChannelClosedByBroker:
+        return False
+    return True
+
+
+def has_outbox(raw: Channel, topology: Topology) -> bool:
+    """Whether a chunk arrives; this one is of an upload that is never completed."""
+    properties = pika.BasicProperties(message_id=f"{WORKER}/i/0#0", delivery_mode=2)
+    try:
+        raw.basic_publish(UPDATES, topology.chunk_key(WORKER), b"", properties, mandatory=True)
+    except pika.exceptions.UnroutableError:
         return False
     return True
 
@@ -301,5 +314,21 @@ def test_an_outbox_is_full_at_some_point(site: tuple[Site, Channel]) -> None:
 def test_an_outbox_that_is_deleted_is_there_again(site: tuple[Site, Channel]) -> None:
     at, raw = site
     raw.queue_delete(at.topology.outbox(WORKER))
-    wait_for(lambda: exists(at.node, at.topology.outbox(WORKER)), 60, what="an outbox")
+    wait_for(lambda: has_outbox(raw, at.topology), 60, what="an outbox")
     goes_on(at, raw)
+
+
+def test_a_channel_that_ends_gives_back_what_was_fetched(site: tuple[Site, Channel]) -> None:
+    """Somebody deletes a queue of the run: the channel is set up again, on the same connection."""
+    at, raw = site
+    at.service.stop()
+    wait_for(lambda: at.outcome is not None, 60, what="an aggregator that has left")
+    at.start(buffer_size=2)
+    send(raw, at.topology, at.update())
+    wait_for(lambda: ready(at.node, at.topology.outbox(WORKER)) == 0, 60, what="chunks in the aggregator's hands")
+    raw.queue_delete(at.topology.control)
+    wait_for(lambda: ready(at.node, at.topology.outbox(WORKER)) == 4, 60, what="chunks that were given back")
+    send(raw, at.topology, at.update())
+    wait_for(lambda: at.version() == 1, 60, what="a version")
+    assert at.close().applied == 2
+    assert ready(at.node, at.topology.updates) == 0

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import sys
 import traceback
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -83,6 +83,13 @@ class Task:
         if targets.is_floating_point():
             return {}
         return {"accuracy": (model(inputs).argmax(1) == targets).float().mean().item()}
+
+    def summary(self, means: Mapping[str, float]) -> dict[str, float]:
+        """What an evaluation tells, from the means of ``loss`` and metrics over all held-out data; as they are.
+
+        For what is no mean itself: perplexity is e to the mean loss.
+        """
+        return dict(means)
 
     def optimizer(self, parameters: list[nn.Parameter], settings: WorkerConfig) -> optim.Optimizer:
         """The local optimiser; by default what ``[worker]`` says."""

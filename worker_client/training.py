@@ -237,7 +237,7 @@ def evaluate(
     batch_size: int = 256,
     should_stop: Callable[[], bool] = lambda: False,
 ) -> dict[str, float]:
-    """Means over ``dataset`` of the task's loss and metrics, in eval mode; the model's mode is restored.
+    """The task's summary of its mean loss and metrics over ``dataset``, in eval mode; the model's mode is restored.
 
     Raises :class:`TaskError` if the task raises, :class:`Abandoned` if ``should_stop`` says so.
     """
@@ -268,7 +268,9 @@ def evaluate(
     finally:
         for module, training in was_training.items():
             module.training = training
-    return _checked_metrics({name: total / len(dataset) for name, total in sums.items()})
+    with blamed(task, "summary"):
+        summary = task.summary({name: total / len(dataset) for name, total in sums.items()})
+    return _checked_metrics(summary)
 
 
 def pick_device(name: str) -> torch.device:

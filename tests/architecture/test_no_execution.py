@@ -128,7 +128,7 @@ import importlib.abc, importlib.util, runpy, sys
 
 class Refuse(importlib.abc.MetaPathFinder):
     def find_spec(self, name, path=None, target=None):
-        if name.split(".")[0] in {"torch", "sklearn", "worker_client"}:
+        if name.split(".")[0] in {"torch", "sklearn", "transformers", "peft", "worker_client"}:
             raise ModuleNotFoundError(f"No module named {name!r}", name=name)
 
 sys.meta_path.insert(0, Refuse())

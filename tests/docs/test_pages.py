@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import ast
 import os
 import re
 import shlex
 import signal
 import subprocess
 import sys
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -79,6 +81,16 @@ def test_the_guides_own_training_halves_the_step(monkeypatch: pytest.MonkeyPatch
         deltas.append(trainer.train(_base(task)).tensors["1.weight"])
 
     torch.testing.assert_close(torch.from_numpy(deltas[0] * 2), torch.from_numpy(deltas[1]))
+
+
+def test_what_the_guide_imports_is_there() -> None:
+    code = "\n".join(blocks((ROOT / "docs" / "tasks.md").read_text(), "py"))
+    imports = [node for node in ast.walk(ast.parse(code)) if isinstance(node, ast.ImportFrom) and node.module != "mine"]
+
+    assert {node.module for node in imports} >= {"fedmq", "worker_client.tasks.text", "worker_client.tasks.lora"}
+    for node in imports:
+        for name in node.names:
+            assert hasattr(import_module(str(node.module)), name.name), ast.unparse(node)
 
 
 def _base(task: Any) -> Any:

@@ -27,6 +27,8 @@ __all__ = ["ALPHABET", "LargeText", "Text", "Transformer", "generate"]
 ALPHABET = "\n" + "".join(map(chr, range(32, 127))) + "\N{REPLACEMENT CHARACTER}"
 
 HELD_OUT = 10
+#: How a paragraph begins that is a table drawn with dashes: no English.
+TABLE = ("+-", "|")
 #: How many characters, itself included, a character's representation is made from.
 NEIGHBOURS = 4
 
@@ -201,7 +203,7 @@ def _dealt(topics: Sequence[str], count: int) -> list[str]:
 
 @cache
 def _topics() -> tuple[str, ...]:
-    """The manual's topics by name, without any paragraph that stands in another one, too.
+    """The manual's topics by name, without tables, and without any paragraph that stands in another one, too.
 
     Whole chapters stand in several topics ("with" is in "compound"): what is held out would be known, and shards
     would not be disjoint. A paragraph stays in the smallest of its topics.
@@ -220,7 +222,7 @@ def _topics() -> tuple[str, ...]:
         for paragraph in re.split(r"\n{2,}", topics[name].strip("\n")):
             # Where a paragraph stands decides how far it is indented.
             words = " ".join(paragraph.split())
-            if words not in seen:
+            if words not in seen and not words.startswith(TABLE):
                 seen.add(words)
                 kept[name] += f"{paragraph}\n\n"
     return tuple(kept[name] for name in sorted(kept))

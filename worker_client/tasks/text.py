@@ -100,7 +100,7 @@ class Transformer(nn.Module):
     Two differences, both to learn something within minutes. Weights are drawn with a standard deviation of one over
     the square root of their inputs: GPT-2's 0.02 fits wide models and is far too little for a narrow one. And a causal
     convolution gives each character its three predecessors, which attention takes hundreds of steps to find (as Primer
-    does for the keys and queries: So et al. 2021, arXiv 2109.08668).
+    does for queries, keys and values: So et al. 2021, arXiv 2109.08668).
     """
 
     def __init__(self, *, width: int, layers: int, heads: int, length: int) -> None:

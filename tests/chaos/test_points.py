@@ -144,7 +144,12 @@ def test_a_worker_that_dies_there_loses_and_doubles_nothing(node: PrivateNode, t
         for index in range(WORKERS):
             knowledge.collect(site.outbox(index))
         verdict = settle(site, node, aggregator, knowledge)
-        assert known == (3 if label == "after-note" else 2)
         assert verdict.confirmed == known + WORKERS * UPDATES
-        assert verdict.indeterminate == (0 if label in {"mid-training", "after-note"} else 1)
+        if label == "mid-training":
+            # The third training goes on beside the sending of the second update, which may or may not be over.
+            assert known in {1, 2}
+            assert verdict.indeterminate == 2 - known
+            return
+        assert known == (3 if label == "after-note" else 2)
+        assert verdict.indeterminate == (0 if label == "after-note" else 1)
         assert verdict.settled == (1 if label == "before-note" else 0)

@@ -26,6 +26,7 @@ from worker_client.config import WorkerConfig
 from worker_client.context import Abandoned
 from worker_client.core import EvaluatorMachine, WorkerMachine
 from worker_client.core import events as ev
+from worker_client.heap import trim
 from worker_client.mailbox import Bench, Finished, Item, Mailbox, Published
 from worker_client.notices import DIVERGED, MEANINGS
 from worker_client.outbox import Outbox
@@ -103,6 +104,7 @@ class Session:
         self._publishing = Publishing(
             transport, outbox, self._sender, trainer.spec, chunk_bytes=chunk_bytes, report=self._mailbox.put
         )
+        self._is_large = trainer.spec.nbytes > chunk_bytes
         self._offer: Offer | None = None
         self._parameters: Parameters | None = None
         self._state = ""
@@ -162,6 +164,8 @@ class Session:
         item = self._mailbox.take(max(0.0, min([patience, *(due - now for due in self._alarms.values())])))
         if item is not None:
             self._receive(item)
+            if self._is_large and isinstance(item, Finished | Published):
+                trim()  # gradients, or a version and an update that are done with
 
     def _receive(self, item: Item) -> None:
         match item:
@@ -346,7 +350,7 @@ class Session:
         if self._offer is None:
             raise RuntimeError("no version was offered")
         part = self._offer.part(self._shared if self._is_delta else None)
-        log.debug("downloading version %d, %d chunks", self._offer.head.version, len(part))
+        log.info("downloading version %d, %d chunks", self._offer.head.version, len(part))
         self._transport.fetch(self._offer.delivery, part)
 
     def _take_up(self, head: ParametersHead) -> Parameters:

@@ -92,6 +92,8 @@ class Proxy:
         self._refusing = False
         self._cuts: list[Cut] = []
         self._open = {direction: asyncio.Event() for direction in Direction}
+        self.carried = dict.fromkeys(Direction, 0)
+        """Bytes that were passed on so far, by direction."""
         self.port = 0
 
     @classmethod
@@ -283,6 +285,7 @@ class Proxy:
         while position < end:
             size = way.random.randint(1, self._slice) if self._slice else end - position
             way.writer.write(data[position : min(position + size, end)])
+            self.carried[way.direction] += min(position + size, end) - position
             position = min(position + size, end)
             await way.writer.drain()
             if self._slice:

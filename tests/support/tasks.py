@@ -12,7 +12,7 @@ from torch.utils.data import TensorDataset
 from worker_client.context import TrainingContext, TrainingResult
 from worker_client.task import Examples, Shard, Task
 
-__all__ = ["CELLS", "HELD_SECONDS", "Counting", "Holding", "Line"]
+__all__ = ["CELLS", "HELD_SECONDS", "SIXTY_MB", "SLENDER", "TEN_MB", "Counting", "Holding", "Line", "Wide"]
 
 #: Length of the vector of :class:`Counting`.
 CELLS = 8
@@ -85,3 +85,38 @@ class Holding(Counting):
     def train(self, model: nn.Module, dataset: Examples, context: TrainingContext) -> TrainingResult:
         ctypes.PyDLL(None).sleep(HELD_SECONDS)
         return super().train(model, dataset, context)
+
+
+class Wide(Task):
+    """A model of so many layers of 10 MB, and next to nothing that could be computed with it."""
+
+    class Layers(nn.Module):
+        """The model: parameters ``layers.0``, ``layers.1``, … of 2.5 million float32 each."""
+
+        def __init__(self, count: int) -> None:
+            super().__init__()
+            self.layers = nn.ParameterList(torch.zeros(2500, 1000) for _ in range(count))
+
+    def __init__(self, layers: int) -> None:
+        self.layers = layers
+
+    def model(self) -> nn.Module:
+        return self.Layers(self.layers) if self.layers else nn.Linear(1, 1)
+
+    def data(self, shard: Shard) -> Examples:
+        return TensorDataset(torch.ones(1))
+
+    def test_data(self) -> Examples | None:
+        return TensorDataset(torch.ones(1))
+
+    def loss(self, model: nn.Module, batch: Any) -> Tensor:
+        """Its gradient is 1 everywhere, and it needs no memory but the gradient's."""
+        return torch.stack([parameter.sum() for parameter in model.parameters()]).sum()
+
+    def metrics(self, model: nn.Module, batch: Any) -> dict[str, float]:
+        return {}
+
+
+SLENDER = Wide(0)
+TEN_MB = Wide(1)
+SIXTY_MB = Wide(6)

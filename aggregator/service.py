@@ -190,6 +190,7 @@ class AggregatorService:
             return
         if isinstance(event, on.Arrived):
             self._await_disk(self._led.machine)
+        self._fetch_next(item)
         self._handle(event, self._led.machine)
         self._delivery = self._arrival = None
 
@@ -351,8 +352,6 @@ class AggregatorService:
         if delivery.source is not Source.UPDATE:
             return self._read_aside(delivery, self._led.machine)
         assert delivery.token is not None  # noqa: S101  (updates are always acknowledged by hand)
-        if self._to_fetch and self._to_fetch[0].token == delivery.token:
-            self._fetched()
         event = read_update(delivery.token, delivery)
         head = event.update if isinstance(event, on.Arrived) else getattr(event, "head", None)
         if head is not None and head.base_epoch > self._led.epoch:
@@ -365,8 +364,10 @@ class AggregatorService:
         if len(self._to_fetch) == 1:
             self._transport.fetch(delivery)
 
-    def _fetched(self) -> None:
-        """One update is here; the next may come while it is folded."""
+    def _fetch_next(self, item: Incoming | on.Happening) -> None:
+        """If ``item`` is what was fetched, the next may come while it is folded; not while it waits for the disk."""
+        if not (isinstance(item, Delivery) and self._to_fetch and self._to_fetch[0].token == item.token):
+            return
         self._to_fetch.popleft()
         if self._to_fetch:
             self._transport.fetch(self._to_fetch[0])

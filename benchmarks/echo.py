@@ -20,7 +20,7 @@ from broker.amqp.transport import AmqpWorkerTransport
 from broker.messages import Hello, Manifest, ModelSpec, Parameters, TensorSpec, Update, UpdateId
 from broker.settings import CHUNK_BYTES, BrokerConfig
 from broker.topology import Topology
-from broker.transport import Delivery, Incoming, Outgoing, Source
+from broker.transport import Delivery, Incoming, Outgoing, Sink, Source
 from broker.wire import decode, encode, encode_in_chunks, join
 
 
@@ -60,6 +60,16 @@ def update_of(version: Parameters, run: str, name: str, seq: int, tensors: dict[
     return Outgoing(body=body, chunks=chunks, message_id=str(update.id), headers=headers)
 
 
+def joined(url: str, run: str, name: str, sink: Sink) -> AmqpWorkerTransport:
+    """The transport of a worker that has said hello, as soon as the run is there."""
+    transport = AmqpWorkerTransport(BrokerConfig(url=SecretStr(url)), Topology(run), worker=name)
+    transport.open(sink, wait=60)
+    hello = Hello(run=run, worker=name, incarnation="bench")
+    while transport.control(Outgoing(body=encode(hello))).exception() is not None:
+        time.sleep(0.2)  # the run is not there yet
+    return transport
+
+
 def main() -> None:
     """Echo until the last version."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -70,13 +80,7 @@ def main() -> None:
     parser.add_argument("--raw", action="store_true")
     arguments = parser.parse_args()
     inbox: SimpleQueue[Incoming] = SimpleQueue()
-    transport = AmqpWorkerTransport(
-        BrokerConfig(url=SecretStr(arguments.url)), Topology(arguments.run), worker=arguments.name
-    )
-    transport.open(inbox.put, wait=60)
-    hello = Hello(run=arguments.run, worker=arguments.name, incarnation="bench")
-    while transport.control(Outgoing(body=encode(hello))).exception() is not None:
-        time.sleep(0.2)  # the run is not there yet
+    transport = joined(arguments.url, arguments.run, arguments.name, inbox.put)
     answer = Raw(arguments) if arguments.raw else Echo(arguments)
     while True:
         item = inbox.get()

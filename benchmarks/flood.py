@@ -15,15 +15,12 @@ from concurrent.futures import Future
 
 import numpy as np
 import pika
-from pydantic import SecretStr
 
-from benchmarks.echo import BODY, model_of, raw_message, update_of
+from benchmarks.echo import BODY, joined, model_of, raw_message, update_of
 from broker.amqp.transport import AmqpWorkerTransport
-from broker.messages import Hello, Parameters, Plan
-from broker.settings import BrokerConfig
-from broker.topology import UPDATES, Topology
+from broker.messages import Parameters, Plan
+from broker.topology import UPDATES
 from broker.transport import Outgoing
-from broker.wire import encode
 
 #: Bytes on their way.
 WINDOW = 32 * 2**20
@@ -43,13 +40,7 @@ def main() -> None:
     if arguments.stock:
         stock(arguments.url, arguments.run, arguments.name, arguments.nbytes, arguments.count)
         return
-    transport = AmqpWorkerTransport(
-        BrokerConfig(url=SecretStr(arguments.url)), Topology(arguments.run), worker=arguments.name
-    )
-    transport.open(lambda _item: None, wait=60)
-    hello = Hello(run=arguments.run, worker=arguments.name, incarnation="bench")
-    while transport.control(Outgoing(body=encode(hello))).exception() is not None:
-        time.sleep(0.2)
+    transport = joined(arguments.url, arguments.run, arguments.name, lambda _item: None)
     model = model_of(arguments.nbytes)
     tensors = {t.name: np.full(t.shape, 1e-3, np.float32) for t in model.tensors}
     version = Parameters(

@@ -185,7 +185,6 @@ class MemoryAggregatorTransport(_Endpoint):
         super().__init__(broker, topology)
         self.prefetch = prefetch
         self.unacked: dict[int, Delivery] = {}
-        self.admitted: set[str] = set()
         self._next_tag = 0
         self._has_led = False
 
@@ -219,7 +218,6 @@ class MemoryAggregatorTransport(_Endpoint):
 
     def admit(self, worker: str) -> None:
         """See the port. Nothing is needed here."""
-        self.admitted.add(worker)
 
     def fetch(self, delivery: Delivery) -> None:
         """See the port."""

@@ -2,15 +2,55 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import ClassVar, Self
+
 import numpy as np
 
-from broker.codecs.base import spans
-from broker.errors import WireError
+from broker.codecs.base import planes_for, require_layout, spans
+from broker.errors import ConfigError, WireError
 from broker.messages import Array
 
-__all__ = ["narrow", "require_finite", "widen"]
+__all__ = ["Half", "narrow", "require_finite", "widen"]
 
 SIGN = np.uint16(0x8000)
+
+
+@dataclass(frozen=True, slots=True)
+class Half:
+    """A codec that rounds each value to one of 16 bits; a subclass says to which."""
+
+    name: ClassVar[str]
+    dtype: ClassVar[str]
+    """A key of ``DTYPES``."""
+    feedback: ClassVar[bool] = False
+
+    @classmethod
+    def of(cls, argument: str) -> Self:
+        """Raises :class:`ConfigError` if there is an argument."""
+        if argument:
+            raise ConfigError(f"codec {cls.name} takes no argument, not {argument!r}")
+        return cls()
+
+    def layout(self, size: int) -> tuple[tuple[str, int], ...]:
+        """The values."""
+        return ((self.dtype, size),)
+
+    def encode(self, values: Array, seed: int) -> tuple[Array, ...]:
+        """Rounded; nothing is random."""
+        del seed
+        (plane,) = planes = planes_for(self, values.size)
+        narrow(values, plane)
+        return planes
+
+    def pieces(self, planes: Sequence[Array], size: int, seed: int) -> Iterator[Array]:
+        """Exactly what was encoded. Raises :class:`WireError` for a value that is not finite."""
+        del seed
+        require_layout(self, planes, size)
+        (plane,) = planes
+        require_finite(self.name, plane)
+        return (widen(plane[span], buffer) for span, buffer in spans(size))
 
 
 def narrow(values: Array, out: Array) -> None:

@@ -7,6 +7,7 @@ the chunks that came, so neither side holds a second copy of a model.
 from __future__ import annotations
 
 import math
+from abc import abstractmethod
 from collections.abc import Iterable, Sequence
 from typing import overload
 
@@ -19,7 +20,7 @@ from broker.wire.envelope import ALIGNMENT, aligned, pack
 from broker.wire.messages import chunk_header, encode, manifest_of, read_chunk, section_of, with_tensors
 from broker.wire.section import Section
 
-__all__ = ["CHUNK_OVERHEAD", "Chunks", "encode_in_chunks", "join", "part_size", "section_from"]
+__all__ = ["CHUNK_OVERHEAD", "Bodies", "Chunks", "encode_in_chunks", "join", "part_size", "section_from"]
 
 #: What a chunk's body takes beyond its part of the section, at most.
 CHUNK_OVERHEAD = 1024
@@ -29,8 +30,25 @@ WORTHWHILE = 0.95
 LEVEL = 1
 
 
-class Chunks(Sequence[bytes]):
-    """The bodies of a message's chunks, each made when it is asked for."""
+class Bodies(Sequence[bytes]):
+    """Bodies of chunks, each made when it is asked for; a subclass says how."""
+
+    @abstractmethod
+    def body(self, index: int) -> bytes:
+        """The one at ``index``, which is at least 0 and less than how many there are."""
+
+    @overload
+    def __getitem__(self, index: int) -> bytes: ...
+    @overload
+    def __getitem__(self, index: slice) -> Sequence[bytes]: ...
+    def __getitem__(self, index: int | slice) -> bytes | Sequence[bytes]:
+        """As of a list."""
+        places = range(len(self))[index]
+        return self.body(places) if isinstance(places, int) else [self.body(place) for place in places]
+
+
+class Chunks(Bodies):
+    """The bodies of a message's chunks, cut from its section."""
 
     def __init__(self, section: Section, of: str, size: int, *, lossless: bool, first: int = 0) -> None:
         """``first`` is the index that the first one has among all of the message's chunks."""
@@ -44,16 +62,10 @@ class Chunks(Sequence[bytes]):
         """How many there are."""
         return math.ceil(self._section.nbytes / self._size)
 
-    @overload
-    def __getitem__(self, index: int) -> bytes: ...
-    @overload
-    def __getitem__(self, index: slice) -> Sequence[bytes]: ...
-    def __getitem__(self, index: int | slice) -> bytes | Sequence[bytes]:
-        """The body of chunk ``index``: envelope, header, and its part of the section."""
-        if isinstance(index, slice):
-            return [self[i] for i in range(*index.indices(len(self)))]
+    def body(self, index: int) -> bytes:
+        """Envelope, header, and the chunk's part of the section."""
         views = self._views(index)
-        head = ChunkHead(of=self._of, index=self._first + range(len(self))[index])
+        head = ChunkHead(of=self._of, index=self._first + index)
         if self._lossless:
             plain = b"".join(views)
             packed = zstandard.ZstdCompressor(level=LEVEL).compress(plain)
@@ -67,17 +79,15 @@ class Chunks(Sequence[bytes]):
         result = []
         for index in range(len(self)):
             state = xxhash.xxh3_128()
-            for view in self._views(index):
+            views = self._views(index)
+            for view in views:
                 state.update(view)
-            result.append((self._range(index)[1] - self._range(index)[0], state.hexdigest()))
+            result.append((sum(view.nbytes for view in views), state.hexdigest()))
         return tuple(result)
 
-    def _range(self, index: int) -> tuple[int, int]:
-        start = range(len(self))[index] * self._size
-        return start, min(start + self._size, self._section.nbytes)
-
     def _views(self, index: int) -> list[memoryview]:
-        return list(self._section.views(*self._range(index)))
+        start = index * self._size
+        return list(self._section.views(start, min(start + self._size, self._section.nbytes)))
 
 
 def encode_in_chunks(

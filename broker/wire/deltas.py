@@ -17,7 +17,6 @@ import hashlib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from itertools import chain
-from typing import overload
 
 import numpy as np
 
@@ -35,7 +34,7 @@ from broker.messages import (
     pieces,
     whole,
 )
-from broker.wire.chunks import Chunks, part_size, section_from
+from broker.wire.chunks import Bodies, Chunks, part_size, section_from
 from broker.wire.encoded import Encoded, compressed, known_codec
 from broker.wire.messages import manifest_of, section_of
 from broker.wire.section import Section
@@ -52,7 +51,7 @@ class Shared:
     state: str
 
 
-class _Both(Sequence[bytes]):
+class _Both(Bodies):
     """Two sequences, one after the other."""
 
     def __init__(self, first: Sequence[bytes], second: Sequence[bytes]) -> None:
@@ -61,15 +60,8 @@ class _Both(Sequence[bytes]):
     def __len__(self) -> int:
         return len(self._first) + len(self._second)
 
-    @overload
-    def __getitem__(self, index: int) -> bytes: ...
-    @overload
-    def __getitem__(self, index: slice) -> Sequence[bytes]: ...
-    def __getitem__(self, index: int | slice) -> bytes | Sequence[bytes]:
-        if isinstance(index, slice):
-            return [self[i] for i in range(*index.indices(len(self)))]
-        place = range(len(self))[index]
-        return self._first[place] if place < len(self._first) else self._second[place - len(self._first)]
+    def body(self, index: int) -> bytes:
+        return self._first[index] if index < len(self._first) else self._second[index - len(self._first)]
 
 
 def told_by_delta(

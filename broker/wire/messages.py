@@ -8,7 +8,7 @@ from typing import Any
 
 from pydantic import TypeAdapter, ValidationError
 
-from broker.codecs import codec_of
+from broker.codecs import Codec, codec_of
 from broker.errors import WireError, first_problem
 from broker.messages import (
     ChunkHead,
@@ -79,11 +79,15 @@ def encode(message: Message) -> bytes:
 
 def encode_parts(message: Update | Parameters) -> list[bytes | memoryview]:
     """``message`` as :func:`encode` gives it, in parts that borrow its tensors. Raises as :func:`encode`."""
-    codec = codec_of(message.codec) if message.codec else None
+    codec = _codec_in(message)
     data = blocks(message.model, message.tensors, codec)
     header = _head(message) | {"model": _model(message.model)}
     header["data"] = {"nbytes": data_length(message.model, codec), "checksum": checksum(data), **_code(message)}
     return frame(header, data)
+
+
+def _codec_in(message: Update | Parameters) -> Codec | None:
+    return codec_of(message.codec) if message.codec else None
 
 
 def _code(message: Update | Parameters | Manifest) -> dict[str, Any]:
@@ -92,7 +96,7 @@ def _code(message: Update | Parameters | Manifest) -> dict[str, Any]:
 
 def section_of(message: Update | Parameters) -> Section:
     """The data section of ``message``, borrowed from its tensors. Raises :class:`ModelMismatch`."""
-    codec = codec_of(message.codec) if message.codec else None
+    codec = _codec_in(message)
     return Section(blocks(message.model, message.tensors, codec))
 
 

@@ -67,8 +67,7 @@ def _none(scene: Scene) -> Array:
 
 
 def _sign_flip(scene: Scene) -> Array:
-    flipped: Array = -scene.own
-    return flipped
+    return np.negative(scene.own)
 
 
 def _against_mean(scene: Scene, *, factor: float) -> Array:
@@ -86,7 +85,7 @@ def _zero(scene: Scene) -> Array:
 
 def _alie(scene: Scene, *, deviations: float | None) -> Array:
     z = alie_deviations(len(scene.honest), scene.bad) if deviations is None else deviations
-    spread = scene.honest.std(axis=0, dtype=np.float64)
+    spread: Array = scene.honest.std(axis=0, dtype=np.float64)
     return (_mean(scene) - z * spread).astype(scene.own.dtype)
 
 

@@ -20,36 +20,30 @@ counts twice in the accumulator; momentum is one more, Adam two, and those twice
 
 from __future__ import annotations
 
-import math
 from collections import Counter
-from collections.abc import Mapping
 from dataclasses import replace
 
 from aggregator.core import effects as do
 from aggregator.core import events as on
+from aggregator.core.buffer import Buffer
 from aggregator.core.commits import Commits
 from aggregator.core.controls import Controls, Order
-from aggregator.core.ledger import Ledger
 from aggregator.core.roster import Roster
 from aggregator.core.rounds import Round
 from aggregator.core.rules import Rules
 from aggregator.core.screen import refusal, refused_values
-from aggregator.core.snapshot import Entry, Folds, Snapshot, VersionRecord
-from aggregator.core.step import next_parameters
-from aggregator.optimizers import OptimizerState
-from aggregator.strategies.base import Accumulator
-from broker.errors import StrategyError
+from aggregator.core.snapshot import Snapshot
+from aggregator.core.versions import Versions
 from broker.messages import (
     Action,
     ModelSpec,
     Plan,
     Reason,
     Role,
-    Scalar,
+    Tensors,
     Update,
     UpdateHead,
     UpdateId,
-    parameters_digest,
 )
 from broker.transport import Token
 
@@ -57,9 +51,6 @@ __all__ = ["RoundMachine"]
 
 #: Names that a plan lists; workers beyond them train once more than needed, and their second update is refused.
 MAX_ANSWERED = 1000
-
-#: So many rounds in a row without a finite step are no accident of one update.
-MAX_SPOILED = 5
 
 
 class RoundMachine:
@@ -79,49 +70,53 @@ class RoundMachine:
         """
         snapshot.require_mode(rules.mode)
         self.rules = rules
-        self.model = snapshot.model
-        self.version = snapshot.version
-        self.parameters = snapshot.parameters
         self.done = False
         self.roster = Roster(rules.worker_timeout)
         self.roster.restore(snapshot.trainers, snapshot.confirmed, now)
         self.rejected = Counter(snapshot.rejected)
         self.controls = Controls.of(snapshot, pending)
         self._void = snapshot.void
-        self._run, self._epoch, self._started = snapshot.run, snapshot.epoch, snapshot.started
-        self._digest = snapshot.digest
-        fresh = rules.optimizer.init()
-        # Another optimiser than before the restart starts without memory: the old slots mean nothing to it.
-        self._optimizer_state = snapshot.optimizer if snapshot.optimizer.slots.keys() == fresh.slots.keys() else fresh
-        self._accumulator = snapshot.accumulator
-        self._ledger = Ledger(snapshot.ledger)
-        self._round = Round(self.version, now, self._plan(0), entries=list(snapshot.entries))
-        self._folds = _folds_of(snapshot, rules)
+        self._run, self._started = snapshot.run, snapshot.started
+        self._versions = Versions(snapshot, rules.optimizer)
+        self._buffer = Buffer(snapshot, rules)
+        self._round = Round(self.version, now, self._plan(0), entries=self._buffer.entries)
         self._kept_from = snapshot.kept_from
         self._round.plan = replace(self._round.plan, answered=self._answered())
-        self._records: list[VersionRecord] = []
         # Updates whose chunks are on their way, and the tokens of their other deliveries.
         self._fetching: dict[UpdateId, list[Token]] = {}
         self._here = self.roster.here(now)
         self._commits = Commits(retry_at=now)
-        self._durable = _without_sums(snapshot)
         self._last_arrival = now
         self._ask_again_at: float | None = None
-        self._spoiled = 0
         self._gave_up = False
         self._stopping = self._finished = self._announced = self._linked = False
         self._done_at = now
         self._set_done(now)
 
     @property
+    def model(self) -> ModelSpec:
+        """Names, shapes and types of the run's tensors."""
+        return self._versions.model
+
+    @property
+    def version(self) -> int:
+        """The newest version, which may not be durable yet."""
+        return self._versions.newest
+
+    @property
+    def parameters(self) -> Tensors:
+        """Those of the newest version. Not to be written into."""
+        return self._versions.parameters
+
+    @property
     def applied(self) -> int:
         """Updates in the model or in the buffer."""
-        return len(self._ledger)
+        return len(self._buffer.ledger)
 
     @property
     def lends(self) -> bool:
         """Whether a checkpoint on its way reads from the accumulator, so that the next fold has to copy it."""
-        return self._commits.borrows(self._accumulator)
+        return self._commits.borrows(self._buffer.accumulator)
 
     @property
     def trails(self) -> bool:
@@ -130,12 +125,12 @@ class RoundMachine:
         It would take memory beside both versions.
         """
         flight = self._commits.flight
-        return flight is not None and flight.snapshot.version < self.version and not self._round.entries
+        return flight is not None and flight.snapshot.version < self.version and not self._buffer
 
     @property
     def fill(self) -> int:
         """Updates in the buffer."""
-        return len(self._round.entries)
+        return len(self._buffer)
 
     def handle(self, event: on.Happening, now: float) -> list[do.Effect]:  # noqa: PLR0912 - one branch a kind of event
         """Take ``event`` in at time ``now`` (seconds, never falling) and say what is to be done, in order."""
@@ -180,7 +175,7 @@ class RoundMachine:
             case on.LinkUp():
                 self._announced = self._linked = True
                 # If a newer version is on its way to the disk, that one is broadcast when it is there.
-                effects += [self._broadcast()] if self._durable.parameters else []
+                effects += [self._broadcast()] if self._versions.durable.parameters else []
             case on.LinkLost(generation):
                 self._linked = False
                 self._fetching.clear()
@@ -231,7 +226,7 @@ class RoundMachine:
         if update in self._commits.held:
             self._commits.held[update].tokens.append(token)
             return [do.Record(do.Repeated(update))]
-        if update in self._ledger:
+        if update in self._buffer.ledger:
             return [do.Ack(token), do.Record(do.Repeated(update))]
         return None
 
@@ -242,7 +237,7 @@ class RoundMachine:
             run=self._run,
             model=self.model,
             mode=self.rules.mode,
-            epoch=self._epoch,
+            epoch=self._versions.epoch,
             version=self.version,
             void=self._void,
         )
@@ -256,26 +251,9 @@ class RoundMachine:
         return self._reject(token, head.id.worker, *refused, head.id)
 
     def _fold(self, update: Update, token: Token, nbytes: int, now: float) -> do.Effect:
-        if not self._round.entries:
-            # Not before, so that it can have the memory of parameters that have been replaced meanwhile.
-            self._accumulator = self.rules.strategy.init(self.model)
-        elif self.lends:
-            self._accumulator = self._accumulator.copy()
         staleness = self.version - update.base_version
-        weight = self.rules.strategy.fold(self._accumulator, update, staleness)
-        self._ledger.add(update.id)
+        entry = self._buffer.fold(update, self.rules, self.model, staleness, is_lent=self.lends)
         self._commits.hold(update.id, token, nbytes, now)
-        loss = update.metrics.get("loss", math.nan)
-        entry = Entry(
-            id=update.id,
-            base_version=update.base_version,
-            staleness=staleness,
-            weight=weight,
-            examples=update.examples,
-            loss=loss if math.isfinite(loss) else None,
-        )
-        self._round.entries.append(entry)
-        self._folds = _folded(self._folds, self.rules.settings)
         self._round.refused.discard(update.id.worker)
         goal = self.rules.rounds.goal(self._round, self._trainers(now))
         return do.Record(do.Folded(entry, self.fill, goal, update.seconds))
@@ -308,7 +286,7 @@ class RoundMachine:
                 self._round.opened = now
             case Action.STOP:
                 controls.paused = False
-                closed = self._close(now) if self._round.entries else []
+                closed = self._close(now) if self._buffer else []
                 newest = controls.pending.rules if controls.pending else self.rules
                 changes = {**controls.newest, "stop_after_rounds": self.version}
                 controls.pending = Order(changes, replace(newest, stop_after_rounds=self.version))
@@ -325,9 +303,7 @@ class RoundMachine:
             return
         self.controls.changes, self.rules = order.changes, order.rules
         self.roster.timeout = order.rules.worker_timeout
-        fresh = order.rules.optimizer.init()
-        if self._optimizer_state.slots.keys() != fresh.slots.keys():
-            self._optimizer_state = fresh
+        self._versions.use(order.rules.optimizer)
         self._set_done(now)
 
     def _renew_plan(self) -> list[do.Effect]:
@@ -336,23 +312,22 @@ class RoundMachine:
         self._round.plan = replace(self._plan(plan.attempt + 1), asked=plan.asked, answered=plan.answered)
         self._round.draws.clear()
         # A version that is not durable, or a connection that is not there, will bring the plan with it.
-        ready = self._linked and self._durable.version == self.version
-        return [self._broadcast()] if ready else []
+        return [self._broadcast()] if self._can_tell else []
 
     # --------------------------------------------------------------------------------------------- rounds
 
     def _advance(self, now: float) -> list[do.Effect]:
         """Whatever follows from the state that an event left behind."""
         effects = self._comings_and_goings(now)
-        if self.controls.pending is not None and not self._round.entries:
+        if self.controls.pending is not None and not self._buffer:
             self._take_up(now)
             effects += self._renew_plan()
         if not self.done and not self._stopping and not self.controls.paused:
             effects += self._advance_round(now)
-        at_once = bool(self._records or self.controls.held or (self._stopping and self._commits.held))
+        at_once = bool(self._versions.records or self.controls.held or (self._stopping and self._commits.held))
         if self._commits.is_due(self.rules.commit, now, at_once=at_once):
             snapshot = self.snapshot(now)
-            commit = self._commits.start(snapshot, self.controls.held, lent=self._accumulator)
+            commit = self._commits.start(snapshot, self.controls.held, lent=self._buffer.accumulator)
             effects.append(do.WriteCheckpoint(commit, snapshot))
         if (finish := self._finish(now)) is not None:
             effects.append(finish)
@@ -384,8 +359,7 @@ class RoundMachine:
         elif self._ask_again_at is None:
             self._ask_again_at = now if overdue else now + self.rules.retry_seconds
         # Without a connection the question would only pile up; the next connection brings the version anyway.
-        ready = self._linked and self._durable.version == self.version
-        if self._ask_again_at is None or now < self._ask_again_at or not ready:
+        if self._ask_again_at is None or now < self._ask_again_at or not self._can_tell:
             return []
         return self._ask_again(now, rule.goal(self._round, present))
 
@@ -410,59 +384,13 @@ class RoundMachine:
         return [do.Record(do.Warn(text)), self._broadcast()]
 
     def _close(self, now: float) -> list[do.Effect]:
-        """The averaged update becomes the next version; it is not durable yet.
-
-        A step that is not finite becomes a version with the parameters of the one before: the run goes on, and
-        its history tells which updates were left out. Raises :class:`StrategyError` if that goes on and on.
-        """
-        if self.lends:
-            self._accumulator = self._accumulator.copy()
-        rules, entries, before = self.rules, tuple(self._round.entries), self._digest
-        step, folds, self._folds = self._optimizer_state.step, self._folds, ()
-        is_spoiled = False
-        effects: list[do.Effect] = []
-        try:
-            self.parameters, self._optimizer_state = next_parameters(
-                self.model,
-                self.parameters,
-                rules.strategy.finish(self._accumulator, self.model),
-                mode=rules.mode,
-                optimizer=rules.optimizer,
-                state=self._optimizer_state,
-            )
-        except StrategyError as error:
-            self._spoiled += 1
-            if self._spoiled == MAX_SPOILED:
-                raise
-            effects.append(do.Record(do.Warn(f"{error}; the {len(entries)} updates of this round are left out")))
-            is_spoiled = True
-        else:
-            self._spoiled = 0
-            self._digest = parameters_digest(self.parameters)
-        self.version += 1
-        self._let_go()
-        self._records.append(
-            VersionRecord(
-                version=self.version,
-                epoch=self._epoch,
-                time=now,
-                seconds=now - self._round.opened,
-                updates=() if is_spoiled else entries,
-                loss=None if is_spoiled else _mean_loss(entries),
-                before=before,
-                after=self._digest,
-                settings=rules.settings,
-                source=self.version - 1 if is_spoiled else None,
-                dropped=entries if is_spoiled else (),
-                step=step,
-                folds=() if all(settings == rules.settings for _, settings in folds) else folds,
-            )
-        )
-        self._accumulator = Accumulator()
+        """The averaged update becomes the next version; see :meth:`Versions.step`, which may raise."""
+        accumulator, entries, folds = self._buffer.take(is_lent=self.lends)
+        problem = self._versions.step(self.rules, accumulator, entries, folds, opened=self._round.opened, now=now)
         self._take_up(now)
         self._set_done(now)
-        self._round = Round(self.version, now, self._plan(0))
-        return effects
+        self._round = Round(self.version, now, self._plan(0), entries=self._buffer.entries)
+        return [] if problem is None else [do.Record(do.Warn(problem))]
 
     def _set_done(self, now: float) -> None:
         limit = self.rules.stop_after_rounds
@@ -489,19 +417,20 @@ class RoundMachine:
 
     def snapshot(self, now: float) -> Snapshot:
         """The state as it is; arrays are borrowed (see :class:`Snapshot`)."""
+        versions, buffer = self._versions, self._buffer
         return Snapshot(
             run=self._run,
             model=self.model,
-            epoch=self._epoch,
-            version=self.version,
-            parameters=self.parameters,
-            digest=self._digest,
-            optimizer=self._optimizer_state,
-            accumulator=self._accumulator.lend(),
-            entries=tuple(self._round.entries),
-            folds=self._folds,
-            ledger=self._ledger.to_plain(),
-            records=tuple(self._records),
+            epoch=versions.epoch,
+            version=versions.newest,
+            parameters=versions.parameters,
+            digest=versions.digest,
+            optimizer=versions.memory,
+            accumulator=buffer.accumulator.lend(),
+            entries=tuple(buffer.entries),
+            folds=buffer.folds,
+            ledger=buffer.ledger.to_plain(),
+            records=tuple(versions.records),
             confirmed=self.roster.confirmed(),
             trainers=tuple(self._trainers(now)),
             rejected=dict(self.rejected),
@@ -520,26 +449,19 @@ class RoundMachine:
         flight = self._commits.land(commit)
         if flight is None:
             return []
-        is_newer = flight.snapshot.version > self._durable.version
-        self._durable = _without_sums(flight.snapshot)
+        is_newer = flight.snapshot.version > self._versions.durable.version
+        landed = self._versions.land(flight)
         effects: list[do.Effect] = [do.Ack(token) for token in self._commits.release(flight)]
         for command in sorted(flight.commands):
             effects += [do.Ack(token) for token in self.controls.held.pop(command)]
             effects.append(do.Record(self._executed(command)))
-        written = len(flight.snapshot.records)
-        effects += [do.Record(do.VersionMade(record)) for record in self._records[:written]]
-        del self._records[:written]
+        effects += [do.Record(do.VersionMade(record)) for record in landed]
         if is_newer:
-            if self._durable.version == self.version:
+            if self._versions.is_newest_durable:
                 self._round.opened = now  # a round's time runs from when workers can know of it
             effects.append(self._broadcast())
-        self._let_go()
+        self._versions.let_go()
         return effects
-
-    def _let_go(self) -> None:
-        """Drop the parameters of a version that has a successor: workers have them, and the next fold takes memory."""
-        if self._durable.version < self.version:
-            self._durable = replace(self._durable, parameters={})
 
     def _failed(self, commit: int, error: str, now: float) -> list[do.Effect]:
         if self._commits.land(commit) is None:
@@ -548,11 +470,15 @@ class RoundMachine:
         self._commits.retry_at = now + self.rules.retry_seconds
         return [do.Record(do.Warn(f"checkpoint not written ({error}); nothing was acknowledged; trying again"))]
 
+    @property
+    def _can_tell(self) -> bool:
+        """Whether workers can be told of the newest version now."""
+        return self._linked and self._versions.is_newest_durable
+
     def _broadcast(self) -> do.Effect:
-        durable = self._durable
-        is_open = durable.version == self.version
-        plan = replace(self._round.plan if is_open else self._plan(0), done=is_open and self.done)
-        return do.Broadcast(durable.epoch, durable.version, plan, durable.digest, self.model, durable.parameters)
+        is_open = self._versions.is_newest_durable
+        plan = self._round.plan if is_open else self._plan(0)
+        return self._versions.broadcast(replace(plan, done=is_open and self.done))
 
     # ------------------------------------------------------------------------------------------- the end
 
@@ -562,7 +488,7 @@ class RoundMachine:
             # Whoever asked it to leave must not wait for room on the disk; nothing was acknowledged.
             self._finished = True
             return do.Finish("stopped")
-        if self._finished or commits.flight or commits.held or self._records or self.controls.held:
+        if self._finished or commits.flight or commits.held or self._versions.records or self.controls.held:
             return None
         reason = None
         if self.done:
@@ -587,27 +513,3 @@ class RoundMachine:
         if (expiry := self.roster.next_expiry(now)) is not None:
             times.append(expiry)
         return min((time for time in times if time > now), default=None)
-
-
-def _without_sums(snapshot: Snapshot) -> Snapshot:
-    """As much of ``snapshot`` as a broadcast needs: what else is in it would keep models' worth of memory."""
-    return replace(snapshot, accumulator=Accumulator(), optimizer=OptimizerState({}))
-
-
-def _folds_of(snapshot: Snapshot, rules: Rules) -> Folds:
-    """Those of the partial round; a checkpoint of 0.1 does not know them."""
-    return snapshot.folds or (((len(snapshot.entries), rules.settings),) if snapshot.entries else ())
-
-
-def _folded(folds: Folds, settings: Mapping[str, Scalar]) -> Folds:
-    """``folds`` and one more update under ``settings``."""
-    if folds and folds[-1][1] == settings:
-        return (*folds[:-1], (folds[-1][0] + 1, settings))
-    return (*folds, (1, settings))
-
-
-def _mean_loss(entries: tuple[Entry, ...]) -> float | None:
-    known = [(entry.loss, entry.examples) for entry in entries if entry.loss is not None]
-    total = sum(examples for _, examples in known)
-    mean = math.fsum(loss * (n / total) for loss, n in known) if total else math.nan
-    return mean if math.isfinite(mean) else None

@@ -197,7 +197,7 @@ class Folding:
 
     @property
     def sums(self) -> Array:
-        return self.machine._accumulator.tensors["w"]
+        return self.machine._buffer.accumulator.tensors["w"]
 
 
 def test_an_accumulator_that_is_lent_is_copied_and_one_that_was_given_back_is_not() -> None:
@@ -254,7 +254,7 @@ def test_a_version_with_a_successor_is_let_go_of_and_the_successor_is_broadcast_
     run = Folding(size=1)
     run.fold()
     assert run.machine.version == 1
-    assert run.machine._durable.parameters == {}
+    assert run.machine._versions.durable.parameters == {}
 
     assert not any(isinstance(effect, do.Broadcast) for effect in run.send(on.LinkUp(2)))
     effects = run.send(on.CheckpointWritten(run.written[0].commit))

@@ -1,0 +1,60 @@
+"""The buffer of the open round: what was folded, the sums of it, and which ids count in the model or here."""
+
+from __future__ import annotations
+
+import math
+
+from aggregator.core.ledger import Ledger
+from aggregator.core.rules import Rules
+from aggregator.core.snapshot import Entry, Folds, Snapshot
+from aggregator.strategies.base import Accumulator
+from broker.messages import ModelSpec, Update
+
+__all__ = ["Buffer"]
+
+
+class Buffer:
+    """Updates that will make the next version."""
+
+    def __init__(self, snapshot: Snapshot, rules: Rules) -> None:
+        """As ``snapshot`` has it, whose accumulator is this buffer's from here on."""
+        self.accumulator = snapshot.accumulator
+        self.entries = list(snapshot.entries)
+        # A checkpoint of 0.1 does not know under which settings its partial round was folded.
+        unknown: Folds = ((len(self.entries), rules.settings),) if self.entries else ()
+        self.folds = snapshot.folds or unknown
+        self.ledger = Ledger(snapshot.ledger)
+
+    def __len__(self) -> int:
+        return len(self.entries)
+
+    def fold(self, update: Update, rules: Rules, model: ModelSpec, staleness: int, *, is_lent: bool) -> Entry:
+        """Take ``update`` in, which counts nowhere yet; ``is_lent``: a checkpoint still reads the accumulator."""
+        if not self.entries:
+            # Not before, so that it can have the memory of parameters that have been replaced meanwhile.
+            self.accumulator = rules.strategy.init(model)
+        elif is_lent:
+            self.accumulator = self.accumulator.copy()
+        weight = rules.strategy.fold(self.accumulator, update, staleness)
+        self.ledger.add(update.id)
+        loss = update.metrics.get("loss", math.nan)
+        entry = Entry(
+            id=update.id,
+            base_version=update.base_version,
+            staleness=staleness,
+            weight=weight,
+            examples=update.examples,
+            loss=loss if math.isfinite(loss) else None,
+        )
+        self.entries.append(entry)
+        if self.folds and self.folds[-1][1] == rules.settings:
+            self.folds = (*self.folds[:-1], (self.folds[-1][0] + 1, rules.settings))
+        else:
+            self.folds = (*self.folds, (1, rules.settings))
+        return entry
+
+    def take(self, *, is_lent: bool) -> tuple[Accumulator, list[Entry], Folds]:
+        """Empty the buffer, and what was in it, to be used up; ``is_lent`` as above."""
+        taken = self.accumulator.copy() if is_lent else self.accumulator, self.entries, self.folds
+        self.accumulator, self.entries, self.folds = Accumulator(), [], ()
+        return taken

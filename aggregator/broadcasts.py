@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, wait
 from dataclasses import replace
 
-from broker.messages import Manifest, Parameters, ParametersHead
-from broker.transport import Outgoing
+from aggregator.core import effects as do
+from aggregator.core.snapshot import Snapshot
+from broker.errors import BrokerError, FedmqError
+from broker.messages import Manifest, Parameters, ParametersHead, Plan
+from broker.transport import AggregatorTransport, Outgoing
 from broker.wire import CHUNK_OVERHEAD, Shared, encode, encode_in_chunks, told_by_delta
 
-__all__ = ["Broadcasts"]
+__all__ = ["Announcer", "Broadcasts"]
 
 
 class Broadcasts:
@@ -65,3 +69,71 @@ class Broadcasts:
             run=version.run, epoch=version.epoch, version=version.version, plan=version.plan, digest=version.digest
         )
         return replace(manifest, head=head), chunks
+
+
+class Announcer:
+    """Hands a run's durable versions to the transport.
+
+    Args:
+        run: the run's name.
+        transport: where to.
+        messages: makes the messages.
+        fail: takes an error that no waiting cures; called on the transport's threads.
+    """
+
+    def __init__(
+        self, run: str, transport: AggregatorTransport, messages: Broadcasts, fail: Callable[[FedmqError], None]
+    ) -> None:
+        self._run = run
+        self._transport = transport
+        self._messages = messages
+        self._fail = fail
+        self._under_way: set[Future[None]] = set()
+        self._prepared = -1
+
+    def is_in_chunks(self, model_bytes: int) -> bool:
+        """Whether a version of this size travels in chunks."""
+        return self._messages.is_in_chunks(model_bytes, self._transport.max_message_bytes)
+
+    def broadcast(self, effect: do.Broadcast) -> None:
+        """Give a durable version to all workers."""
+        message = Parameters(
+            run=self._run,
+            epoch=effect.epoch,
+            version=effect.version,
+            plan=effect.plan,
+            digest=effect.digest,
+            model=effect.model,
+            tensors=effect.parameters,
+        )
+        future = self._transport.broadcast(self._messages.message(message, self._transport.max_message_bytes))
+        self._under_way.add(future)
+        future.add_done_callback(self._done)
+
+    def prepare(self, snapshot: Snapshot) -> None:
+        """While a version becomes durable its chunks are sent ahead; nobody looks at them before it is broadcast."""
+        if snapshot.version == self._prepared or not self.is_in_chunks(snapshot.model.nbytes):
+            return
+        self._prepared = snapshot.version
+        message = Parameters(
+            run=self._run,
+            epoch=snapshot.epoch,
+            version=snapshot.version,
+            plan=Plan(),
+            digest=snapshot.digest,
+            model=snapshot.model,
+            tensors=snapshot.parameters,
+        )
+        self._transport.prepare(self._messages.message(message, self._transport.max_message_bytes))
+
+    def wait(self, timeout: float) -> None:
+        """Until everything was sent, for ``timeout`` seconds at most."""
+        wait(self._under_way.copy(), timeout=timeout)  # callbacks take from it on other threads
+
+    def _done(self, future: Future[None]) -> None:
+        self._under_way.discard(future)
+        error = future.exception()
+        # What waiting cures, the transport has tried again, or the next connection brings the current version.
+        cured = isinstance(error, BrokerError) and error.retryable
+        if isinstance(error, FedmqError) and not cured:
+            self._fail(error)

@@ -15,8 +15,9 @@ import typer
 
 from aggregator.checkpoint import CheckpointStore
 from aggregator.config import AggregatorConfig
+from aggregator.reign import rules_of
 from aggregator.results import Outcome, replace_file
-from aggregator.service import AggregatorService, rules_of
+from aggregator.service import AggregatorService
 from broker.amqp.transport import AmqpAggregatorTransport
 from broker.console import (
     BrokerOption,

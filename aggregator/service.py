@@ -8,38 +8,35 @@ from __future__ import annotations
 
 import logging
 import queue
-import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor, wait
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterable
+from concurrent.futures import wait
 from pathlib import Path
 
-from aggregator.archive import UpdateArchive, base_file
-from aggregator.broadcasts import Broadcasts
+from aggregator.archive import UpdateArchive
+from aggregator.broadcasts import Announcer, Broadcasts
 from aggregator.checkpoint import CheckpointStore
 from aggregator.config import AggregatorConfig
 from aggregator.core import effects as do
 from aggregator.core import events as on
 from aggregator.core.controls import Order
 from aggregator.core.machine import RoundMachine
-from aggregator.core.rules import Rules
-from aggregator.core.snapshot import Changes, Snapshot, SnapshotHead
+from aggregator.core.snapshot import Snapshot
 from aggregator.history import History
 from aggregator.reading import from_aside, read_update
+from aggregator.reign import Reign, claim, shown
 from aggregator.reporting import Reporter
 from aggregator.results import Outcome, is_written, write_results
+from aggregator.writing import CheckpointWriter, Writing
 from broker.errors import (
-    BrokerError,
     CheckpointError,
     CheckpointNotWritten,
     ConfigError,
-    FedmqError,
     StaleEpoch,
     WireError,
 )
-from broker.messages import Action, Command, Parameters, Plan, Role, Scalar
+from broker.messages import Action, Command, Role
 from broker.settings import CHUNK_BYTES
 from broker.transport import (
     AggregatorTransport,
@@ -53,7 +50,7 @@ from broker.transport import (
 )
 from broker.wire import encode_parts
 
-__all__ = ["AggregatorService", "Outcome", "rules_of"]
+__all__ = ["AggregatorService", "Outcome"]
 
 log = logging.getLogger("fedmq.aggregator")
 
@@ -72,8 +69,6 @@ WAIT_BYTES = 250e6
 MAX_WAIT_SECONDS = 10.0
 #: Below this size of a model, in bytes, copying takes less than waiting.
 LARGE = 16 * 2**20
-#: Kept updates, in sizes of the model, after which another state is kept to begin replays with.
-BASE_EVERY = 64
 
 
 class AggregatorService:
@@ -114,14 +109,11 @@ class AggregatorService:
         self._versions = Broadcasts(run, chunk_bytes=chunk_bytes, codec=config.version_codec, lossless=pack_chunks)
         self._accept_older, self._drop_changes = accept_older, drop_changes
         self._wall = time.time() - time.monotonic()
-        self._led: _Reign | None = None
+        self._led: Reign | None = None
         self._history = History(folder / "history.jsonl")
         self._inbox: queue.SimpleQueue[Incoming | on.Happening] = queue.SimpleQueue()
-        self._writer = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
-        self._syncer = ThreadPoolExecutor(1, thread_name_prefix="sync")
-        self._writing: _Writing | None = None
-        self._broadcasts: set[Future[None]] = set()
-        self._prepared = -1
+        self._writer = CheckpointWriter(store, self._inbox.put)
+        self._writing: Writing | None = None
         self._wake_at: float | None = None
         self._touched = 0.0
         self._finish: str | None = None
@@ -144,20 +136,22 @@ class AggregatorService:
             FedmqError: what no waiting will cure: refused access, a strategy that fails.
         """
         self._transport = transport
+        self._announcer = Announcer(
+            self.run_name, transport, self._versions, lambda error: self._inbox.put(Failed(error))
+        )
         self._reporter = Reporter(self.run_name, transport, self._history, self._now)
         try:
             transport.open(self._inbox.put)
             self._loop(lambda: self._finish is not None)
             deadline = time.monotonic() + DRAIN_SECONDS
             self._loop(lambda: time.monotonic() > deadline and self._inbox.empty())
-            wait(self._broadcasts.copy(), timeout=10.0)  # callbacks take from it on other threads
+            self._announcer.wait(timeout=10.0)
         except StaleEpoch:
             self._listen()
             raise
         finally:
             transport.close()
-            self._writer.shutdown()
-            self._syncer.shutdown()
+            self._writer.close()
             if self._led is not None and self._led.archive is not None:
                 self._led.archive.close()
         return self._write_results()
@@ -282,7 +276,7 @@ class AggregatorService:
         """It is this one's turn (again). False if the folder does not let it; that is tried again."""
         if self._led is None:
             try:
-                self._led = self._claim(newest)
+                self._led = self._claim(newest or (0, 0))
             except CheckpointNotWritten as error:
                 # As from a disk that is full, or a lock whose holder hangs: leaving would help nobody.
                 log.warning("cannot lead run %s yet: %s; trying again", self.run_name, error)
@@ -296,52 +290,20 @@ class AggregatorService:
         self._early.clear()
         return True
 
-    def _claim(self, newest: tuple[int, int] | None) -> _Reign:
-        """Own the run from now on. ``newest`` are epoch and version of the newest broadcast."""
-        now = self._now()
-        self._history.mend()
-        epoch, version = newest or (0, 0)
-        snapshot = self._store.claim(
-            epoch=max(epoch, self._history.last_epoch),
-            version=max(version, self._history.last_version),
-            now=now,
+    def _claim(self, newest: tuple[int, int]) -> Reign:
+        reign = claim(
+            self._config,
+            self._store,
+            self._history,
+            self.folder,
+            newest=newest,
+            now=self._now(),
             accept_older=self._accept_older,
+            drop_changes=self._drop_changes,
         )
-        if self._drop_changes:
-            snapshot = replace(snapshot, changes={}, pending=None)
-            self._store.write(snapshot)
-        elif snapshot.changes:
-            log.info("changed while the run went on, and still in force: %s", _shown(snapshot.changes))
-            if snapshot.done and "stop_after_rounds" in snapshot.changes:
-                log.warning("this has ended the run; --drop-changes goes on with it")
-        latest = max([snapshot.started, self._history.last_time, *(record.time for record in snapshot.records)])
-        if now < latest - 60:
-            log.warning("the clock says %.0f s before the run's last version: times in the history fall", latest - now)
-        rules = rules_of(self._config, snapshot, snapshot.changes)
-        pending = None if snapshot.pending is None else rules_of(self._config, snapshot, snapshot.pending)
-        snapshot = self._keep_base(snapshot)
-        if snapshot.done and is_written(self.folder):
-            snapshot = replace(snapshot, trainers=())  # whoever led to the end has waited for them
-        machine = RoundMachine(rules, snapshot, now, pending=pending)
         self.has_claimed = True
-        self._history.open(snapshot.records, epoch=snapshot.epoch, version=snapshot.version, now=now)
-        self._admit(snapshot.trainers, snapshot.model.nbytes)
-        archive = UpdateArchive(self.folder / "updates", snapshot.epoch) if self._config.keep_updates else None
-        return _Reign(machine, snapshot, archive)
-
-    def _keep_base(self, snapshot: Snapshot) -> Snapshot:
-        """``snapshot``, whose state is kept as well if it is the first from which on updates are."""
-        if not self._config.keep_updates:
-            return replace(snapshot, kept_from=None)
-        folder = self.folder / "updates"
-        if snapshot.kept_from is not None and base_file(folder, snapshot.kept_from).exists():
-            # One more where the run was taken back: replays of what comes now need nothing of before.
-            if snapshot.records and snapshot.records[-1].source is not None and not snapshot.entries:
-                self._store.save(snapshot, base_file(folder, snapshot.version))
-            return snapshot
-        self._store.save(snapshot, base_file(folder, snapshot.version))
-        log.info("keeping every update that is applied from now on in %s", folder)
-        return replace(snapshot, kept_from=snapshot.version)
+        self._admit(reign.trainers, reign.machine.model.nbytes)
+        return reign
 
     def _read(self, delivery: Delivery) -> on.Happening | None:
         if self._led is None:
@@ -393,7 +355,7 @@ class AggregatorService:
     def _admit(self, workers: Iterable[str], model_bytes: int) -> None:
         """Whoever trains a model that does not fit into one message needs an outbox."""
         for worker in workers:
-            if self._versions.is_in_chunks(model_bytes, self._transport.max_message_bytes):
+            if self._announcer.is_in_chunks(model_bytes):
                 self._transport.admit(worker)
 
     def _ordered(self, command: Command, delivery: Delivery, machine: RoundMachine) -> on.Ordered | None:
@@ -409,8 +371,8 @@ class AggregatorService:
                     "command", machine.version, id=command.id, accepted=False, text=str(error)[:500]
                 )
                 return None
-        shown = _shown(command.changes) if command.changes else ""
-        self._reporter.expect(command.id, f"{command.action} {shown}".strip())
+        what = shown(command.changes) if command.changes else ""
+        self._reporter.expect(command.id, f"{command.action} {what}".strip())
         return on.Ordered(delivery.token, command.id, command.action, order)
 
     # ----------------------------------------------------------------------------------------- the deeds
@@ -426,12 +388,10 @@ class AggregatorService:
                 assert self._delivery is not None  # noqa: S101  (a rejection answers the delivery at hand)
                 self._transport.reject(token, reason, detail, self._delivery)
             case do.WriteCheckpoint(commit, snapshot):
-                self._prepare(snapshot)
-                is_copied = threading.Event()
-                outcome = self._writer.submit(self._write, commit, snapshot, is_copied)
-                self._writing = _Writing(commit, is_copied, outcome)
+                self._announcer.prepare(snapshot)
+                self._writing = self._writer.write(commit, snapshot, beside=self._sync, after=self._keep_base)
             case do.Broadcast():
-                self._broadcast(effect)
+                self._announcer.broadcast(effect)
             case do.Tell(worker, reason, detail, update):
                 self._reporter.tell(worker, reason, detail, update)
             case do.WakeAt(moment):
@@ -456,73 +416,9 @@ class AggregatorService:
         if self._led is not None and self._led.archive is not None:
             self._led.archive.sync()
 
-    def _write(
-        self, commit: int, snapshot: Snapshot, is_copied: threading.Event
-    ) -> on.CheckpointWritten | on.CheckpointFailed | None:
-        """On the writer's thread; what the machine is to be told, which is in the inbox already. None: it is over."""
-
-        def give_back() -> None:
-            self._inbox.put(on.CheckpointCopied(commit))
-            is_copied.set()
-
-        outcome: on.CheckpointWritten | on.CheckpointFailed = on.CheckpointWritten(commit)
-        try:
-            # Beside the checkpoint's own sync, which takes as long; both must be durable before it counts.
-            synced = self._syncer.submit(self._sync)
-            self._store.write(snapshot, give_back, synced.result)
-            if self._led is not None:
-                self._led.keep_another_base(self._store, snapshot)
-        except CheckpointNotWritten as error:
-            outcome = on.CheckpointFailed(commit, str(error))
-        except FedmqError as error:
-            self._inbox.put(Failed(error))
-            return None
-        except BaseException as error:
-            self._inbox.put(Failed(FedmqError(f"writing checkpoint {commit}: {error!r}")))
-            raise
-        finally:
-            is_copied.set()  # whatever happened, nothing of the snapshot is read any more
-        self._inbox.put(outcome)
-        return outcome
-
-    def _broadcast(self, effect: do.Broadcast) -> None:
-        message = Parameters(
-            run=self.run_name,
-            epoch=effect.epoch,
-            version=effect.version,
-            plan=effect.plan,
-            digest=effect.digest,
-            model=effect.model,
-            tensors=effect.parameters,
-        )
-        future = self._transport.broadcast(self._versions.message(message, self._transport.max_message_bytes))
-        self._broadcasts.add(future)
-        future.add_done_callback(self._broadcast_done)
-
-    def _prepare(self, snapshot: Snapshot) -> None:
-        """While a version becomes durable its chunks are sent ahead; nobody looks at them before it is broadcast."""
-        largest = self._transport.max_message_bytes
-        if snapshot.version == self._prepared or not self._versions.is_in_chunks(snapshot.model.nbytes, largest):
-            return
-        self._prepared = snapshot.version
-        message = Parameters(
-            run=self.run_name,
-            epoch=snapshot.epoch,
-            version=snapshot.version,
-            plan=Plan(),
-            digest=snapshot.digest,
-            model=snapshot.model,
-            tensors=snapshot.parameters,
-        )
-        self._transport.prepare(self._versions.message(message, largest))
-
-    def _broadcast_done(self, future: Future[None]) -> None:
-        self._broadcasts.discard(future)
-        error = future.exception()
-        # What waiting cures, the transport has tried again, or the next connection brings the current version.
-        cured = isinstance(error, BrokerError) and error.retryable
-        if isinstance(error, FedmqError) and not cured:
-            self._inbox.put(Failed(error))
+    def _keep_base(self, snapshot: Snapshot) -> None:
+        if self._led is not None:
+            self._led.keep_another_base(self._store, snapshot)
 
     # ---------------------------------------------------------------------------------------- the results
 
@@ -547,62 +443,3 @@ class AggregatorService:
         seconds = self._now() - self._led.started
         write_results(self.folder, self.run_name, outcome, machine.parameters, seconds=seconds)
         return outcome
-
-
-@dataclass(frozen=True, slots=True)
-class _Writing:
-    """The checkpoint that is on its way, or was last."""
-
-    commit: int
-    is_copied: threading.Event
-    outcome: Future[on.CheckpointWritten | on.CheckpointFailed | None]
-
-
-class _Reign:
-    """What an aggregator has from its turn on."""
-
-    def __init__(self, machine: RoundMachine, snapshot: Snapshot, archive: UpdateArchive | None) -> None:
-        self.machine = machine
-        self.archive = archive
-        self.epoch = snapshot.epoch
-        self.started = snapshot.started
-        self.begun_at = (snapshot.version, snapshot.done)
-        self._based_at = 0
-
-    def keep_another_base(self, store: CheckpointStore, snapshot: Snapshot) -> None:
-        """Keep ``snapshot`` as a state to begin replays with, if much was kept since the last and no round is open.
-
-        A record that is damaged then spoils the replays of few versions, not of all later ones.
-        """
-        if self.archive is None or snapshot.entries:
-            return
-        if self.archive.size - self._based_at < BASE_EVERY * snapshot.model.nbytes:
-            return
-        try:
-            store.save(snapshot, base_file(self.archive.file.parent, snapshot.version))
-        except CheckpointNotWritten as error:
-            log.warning("%s; replays begin further back", error)
-        else:
-            self._based_at = self.archive.size
-
-
-def rules_of(config: AggregatorConfig, snapshot: SnapshotHead, changes: Changes) -> Rules:
-    """The rules that ``config`` with ``changes`` makes for the run of ``snapshot``.
-
-    Raises :class:`ConfigError` if they do not go together, or not with how the run has been going on.
-    """
-    snapshot.require_mode(config.mode)
-    try:
-        return config.changed(changes).rules(snapshot.model.nbytes)
-    except ConfigError as error:
-        raise ConfigError(
-            f"{error}: it was changed while the run went on, and does not go with the settings of now; mend these, "
-            "or start with --drop-changes"
-        ) from None
-
-
-def _shown(changes: Mapping[str, Scalar]) -> str:
-    shown = (
-        f"{name}={value}" if value is not None else f"{name} taken back" for name, value in sorted(changes.items())
-    )
-    return ", ".join(shown)

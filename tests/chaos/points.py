@@ -156,9 +156,9 @@ AGGREGATOR: Mapping[str, Point] = {
     "between-acks": Point("broker.amqp.transport", "AmqpAggregatorTransport._ack", _between_acks),
     "before-history": Point("aggregator.history", "History.version", before),
     "after-history": Point("aggregator.history", "History.version", after),
-    "before-broadcast": Point("aggregator.service", "AggregatorService._broadcast", before),
+    "before-broadcast": Point("aggregator.broadcasts", "Announcer.broadcast", before),
     "mid-broadcast": Point("broker.amqp.publisher", "Publisher._transmit", _in_message(".parameters")),
-    "after-broadcast": Point("aggregator.service", "AggregatorService._broadcast_done", before),
+    "after-broadcast": Point("aggregator.broadcasts", "Announcer._done", before),
 }
 
 WORKER: Mapping[str, Point] = {

@@ -9,11 +9,10 @@ from typing import Any
 
 import pytest
 
+from aggregator import reign
 from aggregator.agreement import Agreement
 from aggregator.config import AggregatorConfig
-from aggregator.service import AggregatorService
-from broker.memory import MemoryBroker
-from tests.support.builders import RUN
+from aggregator.history import History
 from tests.support.runfolder import RunFolder
 
 
@@ -26,10 +25,16 @@ def place(tmp_path: Path) -> RunFolder:
 
 def claim(place: RunFolder) -> None:
     """As a service does whose turn it is."""
-    service = AggregatorService(folder=place.folder, run=RUN, config=AggregatorConfig(), store=place.store)
-    service._transport = MemoryBroker().aggregator(RUN)
-    service._claim(None)
-    service._writer.shutdown()
+    reign.claim(
+        AggregatorConfig(),
+        place.store,
+        History(place.folder / "history.jsonl"),
+        place.folder,
+        newest=(0, 0),
+        now=time.time(),
+        accept_older=False,
+        drop_changes=False,
+    )
 
 
 @pytest.mark.parametrize("told", ["only by the history", "only by the checkpoint"])

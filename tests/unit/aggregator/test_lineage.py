@@ -13,9 +13,9 @@ import pytest
 from aggregator.archive import HEAD, base_file
 from aggregator.core.ledger import Ledger
 from aggregator.lineage import Lineage, Replay, ranges
+from aggregator.reign import Reign
 from aggregator.results import Outcome, write_results
 from aggregator.rollback import adopt, find_checkpoint, open_lineage, roll_back
-from aggregator.service import _Reign
 from broker.errors import CheckpointCorrupt, CheckpointOutdated, LineageError, StaleEpoch
 from broker.messages import Array, Reason
 from tests.support.builders import RUN, vector
@@ -488,7 +488,7 @@ def test_a_later_base_spares_replays_a_damaged_record(make: Callable[..., OnDisk
 
 def test_an_aggregator_keeps_another_base_when_much_was_kept_and_no_round_is_open(make: Callable[..., OnDisk]) -> None:
     run = make()
-    reign = _Reign(run.machine, run.store.load(), run._archive)
+    reign = Reign(run.machine, run.store.load(), run._archive)
     versions = []
     for _ in range(40):
         run.round("a", "b", "a")

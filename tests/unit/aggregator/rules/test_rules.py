@@ -61,7 +61,7 @@ def multi_krum(x: Array) -> Array:
 
 
 def geometric_median(x: Array) -> Array:
-    z = x.mean(axis=0)
+    z: Array = x.mean(axis=0)
     for _ in range(200):
         w = 1 / np.linalg.norm(x - z, axis=1)
         z = (w[:, None] * x).sum(axis=0) / w.sum()

@@ -21,7 +21,8 @@ from typing import Any
 from pydantic import TypeAdapter, ValidationError
 
 from broker.errors import CheckpointCorrupt, CheckpointError, CheckpointNotWritten, WrongRun
-from broker.messages import Count, Name, UpdateId, strict
+from broker.messages import Name, UpdateId
+from broker.model import Count, strict
 
 __all__ = ["Outbox"]
 

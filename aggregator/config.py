@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+from dataclasses import fields
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -11,12 +12,14 @@ from pydantic import AfterValidator, Field, ValidationError, model_validator
 from aggregator.core.rounds import Buffered, RoundRule, Synchronous
 from aggregator.core.rules import CommitPolicy, Rules
 from aggregator.core.snapshot import Changes
-from aggregator.optimizers import OPTIMIZERS
-from aggregator.staleness import STALENESS
-from aggregator.strategies import STRATEGIES
+from aggregator.optimizers import OPTIMIZERS, default_rate, optimizer_of
+from aggregator.recipe import Recipe
+from aggregator.staleness import STALENESSES
+from aggregator.strategies import STRATEGIES, strategy_of
 from broker.codecs import codec_of
 from broker.errors import ConfigError, first_problem
 from broker.messages import Mode, Rounds, Scalar
+from broker.parts import FROM_WIRE, Name
 from broker.settings import Table
 
 __all__ = ["LIVE", "AggregatorConfig"]
@@ -34,21 +37,26 @@ Seconds = Annotated[float, Field(gt=0)]
 #: rounds), and not what the connection was made with (commits, which the prefetch follows).
 LIVE = frozenset(
     {
+        "beta2",
         "buffer_size",
         "deadline",
+        "epsilon",
         "fraction",
         "learning_rate",
         "linger",
         "max_staleness",
         "minimum_updates",
         "momentum",
+        "nesterov",
         "optimizer",
+        "options",
         "staleness",
         "staleness_exponent",
         "stop_after_rounds",
         "strategy",
         "update_codec",
         "updates_per_version",
+        "weight_decay",
         "weighting",
         "worker_timeout",
     }
@@ -90,22 +98,34 @@ class AggregatorConfig(Table):
     deadline: Seconds | None = None
     """Seconds after which a round closes with ``minimum_updates``."""
 
-    strategy: Literal["mean"] = "mean"
-    """How updates become one."""
+    strategy: Annotated[str, AfterValidator(Name(STRATEGIES))] = "mean"
+    """How updates become one: ``mean``, or that of another package. See docs/algorithms.md, docs/extending.md."""
     weighting: Literal["examples", "uniform"] | None = None
     """By number of examples or all the same; if not set, uniform for buffered rounds (FedBuff) and by examples
     for synchronous ones (FedAvg)."""
-    staleness: Literal["polynomial", "constant"] = "polynomial"
+    staleness: Annotated[str, AfterValidator(Name(STALENESSES))] = "polynomial"
     """Weight of a stale update: ``(1 + staleness) ** -staleness_exponent``, or always 1."""
     staleness_exponent: Annotated[float, Field(ge=0, le=10)] = 0.5
     """FedBuff's is one half."""
 
-    optimizer: Literal["sgd", "adam"] = "sgd"
-    """Server optimiser."""
+    optimizer: Annotated[str, AfterValidator(Name(OPTIMIZERS))] = "sgd"
+    """Server optimiser. See docs/algorithms.md."""
     learning_rate: Annotated[float, Field(gt=0)] | None = None
-    """Of the server; if not set, 1 for deltas and 0.1 for gradients (with adam 0.01 and 0.001)."""
+    """Of the server; if not set, 1 for deltas and 0.1 for gradients, with adagrad a tenth of these, with the others
+    0.01 and 0.001."""
     momentum: Annotated[float, Field(ge=0, lt=1)] = 0.0
-    """Of the server; for adam its beta1, 0.9 if not set."""
+    """Of the server's sgd; for adam, adamw, yogi and lamb it is beta1, 0.9 if not set."""
+    nesterov: bool = False
+    """Nesterov's momentum, for the server's sgd."""
+    beta2: Annotated[float, Field(ge=0, lt=1)] | None = None
+    """Of the server's adam, adamw and lamb (0.999 if not set) and yogi (0.99)."""
+    epsilon: Annotated[float, Field(gt=0)] | None = None
+    """Added to the root in the denominator: 1e-8 for adam and adamw if not set, 1e-6 for lamb, 1e-3 for yogi and
+    adagrad, where it is the papers' tau."""
+    weight_decay: Annotated[float, Field(ge=0, le=1000)] = 0.0
+    """Of the server: adamw and lamb take it off the parameters, the others add it to the gradient (L2)."""
+    options: str = ""
+    """Text for strategies, optimisers and the like of other packages, which read it as they like."""
 
     update_codec: Annotated[str, AfterValidator(_checked_codec)] = ""
     """In which lossy code workers send updates: ``bf16``, ``fp16``, ``int8``, ``eden:1`` to ``eden:4``, ``topk:0.01``;
@@ -139,15 +159,28 @@ class AggregatorConfig(Table):
     def _consistent(self) -> AggregatorConfig:
         if self.rounds is Rounds.BUFFERED and self.minimum_updates > self.buffer_size:
             raise ValueError("minimum_updates is larger than buffer_size, so that a deadline could never close a round")
+        if self.nesterov and not (self.optimizer == "sgd" and self.momentum):
+            raise ValueError("nesterov is for optimizer = 'sgd' with a momentum")
+        if self.optimizer == "adagrad" and self.momentum:
+            raise ValueError("adagrad has no momentum; take yogi, or leave momentum at 0")
+        try:
+            strategy_of(self.recipe())
+            optimizer_of(self.recipe())
+        except ConfigError as error:
+            raise ValueError(str(error)) from None
         return self
 
     @property
     def effective_learning_rate(self) -> float:
         """The server's learning rate, after defaults."""
-        if self.learning_rate is not None:
-            return self.learning_rate
-        defaults = {("sgd", Mode.DELTA): 1.0, ("sgd", Mode.GRADIENT): 0.1, ("adam", Mode.DELTA): 0.01}
-        return defaults.get((self.optimizer, self.mode), 0.001)
+        return default_rate(self.optimizer, self.mode) if self.learning_rate is None else self.learning_rate
+
+    def recipe(self) -> Recipe:
+        """What decides the numbers of the versions to come."""
+        uniform: Literal["uniform", "examples"] = "uniform" if self.rounds is Rounds.BUFFERED else "examples"
+        computed = {"weighting": self.weighting or uniform, "learning_rate": self.effective_learning_rate}
+        named = {field.name: getattr(self, field.name) for field in fields(Recipe)}
+        return Recipe(**named | computed)
 
     def round_rule(self) -> RoundRule:
         """The kind of round."""
@@ -175,14 +208,12 @@ class AggregatorConfig(Table):
 
     def rules(self, model_bytes: int = 0) -> Rules:
         """What the round machine goes by, for a model of this size."""
-        buffered = self.rounds is Rounds.BUFFERED
-        weighting = self.weighting or ("uniform" if buffered else "examples")
-        weight = STALENESS[self.staleness](self.staleness_exponent)
+        recipe = self.recipe()
         return Rules(
             mode=self.mode,
             rounds=self.round_rule(),
-            strategy=STRATEGIES[self.strategy](weighting, weight),
-            optimizer=OPTIMIZERS[self.optimizer](self.effective_learning_rate, self.momentum),
+            strategy=strategy_of(recipe),
+            optimizer=optimizer_of(recipe),
             seed=self.seed,
             codec=self.update_codec,
             stop_after_rounds=self.stop_after_rounds,
@@ -191,17 +222,7 @@ class AggregatorConfig(Table):
             ),
             worker_timeout=self.worker_timeout,
             linger_seconds=self.linger,
-            settings={
-                "mode": self.mode.value,
-                "rounds": self.rounds.value,
-                "strategy": self.strategy,
-                "weighting": weighting,
-                "staleness": self.staleness,
-                "staleness_exponent": self.staleness_exponent,
-                "optimizer": self.optimizer,
-                "learning_rate": self.effective_learning_rate,
-                "momentum": self.momentum,
-            },
+            settings={**recipe.settings(), "rounds": self.rounds.value},
         )
 
     @classmethod
@@ -227,12 +248,13 @@ class AggregatorConfig(Table):
     def changed(self, changes: Changes) -> AggregatorConfig:
         """This table with ``changes`` made on the running run.
 
-        Raises :class:`ConfigError` for a setting that cannot be changed then, or to this value.
+        Raises :class:`ConfigError` for a setting that cannot be changed then, or to this value. They may have come
+        over the wire, so they import nothing.
         """
         for name in changes:
             _require_live(name)
         try:
-            return AggregatorConfig.model_validate({**self.model_dump(), **changes})
+            return AggregatorConfig.model_validate({**self.model_dump(), **changes}, context=FROM_WIRE)
         except ValidationError as error:
             where, what = first_problem(error)
             raise ConfigError(f"aggregator.{where or 'these changes'}: {what}") from None

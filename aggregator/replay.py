@@ -12,18 +12,17 @@ import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Annotated, Any, Literal
 
 import numpy as np
-from pydantic import AfterValidator, TypeAdapter, ValidationError
+from pydantic import ValidationError
 
 from aggregator.core.snapshot import Entry, Snapshot, VersionRecord
 from aggregator.core.step import next_parameters
-from aggregator.optimizers import OPTIMIZERS, Optimizer
-from aggregator.staleness import STALENESS
-from aggregator.strategies import STRATEGIES, Accumulator, Strategy
-from broker.errors import LineageError, StrategyError, first_problem
-from broker.messages import Mode, Scalar, Tensors, Update, parameters_digest
+from aggregator.optimizers import optimizer_of
+from aggregator.recipe import Recipe
+from aggregator.strategies import Accumulator, strategy_of
+from broker.errors import ConfigError, LineageError, StrategyError, first_problem
+from broker.messages import Scalar, Tensors, Update, parameters_digest
 
 __all__ = ["Fetch", "Link", "Rebuild", "distance", "needed", "rebuild"]
 
@@ -41,38 +40,6 @@ class Link:
     record: VersionRecord
     without: frozenset[str] = frozenset()
     """Workers that were left out when a version further up was rebuilt from this one."""
-
-
-def _known(table: Mapping[str, Any]) -> Callable[[str], str]:
-    def check(name: str) -> str:
-        if name not in table:
-            raise ValueError(f"this release does not know {name!r}: use the one that made the run, or a newer one")
-        return name
-
-    return check
-
-
-@dataclass(frozen=True, slots=True)
-class _Settings:
-    """What a version's line says of how it was made."""
-
-    mode: Mode
-    strategy: Annotated[str, AfterValidator(_known(STRATEGIES))]
-    weighting: Literal["examples", "uniform"]
-    staleness: Annotated[str, AfterValidator(_known(STALENESS))]
-    staleness_exponent: float
-    optimizer: Annotated[str, AfterValidator(_known(OPTIMIZERS))]
-    learning_rate: float
-    momentum: float
-
-    def make_strategy(self) -> Strategy:
-        return STRATEGIES[self.strategy](self.weighting, STALENESS[self.staleness](self.staleness_exponent))
-
-    def make_optimizer(self) -> Optimizer:
-        return OPTIMIZERS[self.optimizer](self.learning_rate, self.momentum)
-
-
-_ADAPTER: TypeAdapter[_Settings] = TypeAdapter(_Settings)
 
 
 class Rebuild:
@@ -114,7 +81,7 @@ class Rebuild:
         if not self._entries:
             return
         folds = record.folds or ((len(self._entries), record.settings),)
-        self._strategies = [_settings(record, settings).make_strategy() for n, settings in folds for _ in range(n)]
+        self._strategies = [one for n, settings in folds for one in [strategy_of(_recipe(record, settings))] * n]
         if len(self._strategies) != len(self._entries):
             raise LineageError(f"version {record.version}: its line tells of more or fewer updates than were folded")
         self._accumulator = self._strategies[0].init(self.model)
@@ -148,16 +115,17 @@ class Rebuild:
         self.version = record.version
         if not self._accumulator.count:
             return
-        settings = _settings(record, record.settings)
-        fresh = settings.make_optimizer().init()
+        recipe = _recipe(record, record.settings)
+        optimizer = optimizer_of(recipe)
+        fresh = optimizer.init()
         begins_anew = record.step == 0 or self.optimizer.slots.keys() != fresh.slots.keys()
         try:
             self.parameters, self.optimizer = next_parameters(
                 self.model,
                 self.parameters,
-                settings.make_strategy().finish(self._accumulator, self.model),
-                mode=settings.mode,
-                optimizer=settings.make_optimizer(),
+                strategy_of(recipe).finish(self._accumulator, self.model),
+                mode=recipe.mode,
+                optimizer=optimizer,
                 state=fresh if begins_anew else self.optimizer,
             )
         except StrategyError as error:
@@ -243,12 +211,21 @@ def _entries(record: VersionRecord, absent: frozenset[str]) -> tuple[Entry, ...]
     return record.updates
 
 
-def _settings(record: VersionRecord, settings: Mapping[str, Scalar]) -> _Settings:
+def _recipe(record: VersionRecord, settings: Mapping[str, Scalar]) -> Recipe:
+    """What made the version, if this release knows all of it."""
     try:
-        return _ADAPTER.validate_python(settings)
+        recipe = Recipe.of(settings)
+        strategy_of(recipe)
+        optimizer_of(recipe)
     except ValidationError as error:
         where, what = first_problem(error)
         raise LineageError(
             f"version {record.version}: its line does not say how it was made (settings.{where}: {what}); "
             "fedmq 0.1 did not note that"
         ) from None
+    except ConfigError as error:
+        raise LineageError(
+            f"version {record.version}: {error}: use the release that made the run, or a newer one, with the packages "
+            "that it used; what was named by its path has to be named in the configuration"
+        ) from None
+    return recipe

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 
-__all__ = ["STALENESS", "constant", "polynomial"]
+from aggregator.recipe import Recipe
+from broker.parts import Parts, made
+
+__all__ = ["STALENESSES", "constant", "polynomial", "weight_of"]
 
 Weight = Callable[[int], float]
 
@@ -23,8 +26,17 @@ def polynomial(exponent: float) -> Weight:
     return lambda staleness: float((1 + staleness) ** -exponent)
 
 
-#: Name in the configuration, and the function from the exponent to the weight.
-STALENESS: Mapping[str, Callable[[float], Weight]] = {
-    "constant": lambda _exponent: constant(),
-    "polynomial": polynomial,
-}
+#: Name in the configuration, and what makes the weight from a recipe.
+STALENESSES: Parts[Callable[[Recipe], Weight]] = Parts(
+    "staleness",
+    "fedmq.stalenesses",
+    {
+        "constant": lambda _: constant(),
+        "polynomial": lambda recipe: polynomial(recipe.staleness_exponent),
+    },
+)
+
+
+def weight_of(recipe: Recipe) -> Weight:
+    """The weight that ``recipe`` names. Raises :class:`ConfigError`."""
+    return made(STALENESSES, recipe.staleness, recipe)

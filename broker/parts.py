@@ -16,17 +16,23 @@ from __future__ import annotations
 
 import difflib
 import importlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cache
 from importlib.metadata import EntryPoint, entry_points
 from typing import Any, Generic, TypeVar, cast
 
-from broker.errors import ConfigError
+from pydantic import ValidationInfo
 
-__all__ = ["Parts", "names_of", "part_of"]
+from broker.errors import ConfigError, FedmqError
+
+__all__ = ["FROM_WIRE", "Name", "Parts", "made", "names_of", "part_of"]
+
+#: Validation context for settings that somebody else has sent.
+FROM_WIRE = {"from_wire": True}
 
 T = TypeVar("T")
+Made = TypeVar("Made")
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,6 +71,38 @@ def part_of(parts: Parts[T], name: str, *, may_import: bool = False) -> T:
         part = parts.imported[name] = cast("T", _imported(parts.kind, name))
         return part
     raise ConfigError(_unknown(parts, name, may_import=may_import))
+
+
+def made(parts: Parts[Callable[[Any], Made]], name: str, argument: object) -> Made:
+    """What the part that ``name`` means makes of ``argument``.
+
+    Raises:
+        ConfigError: there is none, or it does not take the argument.
+    """
+    make = part_of(parts, name)
+    try:
+        return make(argument)
+    except FedmqError:
+        raise
+    except Exception as error:
+        raise ConfigError(
+            f"{parts.kind} {name!r} cannot be made of these settings: {type(error).__name__}: {error}"
+        ) from error
+
+
+@dataclass(frozen=True, slots=True)
+class Name:
+    """Validator for a setting that names a part; the value is the name."""
+
+    parts: Parts[Any]
+
+    def __call__(self, name: str, info: ValidationInfo) -> str:
+        """``name``, if there is such a part. Raises ValueError."""
+        try:
+            part_of(self.parts, name, may_import=info.context != FROM_WIRE)
+        except ConfigError as error:
+            raise ValueError(str(error)) from None
+        return name
 
 
 def names_of(parts: Parts[T]) -> tuple[str, ...]:

@@ -13,6 +13,7 @@ from pydantic import SecretStr
 from pydantic.fields import FieldInfo
 
 from aggregator.config import AggregatorConfig
+from broker.parts import Name
 from broker.settings import BrokerConfig, Table
 from fedmq.demo import DemoConfig
 from worker_client.config import WorkerConfig
@@ -71,7 +72,7 @@ def _default(field: FieldInfo) -> str:
 
 
 def _allowed(field: FieldInfo) -> str:
-    choices = _choices(field.annotation)
+    choices = [*_choices(field.annotation), *_names(field)]
     if choices:
         return ", ".join(f"`{choice}`" for choice in choices)
     signs = {Ge: "≥", Gt: "&gt;", Le: "≤", Lt: "&lt;"}
@@ -87,6 +88,12 @@ def _choices(annotation: Any) -> list[str]:
     for argument in get_args(annotation):
         found += [argument] if isinstance(argument, str) else _choices(argument)
     return found
+
+
+def _names(field: FieldInfo) -> list[str]:
+    """The names that come with fedmq, where a setting names a part."""
+    functions = (getattr(rule, "func", None) for rule in field.metadata)
+    return [name for function in functions if isinstance(function, Name) for name in function.parts.own]
 
 
 def _rules(field: FieldInfo) -> list[Any]:

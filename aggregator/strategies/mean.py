@@ -18,6 +18,8 @@ from typing import Literal
 
 import numpy as np
 
+from aggregator.recipe import Recipe
+from aggregator.staleness import weight_of
 from aggregator.strategies.base import Accumulator, accumulator_dtype
 from broker.messages import Array, ModelSpec, TensorRole, Update, pieces
 
@@ -34,6 +36,11 @@ class Mean:
 
     weighting: Literal["examples", "uniform"]
     staleness_weight: Callable[[int], float]
+
+    @classmethod
+    def of(cls, recipe: Recipe) -> Mean:
+        """As ``recipe`` says."""
+        return cls(recipe.weighting, weight_of(recipe))
 
     def init(self, model: ModelSpec) -> Accumulator:
         """Zeros."""

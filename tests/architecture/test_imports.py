@@ -59,7 +59,7 @@ def test_all_contracts_are_kept() -> None:
         ("aggregator/core/machine.py", "import time"),
         ("aggregator/core/machine.py", "import aggregator.config"),
         ("aggregator/strategies/mean.py", "import random"),
-        ("aggregator/optimizers.py", "import threading"),
+        ("aggregator/optimizers/adam.py", "import threading"),
         ("worker_client/config.py", "import aggregator"),
         ("worker_client/config.py", "import fedmq"),
         ("worker_client/core/machine.py", "import random"),

@@ -29,9 +29,10 @@ CHANGES = st.fixed_dictionaries(
         "weighting": st.sampled_from(["uniform", "examples"]),
         "staleness": st.sampled_from(["polynomial", "constant"]),
         "staleness_exponent": st.sampled_from([0.0, 0.5, 1.7]),
-        "optimizer": st.sampled_from(["sgd", "adam"]),
+        "optimizer": st.sampled_from(["sgd", "adam", "adamw", "yogi", "lamb"]),
         "learning_rate": st.sampled_from([0.1, 0.7, 1.0]),
         "momentum": st.sampled_from([0.0, 0.9]),
+        "weight_decay": st.sampled_from([0.0, 0.1]),
     },
 )
 

@@ -84,7 +84,10 @@ def test_all_problems_are_told_at_once() -> None:
     told = complaint("[aggregator]\nbuffer_size = 0\noptimizer = 'lion'\n")
     assert told.splitlines() == [
         "fedmq.toml: aggregator.buffer_size = 0: at least 1 is wanted",
-        "fedmq.toml: aggregator.optimizer = 'lion': 'sgd' or 'adam' is wanted",
+        (
+            "fedmq.toml: aggregator.optimizer = 'lion': no optimizer is called 'lion'; there are sgd, adam, adamw, yogi, "
+            "adagrad, lamb, or package.module:attribute"
+        ),
     ]
 
 

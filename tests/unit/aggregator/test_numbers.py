@@ -8,7 +8,6 @@ from typing import Literal
 import ml_dtypes
 import numpy as np
 import pytest
-import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -123,32 +122,6 @@ def test_gradient_mode_descends() -> None:
     driver.update(update_of({"w": vector(10, -10)}, mode=Mode.GRADIENT))
 
     np.testing.assert_allclose(driver.parameters["w"], [0, 3], rtol=1e-6)
-
-
-@pytest.mark.parametrize(
-    ("ours", "theirs"),
-    [
-        (Sgd(0.1), lambda p: torch.optim.SGD(p, lr=0.1)),
-        (Sgd(0.1, momentum=0.9), lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9)),
-        (Adam(0.01), lambda p: torch.optim.Adam(p, lr=0.01)),
-        (Adam(0.01, beta1=0.8), lambda p: torch.optim.Adam(p, lr=0.01, betas=(0.8, 0.999))),
-    ],
-    ids=["sgd", "momentum", "adam", "adam beta1"],
-)
-def test_server_optimisers_step_like_torchs(ours: Optimizer, theirs: object) -> None:
-    random = np.random.default_rng(3)
-    values = random.normal(size=(4, 5))
-    parameter = torch.nn.Parameter(torch.tensor(values))
-    optimizer = theirs([parameter])  # type: ignore[operator]
-    parameters, state = {"w": values}, ours.init()
-
-    for _ in range(20):
-        gradient = random.normal(size=(4, 5))
-        parameter.grad = torch.tensor(gradient)
-        optimizer.step()
-        parameters, state = ours.apply(parameters, {"w": gradient}, state)
-
-    np.testing.assert_allclose(parameters["w"], parameter.detach().numpy(), rtol=1e-10)
 
 
 @pytest.mark.parametrize("optimizer", [Sgd(1.0), Sgd(0.5, momentum=0.9), Adam(0.1)])

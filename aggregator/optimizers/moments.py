@@ -1,0 +1,38 @@
+"""Running means of the direction and of its square, which Adam and its kin step by."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from aggregator.optimizers.base import OptimizerState, Rated, Slots, blocks
+from broker.messages import Array
+
+__all__ = ["Moments"]
+
+
+@dataclass(frozen=True, slots=True)
+class Moments(Rated):
+    """Base of Adam, AdamW and LAMB: the moments of Kingma & Ba 2015 (arXiv 1412.6980), algorithm 1."""
+
+    beta1: float = 0.9
+    beta2: float = 0.999
+    epsilon: float = 1e-8
+    weight_decay: float = 0.0
+
+    def init(self) -> OptimizerState:
+        """No moments yet."""
+        return OptimizerState({"first": {}, "second": {}})
+
+    def moments(self, name: str, direction: Array, slots: Slots) -> tuple[Array, Array]:
+        """The new moments of a tensor; the first takes ``direction``'s memory."""
+        second = np.empty_like(direction)
+        for m, v in blocks(direction, second):
+            np.multiply(1 - self.beta2, np.square(m), out=v)
+            np.multiply(1 - self.beta1, m, out=m)
+        if name in slots["first"]:
+            for m, v, old_m, old_v in blocks(direction, second, slots["first"][name], slots["second"][name]):
+                np.add(m, self.beta1 * old_m, out=m)
+                np.add(v, self.beta2 * old_v, out=v)
+        return direction, second

@@ -4,22 +4,27 @@ Pulled with ``basic.get`` and not consumed, because a consumer's only brake is h
 is folded stays so until the next commit. Measured on loopback with chunks of 4 MiB, one get after the other is as
 fast as a consumer.
 
-An outbox may hold more than the update that is looked for: chunks that were sent twice, or of an update that was
-never completed. Whatever comes before the update's own chunks, and is not part of it, is of no use to anybody.
+An outbox may hold more than the update that is looked for: chunks that were sent twice, those of an update that was
+never completed, and those of other updates whose manifests wait, or come back from a connection that broke. The first
+two kinds are dropped, and they are told from the third by the order in which a worker sends: one update after the
+other, chunks first. A manifest has been delivered here before every later one of its worker, unless a connection that
+the broker has not given up yet still holds it; so what was begun before an update whose manifest came when there was
+none such any more, and was not announced, never will be.
 """
 
 from __future__ import annotations
 
 import asyncio
 import logging
-from collections import deque
+from collections import OrderedDict, deque
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 
 import pika
 import pika.exceptions
 
 from broker.amqp.refusals import Operation
+from broker.amqp.search import Message, Missing, Sought, collect, drop, is_earlier, is_sibling
 from broker.amqp.session import Channel
 from broker.errors import BrokerError, ConnectionLost
 from broker.topology import Topology
@@ -33,7 +38,23 @@ log = logging.getLogger("fedmq.broker")
 #: How long to look for chunks that are not there. They were confirmed before the manifest was sent, so they are; but
 #: for those that an aggregator holds whose connection the broker has not yet given up.
 PATIENCE = 1.0
-PAUSE = 0.25
+#: The same when this aggregator has just taken over: what the one before held comes back one channel after the other.
+TAKEOVER_SECONDS = 5.0
+#: Between two looks, the second growing.
+PAUSE, LONGEST_PAUSE = 0.25, 2.0
+#: Settled updates that are remembered, so that their chunks are dropped wherever they turn up.
+MOST_SETTLED = 10_000
+
+
+@dataclass(frozen=True, slots=True)
+class _Announced:
+    """A manifest that is not acknowledged."""
+
+    worker: str
+    id: str
+    at: float
+    is_fresh: bool
+    """It was never delivered to anybody before."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,12 +63,8 @@ class _Wanted:
 
     token: Token
     delivery: Delivery
-    worker: str
+    announced: _Announced
     is_waste: bool = False
-
-    @property
-    def id(self) -> str:
-        return str(self.delivery.headers.get("message_id", ""))
 
     @property
     def count(self) -> int:
@@ -58,30 +75,12 @@ class _Wanted:
         return _natural(self.delivery.headers.get("bytes")) + self.count * CHUNK_OVERHEAD
 
 
-@dataclass(slots=True)
-class _Found:
-    chunks: dict[int, tuple[int, bytes]] = field(default_factory=dict)
-    """Delivery tag and body, by index."""
-
-    @property
-    def tags(self) -> list[int]:
-        return [tag for tag, _ in self.chunks.values()]
-
-    @property
-    def nbytes(self) -> int:
-        return sum(len(body) for _, body in self.chunks.values())
-
-
-class _Missing(Exception):
-    """The chunks that are looked for are not there."""
-
-
 class Outboxes:
     """Used on the consumer link's thread only.
 
     Args:
         topology: the run's names.
-        patience: seconds to look for the chunks of an update that was delivered before.
+        patience: seconds after which the broker has certainly given up a connection that broke.
         deliver: is given each update that was fetched.
     """
 
@@ -90,13 +89,19 @@ class Outboxes:
         self._patience = patience
         self._deliver = deliver
         self._wanted: deque[_Wanted] = deque()
+        self._announced: dict[Token, _Announced] = {}
         self._held: dict[Token, tuple[Channel, list[int]]] = {}
+        self._settled: OrderedDict[tuple[str, str], None] = OrderedDict()
         self._work: asyncio.Task[None] | None = None
         self._more = asyncio.Event()
+        self._begun = self._alone_from = 0.0
 
-    def start(self, channel: Channel) -> None:
-        """A new generation begins."""
-        self._work = asyncio.get_running_loop().create_task(self._live(channel))
+    def start(self, channel: Channel, *, alone: bool) -> None:
+        """A new generation begins; ``alone``: nobody has ever taken anything out of the run's queues before."""
+        loop = asyncio.get_running_loop()
+        self._begun = loop.time()
+        self._alone_from = self._begun if alone else self._begun + self._patience
+        self._work = loop.create_task(self._live(channel))
 
     def stop(self) -> None:
         """The generation is over: the broker takes back all that is not acknowledged."""
@@ -104,22 +109,39 @@ class Outboxes:
             self._work.cancel()
             self._work = None
         self._wanted.clear()
+        self._announced.clear()
         self._held.clear()
 
-    def fetch(self, token: Token, delivery: Delivery, worker: str) -> None:
-        """Get the chunks of the update that ``delivery`` announces."""
-        self._put(_Wanted(token, delivery, worker))
+    def announce(self, token: Token, delivery: Delivery, worker: str) -> None:
+        """``worker``'s manifest came. The worker by the routing key, which the broker can bind to a user's name."""
+        if "chunks" in delivery.headers:
+            message_id = str(delivery.headers.get("message_id", ""))
+            now = asyncio.get_running_loop().time()
+            self._announced[token] = _Announced(worker, message_id, now, not delivery.redelivered)
 
-    def discard(self, token: Token, delivery: Delivery, worker: str) -> None:
-        """Drop the chunks of an update that is not wanted."""
-        self._put(_Wanted(token, delivery, worker, is_waste=True))
+    def fetch(self, token: Token, delivery: Delivery) -> None:
+        """Get the chunks of the update that ``delivery`` announces."""
+        if (announced := self._announced.get(token)) is not None:
+            self._put(_Wanted(token, delivery, announced))
+
+    def discard(self, token: Token, delivery: Delivery) -> None:
+        """Drop the chunks of an update that is not wanted. Those that were fetched go with :meth:`ack`."""
+        if token not in self._held and (announced := self._announced.get(token)) is not None:
+            self._put(_Wanted(token, delivery, announced, is_waste=True))
 
     def ack(self, token: Token) -> None:
-        """Acknowledge the chunks that were fetched for ``token``, if there are any."""
+        """The update is settled: acknowledge the chunks that were fetched for ``token``, if there are any."""
+        if (announced := self._announced.pop(token, None)) is not None:
+            self._settle(announced)
         channel, tags = self._held.pop(token, (None, []))
         if channel is not None and channel.raw.is_open:
             for tag in tags:
                 channel.raw.basic_ack(tag)
+
+    def _settle(self, announced: _Announced) -> None:
+        self._settled[announced.worker, announced.id] = None
+        if len(self._settled) > MOST_SETTLED:
+            self._settled.popitem(last=False)
 
     def _put(self, wanted: _Wanted) -> None:
         self._wanted.append(wanted)
@@ -132,9 +154,19 @@ class Outboxes:
                 while not self._wanted:
                     self._more.clear()
                     await self._more.wait()
-                if getter is None or not getter.channel.raw.is_open:
-                    getter = _Getter(await main.session.channel())
-                await self._serve(getter, self._wanted.popleft())
+                wanted = self._wanted.popleft()
+                deadline = self._deadline(wanted)
+                pause = PAUSE
+                while wanted.is_waste or wanted.token in self._announced:
+                    if getter is None or not getter.channel.raw.is_open:
+                        getter = _Getter(await main.session.channel())
+                    if (problem := await self._serve(getter, wanted)) is None:
+                        break
+                    if asyncio.get_running_loop().time() > deadline:
+                        self._deliver(replace(wanted.delivery, lost=problem))
+                        break
+                    await asyncio.sleep(pause)
+                    pause = min(2 * pause, LONGEST_PAUSE)
         except ConnectionLost:
             return
         finally:
@@ -142,72 +174,49 @@ class Outboxes:
             if getter is not None and getter.channel.raw.is_open:
                 getter.channel.raw.close()
 
-    async def _serve(self, getter: _Getter, wanted: _Wanted) -> None:
+    def _deadline(self, wanted: _Wanted) -> float:
+        now = asyncio.get_running_loop().time()
+        if self._alone_from == self._begun:
+            return now + PATIENCE
+        return (
+            now + self._patience if wanted.delivery.redelivered else max(now, self._begun + TAKEOVER_SECONDS) + PATIENCE
+        )
+
+    async def _serve(self, getter: _Getter, wanted: _Wanted) -> str | None:
+        """What is in the way, which may pass; None if nothing is. Raises :class:`ConnectionLost`."""
+        announced = wanted.announced
+        outbox = self._topology.outbox(announced.worker)
+        sought = Sought(
+            announced.id, wanted.count, wanted.room, lambda of, before: self._is_spent(of, announced, before)
+        )
         try:
-            await (self._drop(getter, wanted) if wanted.is_waste else self._fetch(getter, wanted))
+            if wanted.is_waste:
+                await drop(_End(getter, outbox), sought)
+                return None
+            found = await collect(_End(getter, outbox), sought)
         except ConnectionLost:
             raise
+        except Missing as missing:
+            return f"{outbox}: {missing}"
         except (BrokerError, pika.exceptions.AMQPError) as error:
             # The outbox is gone, or may not be read: the channel is closed, and what it held is back.
-            self._lose(wanted, str(error))
+            return None if wanted.is_waste else str(error)
+        self._held[wanted.token] = getter.channel, found.tags
+        chunks = tuple(found.chunks.pop(index)[1] for index in range(wanted.count))
+        self._deliver(replace(wanted.delivery, chunks=chunks))
+        return None
 
-    async def _fetch(self, getter: _Getter, wanted: _Wanted) -> None:
-        patience = self._patience if wanted.delivery.redelivered else PATIENCE
-        deadline = asyncio.get_running_loop().time() + patience
-        while True:
-            found = _Found()
-            try:
-                await self._collect(getter, wanted, found)
-            except _Missing as missing:
-                getter.give_back(found.tags)
-                if asyncio.get_running_loop().time() > deadline:
-                    self._lose(wanted, str(missing))
-                    return
-                found.chunks.clear()
-                await asyncio.sleep(PAUSE)
-            else:
-                self._held[wanted.token] = getter.channel, found.tags
-                chunks = tuple(found.chunks.pop(index)[1] for index in range(wanted.count))
-                self._deliver(replace(wanted.delivery, chunks=chunks))
-                return
-
-    def _lose(self, wanted: _Wanted, problem: str) -> None:
-        if not wanted.is_waste:
-            self._deliver(replace(wanted.delivery, lost=problem))
-
-    async def _collect(self, getter: _Getter, wanted: _Wanted, found: _Found) -> None:
-        """Get all chunks of ``wanted``. Raises :class:`_Missing`."""
-        queue = self._topology.outbox(wanted.worker)
-        while len(found.chunks) < wanted.count:
-            got = await getter.get(queue)
-            missing = f"{len(found.chunks)} of {wanted.count} chunks are in {queue}"
-            if got is None:
-                raise _Missing(missing)
-            tag, message_id, body = got
-            of, _, index = message_id.rpartition("#")
-            if of == wanted.id and index.isdecimal() and int(index) < wanted.count:
-                if int(index) in found.chunks:  # the later one stands: the update may have been cut anew
-                    getter.channel.raw.basic_ack(found.chunks[int(index)][0])
-                found.chunks[int(index)] = tag, body
-                if found.nbytes > wanted.room:
-                    raise _Missing(f"its chunks in {queue} are larger than the {wanted.room} bytes that it announces")
-            elif _is_later(of, wanted.id):
-                getter.give_back([tag])
-                raise _Missing(missing)
-            else:
-                getter.channel.raw.basic_ack(tag)
-
-    async def _drop(self, getter: _Getter, wanted: _Wanted) -> None:
-        """Take what there is of ``wanted``, and what was left before it."""
-        rest = wanted.count
-        while rest > 0 and (got := await getter.get(self._topology.outbox(wanted.worker))) is not None:
-            tag, message_id, _ = got
-            of = message_id.rpartition("#")[0]
-            if _is_later(of, wanted.id):
-                getter.give_back([tag])
-                return
-            getter.channel.raw.basic_ack(tag)
-            rest -= of == wanted.id
+    def _is_spent(self, of: str, sought: _Announced, before: bool) -> bool:
+        """See :class:`Sought`."""
+        if (sought.worker, of) in self._settled:
+            return True
+        is_known = any((other.worker, other.id) == (sought.worker, of) for other in self._announced.values())
+        if is_known or sought.at < self._alone_from:
+            return False
+        if is_sibling(of, sought.id):
+            return is_earlier(of, sought.id)
+        # Incarnations have no order but that in which their chunks stand, and what was given back may stand elsewhere.
+        return before and sought.is_fresh
 
 
 class _Getter:
@@ -215,41 +224,44 @@ class _Getter:
 
     def __init__(self, channel: Channel) -> None:
         self.channel = channel
-        self._reply: asyncio.Future[tuple[int, str, bytes] | None] | None = None
+        self._reply: asyncio.Future[Message | None] | None = None
         channel.raw.add_callback(lambda _frame: self._answer(None), [pika.spec.Basic.GetEmpty], one_shot=False)
 
-    async def get(self, queue: str) -> tuple[int, str, bytes] | None:
-        """Delivery tag, ``message_id`` and body of the first message in ``queue``; None if it is empty.
-
-        Raises the channel's end.
-        """
+    async def get(self, queue: str) -> Message | None:
+        """The first message in ``queue``; None if it is empty. Raises the channel's end."""
         self._reply = asyncio.get_running_loop().create_future()
         self.channel.expect(Operation(f"read from queue {queue!r}", "read"))
         self.channel.raw.basic_get(queue, self._on_message)
-        result: tuple[int, str, bytes] | None = await self.channel.reply_of(self._reply)
+        result: Message | None = await self.channel.reply_of(self._reply)
         return result
-
-    def give_back(self, tags: list[int]) -> None:
-        """Put messages back where they were."""
-        if self.channel.raw.is_open:
-            for tag in tags:
-                self.channel.raw.basic_nack(tag, requeue=True)
 
     def _on_message(
         self, _channel: object, method: pika.spec.Basic.GetOk, properties: pika.BasicProperties, body: bytes
     ) -> None:
         self._answer((method.delivery_tag, properties.message_id or "", body))
 
-    def _answer(self, reply: tuple[int, str, bytes] | None) -> None:
+    def _answer(self, reply: Message | None) -> None:
         if self._reply is not None and not self._reply.done():
             self._reply.set_result(reply)
 
 
-def _is_later(of: str, than: str) -> bool:
-    """Whether ``of`` is an update of the same incarnation as ``than``, and a later one."""
-    mine, _, seq = of.rpartition("/")
-    other, _, limit = than.rpartition("/")
-    return mine == other and seq.isdecimal() and limit.isdecimal() and int(seq) > int(limit)
+@dataclass(frozen=True, slots=True)
+class _End:
+    """One outbox, through the getter."""
+
+    getter: _Getter
+    queue: str
+
+    async def get(self) -> Message | None:
+        return await self.getter.get(self.queue)
+
+    def ack(self, tag: int) -> None:
+        self.getter.channel.raw.basic_ack(tag)
+
+    def give_back(self, tags: list[int]) -> None:
+        if self.getter.channel.raw.is_open:
+            for tag in tags:
+                self.getter.channel.raw.basic_nack(tag, requeue=True)
 
 
 def _natural(value: object) -> int:

@@ -99,7 +99,8 @@ class AmqpAggregatorTransport(Side):
         body = delivery.body
         if "chunks" in delivery.headers:
             facts["body"], body = f"{delivery.headers.get('bytes', 0)} bytes, left out", b""
-            self._consumer.call(self._discard, token, delivery)
+            if delivery.chunks is None and not delivery.lost:
+                self._consumer.call(self._discard, token, delivery)
         self._consumer.call(self._bury, token, facts, body)
 
     def broadcast(self, message: Outgoing) -> Future[None]:
@@ -160,12 +161,14 @@ class AmqpAggregatorTransport(Side):
         await self._bind_events(channel, events)
         generation = self._stand(newest)
         self._channel = channel
-        self._outboxes.start(channel)
+        self._outboxes.start(channel, alone=generation == 1 and newest is None)
 
         def on_update(method: pika.spec.Basic.Deliver, properties: pika.BasicProperties, body: bytes) -> None:
             self._unacked[method.delivery_tag] = (method.routing_key, properties)
             token = Token(generation, method.delivery_tag)
-            self._hand(delivery_of(Source.UPDATE, body, properties, token=token, redelivered=method.redelivered))
+            delivery = delivery_of(Source.UPDATE, body, properties, token=token, redelivered=method.redelivered)
+            self._outboxes.announce(token, delivery, method.routing_key.rpartition(".")[2])
+            self._hand(delivery)
 
         def on_control(method: pika.spec.Basic.Deliver, properties: pika.BasicProperties, body: bytes) -> None:
             if method.routing_key == self._topology.command_key:
@@ -241,15 +244,11 @@ class AmqpAggregatorTransport(Side):
     def _fetch(self, delivery: Delivery) -> None:
         token = delivery.token
         if token is not None and self._is_current(token):
-            self._outboxes.fetch(token, delivery, self._sender_of(token))
+            self._outboxes.fetch(token, delivery)
 
     def _discard(self, token: Token, delivery: Delivery) -> None:
         if self._is_current(token):
-            self._outboxes.discard(token, delivery, self._sender_of(token))
-
-    def _sender_of(self, token: Token) -> str:
-        """The worker whose manifest it is: by the routing key, which the broker can bind to a user's name."""
-        return self._unacked[token.tag][0].rpartition(".")[2]
+            self._outboxes.discard(token, delivery)
 
     def _bury(self, token: Token, facts: Mapping[str, str | int], body: bytes, attempt: int = 1) -> None:
         if not self._is_current(token):

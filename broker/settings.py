@@ -31,6 +31,7 @@ __all__ = [
     "Settings",
     "Table",
     "load",
+    "load_tables",
     "plain",
     "redacted",
 ]
@@ -222,6 +223,30 @@ def load(
     return Settings(run=run, tables=tables, origins=origins)
 
 
+def load_tables(kinds: Mapping[str, type[Table]], *, file: Path, flags: Sequence[Flag] = ()) -> dict[str, Table]:
+    """Read a file of its own kind, like a scenario, all of whose tables are ``kinds``. No environment.
+
+    Args:
+        kinds: the tables, by name.
+        file: the TOML file.
+        flags: what takes precedence over the file.
+
+    Raises:
+        ConfigError: as :func:`load`.
+    """
+    values: dict[str, Any] = {}
+    origins: dict[str, Origin] = {}
+    for key, value, *rest in (*_from_file(file), *flags):
+        values[key] = value
+        origins[key] = rest[0] if rest else Origin("flag", f"--set {key}")
+        _check_key(key, origins[key], kinds, tuple(kinds))
+    tables = {}
+    for name, kind in kinds.items():
+        own = {key.partition(".")[2]: value for key, value in values.items() if key.startswith(f"{name}.")}
+        tables[name] = _validated(name, kind, own, origins)
+    return tables
+
+
 def _from_file(file: Path | None) -> list[tuple[str, Any, Origin]]:
     path = Path(DEFAULT_FILE) if file is None else file
     try:
@@ -255,12 +280,14 @@ def _from_environment(environment: Mapping[str, str]) -> list[tuple[str, Any, Or
     return result
 
 
-def _check_key(key: str, origin: Origin, kinds: Mapping[str, type[Table]]) -> None:
-    if key == "run":
+def _check_key(
+    key: str, origin: Origin, kinds: Mapping[str, type[Table]], tables: Sequence[str] = ("run", *TABLES)
+) -> None:
+    if key == "run" and "run" not in kinds:
         return
     table, _, name = key.partition(".")
-    if table not in TABLES:
-        known = ["run", *TABLES]
+    if table not in tables or (table == "run" and "run" not in kinds):
+        known = list(tables)
         hint = _of_some_table(key, kinds) or _nearest(table, known)
         raise ConfigError(f"{origin}: unknown key {key!r}{hint}; at the top are {', '.join(known)}")
     if not name:

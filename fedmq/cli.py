@@ -33,6 +33,7 @@ from broker.settings import Settings, Table, load, plain
 from fedmq.compress import register as register_compress
 from fedmq.control import register as register_controls
 from fedmq.lineage import register as register_lineage
+from fedmq.simulate import register as register_simulate
 from worker_client.cli import TaskOption, evaluate, worker
 from worker_client.config import WorkerConfig
 
@@ -197,6 +198,7 @@ app.command("evaluate")(evaluate)
 register_controls(app)
 register_lineage(app)
 register_compress(app)
+register_simulate(app)
 app.add_typer(checkpoint_app, name="checkpoint")
 app.add_typer(dead_app, name="dead")
 app.add_typer(broker_app, name="broker")

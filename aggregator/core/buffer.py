@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
-from aggregator.core.ledger import Ledger
+from aggregator.core.ledger import Ledger, PlainLedger
 from aggregator.core.rules import Rules
 from aggregator.core.snapshot import Entry, Folds, Snapshot
 from aggregator.strategies.base import Accumulator
@@ -16,14 +17,14 @@ __all__ = ["Buffer"]
 class Buffer:
     """Updates that will make the next version."""
 
-    def __init__(self, snapshot: Snapshot, rules: Rules) -> None:
+    def __init__(self, snapshot: Snapshot, rules: Rules, make_ledger: Callable[[PlainLedger], Ledger]) -> None:
         """As ``snapshot`` has it, whose accumulator is this buffer's from here on."""
         self.accumulator = snapshot.accumulator
         self.entries = list(snapshot.entries)
         # A checkpoint of 0.1 does not know under which settings its partial round was folded.
         unknown: Folds = ((len(self.entries), rules.settings),) if self.entries else ()
         self.folds = snapshot.folds or unknown
-        self.ledger = Ledger(snapshot.ledger)
+        self.ledger = make_ledger(snapshot.ledger)
 
     def __len__(self) -> int:
         return len(self.entries)

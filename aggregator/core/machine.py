@@ -21,6 +21,7 @@ counts twice in the accumulator; momentum is one more, Adam two, and those twice
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import replace
 
 from aggregator.core import effects as do
@@ -28,6 +29,7 @@ from aggregator.core import events as on
 from aggregator.core.buffer import Buffer
 from aggregator.core.commits import Commits
 from aggregator.core.controls import Controls, Order
+from aggregator.core.ledger import Ledger, PlainLedger
 from aggregator.core.roster import Roster
 from aggregator.core.rounds import Round
 from aggregator.core.rules import Rules
@@ -56,7 +58,15 @@ MAX_ANSWERED = 1000
 class RoundMachine:
     """The state of a run, moved by :meth:`handle`."""
 
-    def __init__(self, rules: Rules, snapshot: Snapshot, now: float, *, pending: Rules | None = None) -> None:
+    def __init__(
+        self,
+        rules: Rules,
+        snapshot: Snapshot,
+        now: float,
+        *,
+        pending: Rules | None = None,
+        make_ledger: Callable[[PlainLedger], Ledger] = Ledger,
+    ) -> None:
         """Start from ``snapshot``, which is durable, under the epoch that it holds.
 
         Args:
@@ -64,6 +74,7 @@ class RoundMachine:
             snapshot: what :meth:`CheckpointStore.claim` gave. Its accumulator is the machine's from here on.
             now: seconds; never falls from here on.
             pending: the rules that ``snapshot.pending`` makes, if it is not None.
+            make_ledger: what keeps the ids, from those of ``snapshot``.
 
         Raises:
             ConfigError: the run has been going on with another mode than ``rules`` say.
@@ -78,7 +89,7 @@ class RoundMachine:
         self._void = snapshot.void
         self._run, self._started = snapshot.run, snapshot.started
         self._versions = Versions(snapshot, rules.optimizer)
-        self._buffer = Buffer(snapshot, rules)
+        self._buffer = Buffer(snapshot, rules, make_ledger)
         self._round = Round(self.version, now, self._plan(0), entries=self._buffer.entries)
         self._kept_from = snapshot.kept_from
         self._round.plan = replace(self._round.plan, answered=self._answered())

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
+from aggregator.core.ledger import PlainLedger
 from aggregator.optimizers import OptimizerState
 from aggregator.strategies.base import Accumulator
 from broker.errors import ConfigError
@@ -76,7 +77,7 @@ class SnapshotHead:
     """Updates in the accumulator, in the order in which they were folded."""
     folds: Folds = ()
     """Under which settings they were."""
-    ledger: Mapping[str, Mapping[str, list[list[int]]]] = field(default_factory=dict)
+    ledger: PlainLedger = field(default_factory=dict)
     records: tuple[VersionRecord, ...] = ()
     """Versions made since the last checkpoint: the history file may not have them yet."""
     confirmed: Mapping[str, Mapping[str, int]] = field(default_factory=dict)

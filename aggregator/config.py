@@ -14,6 +14,7 @@ from aggregator.core.rules import CommitPolicy, Rules
 from aggregator.core.snapshot import Changes
 from aggregator.optimizers import OPTIMIZERS, default_rate, optimizer_of
 from aggregator.recipe import Recipe
+from aggregator.schedules import SCHEDULES, schedule_of
 from aggregator.staleness import STALENESSES
 from aggregator.strategies import STRATEGIES, strategy_of
 from broker.codecs import codec_of
@@ -50,12 +51,17 @@ LIVE = frozenset(
         "nesterov",
         "optimizer",
         "options",
+        "schedule",
+        "schedule_decay",
+        "schedule_floor",
+        "schedule_rounds",
         "staleness",
         "staleness_exponent",
         "stop_after_rounds",
         "strategy",
         "update_codec",
         "updates_per_version",
+        "warmup_rounds",
         "weight_decay",
         "weighting",
         "worker_timeout",
@@ -124,6 +130,17 @@ class AggregatorConfig(Table):
     adagrad, where it is the papers' tau."""
     weight_decay: Annotated[float, Field(ge=0, le=1000)] = 0.0
     """Of the server: adamw and lamb take it off the parameters, the others add it to the gradient (L2)."""
+    schedule: Annotated[str, AfterValidator(Name(SCHEDULES))] = "constant"
+    """How the server's learning rate changes over the run: ``step``, or ``cosine``. See docs/algorithms.md."""
+    schedule_rounds: Positive | None = None
+    """``step``: versions after which the rate falls, each time. ``cosine``: the version at which it is at its lowest;
+    ``stop_after_rounds`` if not set."""
+    schedule_decay: Annotated[float, Field(gt=0, le=1)] = 0.1
+    """``step``: what the rate is multiplied by."""
+    schedule_floor: Annotated[float, Field(ge=0, le=1)] = 0.0
+    """``cosine``: the lowest rate, as a part of ``learning_rate``."""
+    warmup_rounds: Annotated[int, Field(ge=0, le=MAX)] = 0
+    """Versions over which the rate rises to its height, before the schedule begins."""
     options: str = ""
     """Text for strategies, optimisers and the like of other packages, which read it as they like."""
 
@@ -163,12 +180,27 @@ class AggregatorConfig(Table):
             raise ValueError("nesterov is for optimizer = 'sgd' with a momentum")
         if self.optimizer == "adagrad" and self.momentum:
             raise ValueError("adagrad has no momentum; take yogi, or leave momentum at 0")
+        self._check_schedule()
         try:
             strategy_of(self.recipe())
             optimizer_of(self.recipe())
+            schedule_of(self.recipe())
         except ConfigError as error:
             raise ValueError(str(error)) from None
         return self
+
+    def _check_schedule(self) -> None:
+        length = self.effective_schedule_rounds
+        if self.schedule in ("step", "cosine") and length is None:
+            also = " or stop_after_rounds" if self.schedule == "cosine" else ""
+            raise ValueError(f"schedule = {self.schedule!r} needs schedule_rounds{also}")
+        if self.schedule == "cosine" and length is not None and length <= self.warmup_rounds:
+            raise ValueError(f"the cosine ends at version {length}, which is within the warm-up; raise schedule_rounds")
+
+    @property
+    def effective_schedule_rounds(self) -> int | None:
+        """The schedule's length, after defaults."""
+        return self.schedule_rounds or (self.stop_after_rounds if self.schedule == "cosine" else None)
 
     @property
     def effective_learning_rate(self) -> float:
@@ -178,7 +210,11 @@ class AggregatorConfig(Table):
     def recipe(self) -> Recipe:
         """What decides the numbers of the versions to come."""
         uniform: Literal["uniform", "examples"] = "uniform" if self.rounds is Rounds.BUFFERED else "examples"
-        computed = {"weighting": self.weighting or uniform, "learning_rate": self.effective_learning_rate}
+        computed = {
+            "weighting": self.weighting or uniform,
+            "learning_rate": self.effective_learning_rate,
+            "schedule_rounds": self.effective_schedule_rounds,
+        }
         named = {field.name: getattr(self, field.name) for field in fields(Recipe)}
         return Recipe(**named | computed)
 
@@ -214,6 +250,7 @@ class AggregatorConfig(Table):
             rounds=self.round_rule(),
             strategy=strategy_of(recipe),
             optimizer=optimizer_of(recipe),
+            schedule=schedule_of(recipe),
             seed=self.seed,
             codec=self.update_codec,
             stop_after_rounds=self.stop_after_rounds,
@@ -233,7 +270,7 @@ class AggregatorConfig(Table):
         """
         _require_live(name)
         if value is not None:
-            others = {"buffer_size": MAX} if name == "minimum_updates" else {}
+            others = {"minimum_updates": {"buffer_size": MAX}, "schedule": {"schedule_rounds": MAX}}.get(name, {})
             cls(**others).changed({name: value})
 
     def normal(self, changes: Changes) -> dict[str, Scalar]:

@@ -39,6 +39,11 @@ class Recipe:
     """None for the optimiser's own."""
     epsilon: float | None = None
     """None for the optimiser's own."""
+    schedule: str = "constant"
+    schedule_rounds: int | None = None
+    schedule_decay: float = 0.1
+    schedule_floor: float = 0.0
+    warmup_rounds: int = 0
     options: str = ""
     """What a part of another package is told."""
 

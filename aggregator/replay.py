@@ -20,6 +20,7 @@ from aggregator.core.snapshot import Entry, Snapshot, VersionRecord
 from aggregator.core.step import next_parameters
 from aggregator.optimizers import optimizer_of
 from aggregator.recipe import Recipe
+from aggregator.schedules import factor_at, schedule_of
 from aggregator.strategies import Accumulator, strategy_of
 from broker.errors import ConfigError, LineageError, StrategyError, first_problem
 from broker.messages import Scalar, Tensors, Update, parameters_digest
@@ -116,7 +117,7 @@ class Rebuild:
         if not self._accumulator.count:
             return
         recipe = _recipe(record, record.settings)
-        optimizer = optimizer_of(recipe)
+        optimizer, schedule = optimizer_of(recipe), schedule_of(recipe)
         fresh = optimizer.init()
         begins_anew = record.step == 0 or self.optimizer.slots.keys() != fresh.slots.keys()
         try:
@@ -125,7 +126,7 @@ class Rebuild:
                 self.parameters,
                 strategy_of(recipe).finish(self._accumulator, self.model),
                 mode=recipe.mode,
-                optimizer=optimizer,
+                optimizer=optimizer.scaled(factor_at(schedule, record.version - 1)),
                 state=fresh if begins_anew else self.optimizer,
             )
         except StrategyError as error:
@@ -217,6 +218,7 @@ def _recipe(record: VersionRecord, settings: Mapping[str, Scalar]) -> Recipe:
         recipe = Recipe.of(settings)
         strategy_of(recipe)
         optimizer_of(recipe)
+        schedule_of(recipe)
     except ValidationError as error:
         where, what = first_problem(error)
         raise LineageError(

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 
 from aggregator.core.rounds import RoundRule
 from aggregator.optimizers import Optimizer
+from aggregator.schedules import Schedule, constant, factor_at
 from aggregator.strategies.base import Strategy
 from broker.messages import Mode, Scalar
 
@@ -33,6 +34,8 @@ class Rules:
     rounds: RoundRule
     strategy: Strategy
     optimizer: Optimizer
+    schedule: Schedule = constant
+    """Of the optimiser's learning rate."""
     seed: int = 0
     codec: str = ""
     """In which code workers are asked to send updates; empty for none."""
@@ -46,3 +49,7 @@ class Rules:
     """How long a finished run waits for its workers' goodbyes and its evaluators' last figures."""
     settings: Mapping[str, Scalar] = field(default_factory=dict)
     """The settings behind these rules that decide the numbers, for the run's lineage."""
+
+    def optimizer_at(self, version: int) -> Optimizer:
+        """What makes the step from ``version``. Raises :class:`StrategyError` if the schedule fails."""
+        return self.optimizer.scaled(factor_at(self.schedule, version))

@@ -83,7 +83,7 @@ class Versions:
                 self.parameters,
                 rules.strategy.finish(accumulator, self.model),
                 mode=rules.mode,
-                optimizer=rules.optimizer,
+                optimizer=rules.optimizer_at(self.newest),
                 state=self.memory,
             )
         except StrategyError as error:

@@ -33,6 +33,9 @@ CHANGES = st.fixed_dictionaries(
         "learning_rate": st.sampled_from([0.1, 0.7, 1.0]),
         "momentum": st.sampled_from([0.0, 0.9]),
         "weight_decay": st.sampled_from([0.0, 0.1]),
+        "schedule": st.sampled_from(["constant", "step", "cosine"]),
+        "schedule_rounds": st.integers(3, 9),
+        "warmup_rounds": st.integers(0, 2),
     },
 )
 
@@ -65,7 +68,9 @@ class Life:
             "batches": np.zeros((), np.int64),
         }
         buffers = ("variance", "batches")
-        self.run = OnDisk(folder, tensors, buffers=buffers, mode=mode, commit_count=commit, max_staleness=1000)
+        self.run = OnDisk(
+            folder, tensors, buffers=buffers, mode=mode, commit_count=commit, max_staleness=1000, schedule_rounds=5
+        )
         self.seed = 0
 
     def do(self, step: tuple[Any, ...]) -> None:

@@ -85,8 +85,8 @@ def test_all_problems_are_told_at_once() -> None:
     assert told.splitlines() == [
         "fedmq.toml: aggregator.buffer_size = 0: at least 1 is wanted",
         (
-            "fedmq.toml: aggregator.optimizer = 'lion': no optimizer is called 'lion'; there are sgd, adam, adamw, yogi, "
-            "adagrad, lamb, or package.module:attribute"
+            "fedmq.toml: aggregator.optimizer = 'lion': no optimizer is called 'lion'; there are sgd, adam, adamw, "
+            "yogi, adagrad, lamb, or package.module:attribute"
         ),
     ]
 

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+from importlib import import_module
+
+from broker.errors import TaskError
 from fedmq.simulation.objectives import Objective
+from fedmq.simulation.population import names_of
 from fedmq.simulation.quadratic import Quadratic
 from fedmq.simulation.record import Result
 from fedmq.simulation.scenario import Scenario
@@ -12,13 +16,30 @@ __all__ = ["objective_of", "simulate"]
 
 
 def objective_of(scenario: Scenario) -> Objective:
-    """What the workers of ``scenario`` learn."""
+    """What the workers of ``scenario`` learn.
+
+    Raises :class:`TaskError` and :class:`ConfigError` if that cannot be had.
+    """
+    if scenario.objective.kind == "task":
+        _require_torch()
+        from fedmq.simulation.tasks import TaskObjective  # noqa: PLC0415 (needs torch)
+
+        return TaskObjective(scenario, names_of(scenario.population.workers))
     return Quadratic(
         scenario.objective,
         workers=scenario.population.workers,
         mode=scenario.aggregator.mode,
         seed=scenario.run.seed,
     )
+
+
+def _require_torch() -> None:
+    try:
+        import_module("torch")
+    except ModuleNotFoundError as error:
+        if error.name != "torch":
+            raise
+        raise TaskError('a scenario with real training needs torch: pip install "fedmq[torch]"') from None
 
 
 def simulate(scenario: Scenario) -> Result:

@@ -18,6 +18,7 @@ from aggregator.config import AggregatorConfig
 from broker.errors import ConfigError
 from broker.messages import NAME_PATTERN, Rounds
 from broker.settings import Flag, Table, load_tables
+from fedmq.simulation.attacks import attack_of, flips_labels
 from worker_client.config import WorkerConfig
 
 __all__ = [
@@ -226,6 +227,9 @@ def load_scenario(file: Path, flags: Sequence[Flag] = ()) -> Scenario:
 
 
 def _check(scenario: Scenario) -> None:
+    attack_of(scenario.attack.kind)
+    if scenario.objective.kind == "quadratic":
+        _check_quadratic(scenario)
     given = scenario.worker.model_fields_set
     useless = [f"worker.{name}" for name in NOT_SIMULATED if name in given]
     if useless:
@@ -252,3 +256,13 @@ def _check(scenario: Scenario) -> None:
             f"aggregator.minimum_updates = {aggregator.minimum_updates} can never be reached: there are {workers} "
             "workers, each of which answers once; take a smaller number, or more population.workers"
         )
+
+
+def _check_quadratic(scenario: Scenario) -> None:
+    if scenario.data.partition != "task":
+        raise ConfigError(
+            f"data.partition = {scenario.data.partition!r} cuts a task's data, and a quadratic has none: "
+            "objective.heterogeneity says how unlike its workers are"
+        )
+    if flips_labels(scenario.attack.kind) and scenario.attack.share:
+        raise ConfigError("attack.kind = 'label-flip' changes a task's labels, and a quadratic has none")

@@ -34,7 +34,9 @@ from broker.messages import (
 )
 from broker.wire import decode, encode
 from fedmq.simulation.aggregator import Letter, SimulatedAggregator
+from fedmq.simulation.attackers import Attackers
 from fedmq.simulation.clock import NEVER, seconds_of, ticks
+from fedmq.simulation.coding import Coders
 from fedmq.simulation.network import Network
 from fedmq.simulation.objectives import GROWS, Objective
 from fedmq.simulation.population import Availability, Speeds, names_of
@@ -63,6 +65,8 @@ class World:
         self._speeds = Speeds(scenario.population, run.seed)
         self._availability = Availability(scenario.population, run.seed)
         self._network = Network(scenario.network, run.seed)
+        self._attackers = Attackers(scenario.attack, count, objective.model, run.seed)
+        self._coders = Coders(objective.model, self.names, LIFE)
         self._down_bytes = objective.model.nbytes
         chance = stream(run.seed, "dropout")
         self._dropout = drawn(chance.random)
@@ -286,7 +290,11 @@ class World:
         self.schedule(now + silence, lambda then: self.aggregator.handle(on.Left(goodbye), then))
 
     def _letter(self, worker: int, base: Parameters) -> Letter:
-        work = self.objective.train(worker, base, self._sent_before(worker, base))
+        ordinal = self._sent_before(worker, base)
+        work = self.objective.train(worker, base, ordinal)
+        if self._attackers:
+            work = replace(work, tensors=self._attackers.sent(worker, work.tensors))
+        work = self._coders.coded(worker, work, base, ordinal)
         sequence = self._sequence[worker]
         self._sequence[worker] = sequence + 1
         name = self.names[worker]

@@ -48,8 +48,9 @@ def _in_chunks(
 ) -> on.Announced | on.Arrived | on.Unreadable:
     worker = head.id.worker
     facts = delivery.headers
-    if (facts.get("message_id"), facts.get("chunks")) != (str(head.id), len(manifest.chunks)):
-        # By these its chunks are found.
+    said = facts.get("message_id"), facts.get("chunks"), facts.get("bytes")
+    if said != (str(head.id), len(manifest.chunks), manifest.nbytes):
+        # By these its chunks are found, and no more is fetched than they say.
         return on.Unreadable(token, Reason.MALFORMED, "its headers say something else than its body", worker, head.id)
     if delivery.lost:
         return on.Unreadable(token, Reason.INCOMPLETE, delivery.lost, worker, head.id)

@@ -14,9 +14,9 @@ from typing import overload
 import xxhash
 import zstandard
 
-from broker.errors import WireError
+from broker.errors import MessageTooLarge, WireError
 from broker.messages import ChunkHead, Manifest, Parameters, Update
-from broker.wire.envelope import ALIGNMENT, aligned, pack
+from broker.wire.envelope import ALIGNMENT, MAX_ARRAY, aligned, pack
 from broker.wire.messages import chunk_header, encode, manifest_of, read_chunk, section_of, with_tensors
 from broker.wire.section import Section
 
@@ -51,7 +51,15 @@ class Chunks(Bodies):
     """The bodies of a message's chunks, cut from its section."""
 
     def __init__(self, section: Section, of: str, size: int, *, lossless: bool, first: int = 0) -> None:
-        """``first`` is the index that the first one has among all of the message's chunks."""
+        """``first`` is the index that the first one has among all of the message's chunks.
+
+        Raises :class:`MessageTooLarge` if there are more than a manifest can name.
+        """
+        if section.nbytes > MAX_ARRAY * size:
+            raise MessageTooLarge(
+                f"{section.nbytes} bytes are {math.ceil(section.nbytes / size)} chunks of {size}, and a manifest names "
+                f"{MAX_ARRAY} at most: set broker.chunk_bytes to {least_chunk_bytes(section.nbytes)} or more"
+            )
         self._section = section
         self._of = of
         self._size = size
@@ -103,7 +111,7 @@ def encode_in_chunks(
         chunk_bytes: the largest body.
         lossless: pack each chunk with zstandard, if that makes it smaller.
 
-    Raises as :func:`broker.wire.encode`.
+    Raises as :func:`broker.wire.encode`, and :class:`MessageTooLarge` for more chunks than a manifest can name.
     """
     section = section_of(message)
     if section.nbytes + CHUNK_OVERHEAD <= chunk_bytes and len(body := encode(message)) <= chunk_bytes:
@@ -115,6 +123,11 @@ def encode_in_chunks(
 def part_size(chunk_bytes: int) -> int:
     """How much of a section goes into a chunk whose body has at most ``chunk_bytes``."""
     return max((chunk_bytes - CHUNK_OVERHEAD) // ALIGNMENT, 1) * ALIGNMENT
+
+
+def least_chunk_bytes(nbytes: int) -> int:
+    """The smallest chunks in which a section of ``nbytes`` can travel."""
+    return aligned(math.ceil(nbytes / MAX_ARRAY)) + CHUNK_OVERHEAD
 
 
 def join(manifest: Manifest, of: str, chunks: Iterable[bytes]) -> Update | Parameters:

@@ -18,6 +18,7 @@ __all__ = [
     "ALIGNMENT",
     "FORMAT_VERSION",
     "MAGIC",
+    "MAX_ARRAY",
     "MAX_HEADER",
     "MAX_TENSORS",
     "aligned",
@@ -36,9 +37,12 @@ PREFIX = struct.Struct("<4sB3sI")
 #: Where the data section starts, and each tensor in it: a cache line, and what vector instructions like.
 ALIGNMENT = 64
 
-#: Most tensors a model may have. msgpack reserves room for an array's announced length before it has seen the
-#: elements, at each level of nesting, so this is also what bounds the memory that hostile bytes can claim.
-MAX_TENSORS = 4096
+#: Longest array in a header. msgpack reserves room for an array's announced length before it has seen the elements, at
+#: each level of nesting, so this is also what bounds the memory that hostile bytes can claim.
+MAX_ARRAY = 4096
+
+#: Most tensors a model may have.
+MAX_TENSORS = MAX_ARRAY
 
 #: Largest header. A tensor takes 40 to 120 bytes of it (a 70-billion-parameter language model: 47 KB).
 MAX_HEADER = 512 * 1024
@@ -48,7 +52,7 @@ _LIMITS: Mapping[str, Any] = {
     "use_list": False,
     "strict_map_key": True,
     "max_map_len": 256,
-    "max_array_len": MAX_TENSORS,
+    "max_array_len": MAX_ARRAY,
     "max_str_len": 1024,
     "max_bin_len": 1024,
     "max_ext_len": 0,

@@ -260,8 +260,9 @@ def test_a_manifest_that_lies_about_its_size(site: tuple[Site, Channel]) -> None
     # Its header and its properties say different things.
     send_manifest(raw, at.topology, at.update(), body)
     assert dead_reason(at) == "malformed"
-    send_manifest(raw, at.topology, update, body, chunks=1_000_000)
-    assert dead_reason(at) == "malformed"
+    for more in ({"chunks": 1_000_000}, {"bytes": 2**40}):
+        send_manifest(raw, at.topology, update, body, **more)
+        assert dead_reason(at) == "malformed"
     assert len(chunks) == 4
     goes_on(at, raw)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import replace
 
@@ -12,7 +13,7 @@ import zstandard
 from hypothesis import given
 from hypothesis import strategies as st
 
-from broker.errors import WireError
+from broker.errors import MessageTooLarge, WireError
 from broker.messages import Array, Manifest, Update, whole
 from broker.wire import decode, encode, encode_in_chunks, encode_parts, join
 from broker.wire.envelope import frame
@@ -80,6 +81,19 @@ def test_packing_makes_repetitive_chunks_smaller_and_leaves_noise_alone() -> Non
     for update, is_smaller in ((zeros, True), (noise, False)):
         plain, packed = cut(update)[1], cut(update, lossless=True)[1]
         assert (sum(map(len, packed)) < sum(map(len, plain)) / 10) is is_smaller
+
+
+def test_more_chunks_than_a_manifest_can_name_are_refused_by_the_sender() -> None:
+    most = 4096
+    update = update_of({"w": np.zeros(64 * most // 4 + 1, np.float32)})
+    with pytest.raises(MessageTooLarge, match="are 4097 chunks of 64") as refused:
+        encode_in_chunks(update, str(update.id), 64)
+    advice = re.search(r"set broker.chunk_bytes to (\d+) or more", str(refused.value))
+    assert advice is not None
+    body, chunks = encode_in_chunks(update, str(update.id), int(advice[1]))
+    manifest = decode(body)
+    assert isinstance(manifest, Manifest)
+    assert len(manifest.chunks) == len(chunks) <= most
 
 
 @pytest.fixture

@@ -98,6 +98,7 @@ class _State:
     commands: tuple[str, ...] = ()
     folds: Folds = ()
     kept_from: int | None = None
+    accumulator_effort: float = 0.0
 
 
 _ADAPTER: TypeAdapter[_State] = TypeAdapter(_State)
@@ -271,6 +272,7 @@ def _state(snapshot: Snapshot) -> _State:
         accumulator_share=snapshot.accumulator.share,
         accumulator_weight=snapshot.accumulator.weight,
         accumulator_count=snapshot.accumulator.count,
+        accumulator_effort=snapshot.accumulator.effort,
     )
 
 
@@ -292,5 +294,6 @@ def _snapshot(state: _State, arrays: Mapping[str, Array]) -> Snapshot:
             share=state.accumulator_share,
             weight=state.accumulator_weight,
             count=state.accumulator_count,
+            effort=state.accumulator_effort,
         ),
     )

@@ -19,7 +19,7 @@ from aggregator.staleness import STALENESSES
 from aggregator.strategies import STRATEGIES, strategy_of
 from broker.codecs import codec_of
 from broker.errors import ConfigError, first_problem
-from broker.messages import Mode, Rounds, Scalar
+from broker.messages import Mode, Rounds, Scalar, Work
 from broker.parts import FROM_WIRE, Name
 from broker.settings import Table
 
@@ -51,6 +51,7 @@ LIVE = frozenset(
         "nesterov",
         "optimizer",
         "options",
+        "proximal",
         "schedule",
         "schedule_decay",
         "schedule_floor",
@@ -64,9 +65,14 @@ LIVE = frozenset(
         "warmup_rounds",
         "weight_decay",
         "weighting",
+        "worker_momentum",
         "worker_timeout",
     }
 )
+
+
+#: Settings of what workers do that the history tells of where they are not 0.
+OF_WORK = ("proximal", "worker_momentum")
 
 
 def _checked_codec(text: str) -> str:
@@ -105,7 +111,8 @@ class AggregatorConfig(Table):
     """Seconds after which a round closes with ``minimum_updates``."""
 
     strategy: Annotated[str, AfterValidator(Name(STRATEGIES))] = "mean"
-    """How updates become one: ``mean``, or that of another package. See docs/algorithms.md, docs/extending.md."""
+    """How updates become one: their weighted ``mean``; ``fednova``, the mean per local step, for workers that make
+    different numbers of them; or that of another package. See docs/algorithms.md, docs/extending.md."""
     weighting: Literal["examples", "uniform"] | None = None
     """By number of examples or all the same; if not set, uniform for buffered rounds (FedBuff) and by examples
     for synchronous ones (FedAvg)."""
@@ -152,6 +159,11 @@ class AggregatorConfig(Table):
     """In which lossy code workers get what a version changes: as ``update_codec``. Those who have missed one get the
     whole version. Takes two more models' worth of the aggregator's memory."""
 
+    proximal: Annotated[float, Field(ge=0, le=1e6)] = 0.0
+    """Deltas: how hard each local step is pulled back to the version that the worker started from (FedProx's mu)."""
+    worker_momentum: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """Workers send an exponential average of their own updates: the share that those before have in it."""
+
     seed: Annotated[int, Field(ge=0, le=2**53)] = 0
     """From which workers are sampled."""
     commit_count: Annotated[int, Field(ge=1, le=1000)] = 32
@@ -180,6 +192,8 @@ class AggregatorConfig(Table):
             raise ValueError("nesterov is for optimizer = 'sgd' with a momentum")
         if self.optimizer == "adagrad" and self.momentum:
             raise ValueError("adagrad has no momentum; take yogi, or leave momentum at 0")
+        if self.mode is Mode.GRADIENT:
+            self._require_deltas()
         self._check_schedule()
         try:
             strategy_of(self.recipe())
@@ -188,6 +202,12 @@ class AggregatorConfig(Table):
         except ConfigError as error:
             raise ValueError(str(error)) from None
         return self
+
+    def _require_deltas(self) -> None:
+        if self.strategy == "fednova":
+            raise ValueError('strategy = "fednova" goes by local steps, and a gradient has none: set mode = "delta"')
+        if self.proximal:
+            raise ValueError('proximal pulls at local steps, and a gradient has none: set mode = "delta"')
 
     def _check_schedule(self) -> None:
         length = self.effective_schedule_rounds
@@ -252,6 +272,7 @@ class AggregatorConfig(Table):
             optimizer=optimizer_of(recipe),
             schedule=schedule_of(recipe),
             seed=self.seed,
+            work=Work(proximal=self.proximal, momentum=self.worker_momentum),
             codec=self.update_codec,
             stop_after_rounds=self.stop_after_rounds,
             commit=CommitPolicy(
@@ -259,7 +280,11 @@ class AggregatorConfig(Table):
             ),
             worker_timeout=self.worker_timeout,
             linger_seconds=self.linger,
-            settings={**recipe.settings(), "rounds": self.rounds.value},
+            settings={
+                **recipe.settings(),
+                "rounds": self.rounds.value,
+                **{name: value for name in OF_WORK if (value := getattr(self, name))},
+            },
         )
 
     @classmethod

@@ -266,6 +266,7 @@ def _lines(content: bytes) -> Iterator[dict[str, Any]]:
 
 
 def _entry(entry: Entry) -> dict[str, Any]:
+    steps = {"steps": entry.steps} if entry.steps else {}
     return {
         "worker": entry.id.worker,
         "incarnation": entry.id.incarnation,
@@ -275,4 +276,5 @@ def _entry(entry: Entry) -> dict[str, Any]:
         "weight": entry.weight,
         "examples": entry.examples,
         "loss": entry.loss,
+        **steps,
     }

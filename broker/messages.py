@@ -61,6 +61,7 @@ __all__ = [
     "UpdateHead",
     "UpdateId",
     "Values",
+    "Work",
     "as_bytes",
     "evaluation_metrics",
     "parameters_digest",
@@ -186,6 +187,12 @@ class UpdateHead:
     """What the worker measured while training: ``loss`` is the mean training loss."""
     seconds: Number = 0.0
     """How long the worker trained."""
+    steps: Count = 0
+    """Local steps behind a delta; 0 if the worker did not say."""
+    effort: Annotated[float, Field(strict=True, ge=0, le=2**53, allow_inf_nan=False)] = 0.0
+    """How much a unit gradient in every local step would have moved the parameters, in learning rates: the sum of
+    the weights with which the steps' gradients went into the delta (FedNova's norm of a_i). At least 1, as the last
+    step's is; 0 if the worker did not say."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -208,6 +215,17 @@ class Update(UpdateHead):
 
 
 # ------------------------------------------------------------------------------------------------ parameters
+
+
+@strict
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Work:
+    """What every worker of the run does the same way between a version and its update."""
+
+    proximal: Annotated[float, Field(strict=True, ge=0, le=1e6)] = 0.0
+    """How hard each local step is pulled back to the version (FedProx's mu)."""
+    momentum: Annotated[float, Field(strict=True, ge=0, lt=1)] = 0.0
+    """Share of the worker's updates before in what it sends: an exponential average of its own updates."""
 
 
 @strict
@@ -235,6 +253,8 @@ class Plan:
     """This is the run's last version: workers stop."""
     paused: bool = False
     """Nobody trains until a plan comes that is not paused."""
+    work: Work = field(default_factory=Work)
+    """How updates are made."""
 
     def is_sampled(self, worker: str, version: int) -> bool:
         """Whether ``worker`` takes part in the round of ``version``: the same answer on both sides.

@@ -11,15 +11,15 @@ from __future__ import annotations
 import hashlib
 import logging
 from dataclasses import replace
+from math import prod
 from pathlib import Path
 
 import numpy as np
-from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save_file
 
 from broker.codecs import applies, codec_of
 from broker.messages import Array, ModelSpec, ParametersHead, Values, pieces
 from broker.wire import compressed
+from worker_client.keeping import is_finite, keep, kept
 from worker_client.training import Trained
 
 __all__ = ["Compressor"]
@@ -46,7 +46,7 @@ class Compressor:
         self._model = model
         self._residual: dict[str, Array] = {}
         self._version = -1
-        if folder is not None and (folder / FILE).exists():
+        if folder is not None:
             self._read(folder / FILE)
 
     def __call__(self, trained: Trained, base: ParametersHead, ordinal: int) -> Trained:
@@ -56,7 +56,7 @@ class Compressor:
 
         Raises :class:`ConfigError` for a codec that this release does not know.
         """
-        if not base.plan.codec or not all(_is_finite(values) for values in trained.tensors.values()):
+        if not base.plan.codec or not all(is_finite(values) for values in trained.tensors.values()):
             return trained
         codec = codec_of(base.plan.codec)
         text = f"{self._who} {base.epoch} {base.version} {base.plan.asked} {ordinal}"
@@ -91,28 +91,15 @@ class Compressor:
             self._write(self._folder / FILE)
 
     def _write(self, file: Path) -> None:
-        temporary = file.with_suffix(".tmp")
         try:
-            save_file(self._residual, temporary, metadata={"version": str(self._version)})
-            temporary.replace(file)
-        except (OSError, SafetensorError) as error:
-            log.warning("what this update leaves out is kept in memory only: %s cannot be written: %s", file, error)
+            keep(file, self._residual, {"version": str(self._version)})
+        except OSError as error:
+            log.warning("what this update leaves out is kept in memory only: %s", error)
 
     def _read(self, file: Path) -> None:
-        wanted = {spec.name: int(np.prod(spec.shape)) for spec in self._model.tensors if applies(spec)}
-        try:
-            with safe_open(file, framework="np") as content:
-                version = int((content.metadata() or {})["version"])
-                residual = {name: content.get_tensor(name) for name in content.keys()}  # noqa: SIM118 (no mapping)
-        except (OSError, SafetensorError, KeyError, ValueError) as error:
-            log.warning("%s cannot be read, so what former updates left out is lost: %s", file, error)
+        found = kept(file, {spec.name: (prod(spec.shape),) for spec in self._model.tensors if applies(spec)})
+        if found is None:
             return
-        fits = {name: array.size for name, array in residual.items() if array.dtype == np.float32} == wanted
-        if fits and all(map(_is_finite, residual.values())):
-            self._residual, self._version = residual, version
-        else:
-            log.warning("%s is of another model, and not used", file)
-
-
-def _is_finite(values: Values) -> bool:
-    return all(piece.dtype.kind in "iub" or bool(np.isfinite(piece).all()) for piece in pieces(values))
+        residual, facts = found
+        if facts.get("version", "").isdecimal():
+            self._residual, self._version = residual, int(facts["version"])

@@ -7,10 +7,11 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from broker.errors import FedmqError
 from broker.messages import Array, Mode
+from worker_client.adjustment import Adjustment
 from worker_client.batches import Examples, batch_of, index_batches, to_device
 from worker_client.config import WorkerConfig
 
@@ -27,11 +28,17 @@ class TrainingResult:
 
     ``tensors`` is the gradient (mode gradient) or the delta (mode delta) by parameter name, each in the
     parameter's shape. If None, it is taken from the model: the parameters' ``.grad``, or what training changed.
+
+    ``steps`` is the number of local steps; if None, how often :meth:`TrainingContext.adjust` was called. ``effort``
+    is what they weigh together in runs with ``strategy = "fednova"``; if None, what ``[worker]`` makes it
+    (:func:`worker_client.steps.effort`).
     """
 
     examples: int
     metrics: Mapping[str, float] = field(default_factory=dict)
     tensors: Mapping[str, Tensor | Array] | None = None
+    steps: int | None = None
+    effort: float | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -50,6 +57,15 @@ class TrainingContext:
     """On the CPU; seeded by task, worker, base version and ordinal, as is torch's global one."""
     collate: Callable[[list[Any]], Any]
     should_stop: Callable[[], bool] = lambda: False
+    adjustment: Adjustment = field(default_factory=Adjustment)
+
+    def adjust(self, model: nn.Module) -> None:
+        """Change the gradients in ``model`` as the run asks (FedProx and the like), and count the step.
+
+        Between ``backward`` and the optimiser's step; a training of your own must call it where the run asks for
+        any such thing.
+        """
+        self.adjustment(model)
 
     def batches(self, dataset: Examples, *, shuffle: bool = True) -> Iterator[tuple[Any, int]]:
         """One pass over ``dataset``: pairs of a batch, on the device, and its number of examples.

@@ -18,7 +18,7 @@ DIVERGED = (
 MEANINGS: Mapping[Reason, str] = {
     Reason.MALFORMED: "it could not be read; is everything between here and there the same release of fedmq?",
     Reason.UNKNOWN_FORMAT: "the aggregator is of another release; use the same one on both sides",
-    Reason.NOT_SUPPORTED: "the aggregator cannot read this kind of update; use the same release on both sides",
+    Reason.NOT_SUPPORTED: "the run cannot use this kind of update: see the detail; use the same release on both sides",
     Reason.WRONG_RUN: "it belongs to another run; check --run",
     Reason.WRONG_WORKER: "it came under another name than the broker's user may use; check --name",
     Reason.WRONG_MODE: "the run wants the other of gradient and delta; the next version's plan says which",

@@ -70,6 +70,8 @@ class Sender:
             examples=trained.examples,
             metrics=dict(trained.metrics),
             seconds=trained.seconds,
+            steps=trained.steps,
+            effort=trained.effort,
             model=model,
             tensors=trained.tensors if trained.encoded is None else trained.encoded,
             codec=trained.codec,
@@ -88,6 +90,7 @@ class Sender:
             "seq": update.id.seq,
             "base_version": update.base_version,
             "examples": update.examples,
+            "steps": update.steps,
         }
         body, chunks = encode_in_chunks(update, str(update.id), largest, lossless=self._pack_chunks)
         if chunks:

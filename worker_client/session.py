@@ -28,6 +28,7 @@ from worker_client.core import EvaluatorMachine, WorkerMachine
 from worker_client.core import events as ev
 from worker_client.heap import trim
 from worker_client.mailbox import Bench, Finished, Item, Mailbox, Published
+from worker_client.momentum import Momentum
 from worker_client.notices import DIVERGED, MEANINGS
 from worker_client.outbox import Outbox
 from worker_client.publishing import Publishing, error_of
@@ -96,6 +97,7 @@ class Session:
         self._sender = Sender(run, config.name, outbox.incarnation, role, pack_chunks=pack_chunks)
         who = f"{config.name} {outbox.incarnation}"
         self._compress = Compressor(config.folder, who, trainer.spec)
+        self._average = Momentum(config.folder, trainer.spec)
         self._stop = stop or threading.Event()
         self._grace = grace
         self._mailbox = Mailbox()
@@ -365,7 +367,8 @@ class Session:
         log.info("training from version %d", base.version)
 
         def work(abandon: threading.Event) -> Trained:
-            trained = self._compress(self._trainer.train(base, ordinal, abandon.is_set), head, ordinal)
+            trained = self._average(self._trainer.train(base, ordinal, abandon.is_set), head)
+            trained = self._compress(trained, head, ordinal)
             if abandon.wait(self._config.delay):
                 raise Abandoned("the delay was cut short, because the worker leaves")
             # Whoever looks for the slow worker wants to see what it really takes.

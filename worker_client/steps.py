@@ -10,12 +10,16 @@ from torch import Tensor, nn
 
 from broker.errors import TaskError
 from worker_client.batches import Examples, index_batches
+from worker_client.config import WorkerConfig
 from worker_client.context import TrainingContext, TrainingResult
 
 if TYPE_CHECKING:  # the task's defaults call this module
     from worker_client.task import Task
 
-__all__ = ["gradient", "local_steps", "loss_of"]
+__all__ = ["effort", "gradient", "local_steps", "loss_of"]
+
+#: What the wire takes, for local optimisers that blow up.
+MOST_EFFORT = 2.0**53
 
 
 def gradient(task: Task, model: nn.Module, dataset: Examples, context: TrainingContext) -> TrainingResult:
@@ -52,11 +56,31 @@ def local_steps(task: Task, model: nn.Module, dataset: Examples, context: Traini
         loss = loss_of(task, model, batch)
         loss.backward()  # type: ignore[no-untyped-call]
         _clip(model, settings.clip_norm)
+        context.adjust(model)
         optimizer.step()
         total += loss.detach() * size
         seen += size
     # The weight of an update is the number of different examples behind it, not of passes over them.
     return TrainingResult(examples=min(seen, len(dataset)), metrics={"loss": total.item() / seen})
+
+
+def effort(steps: int, settings: WorkerConfig, proximal: float = 0.0) -> float:
+    """The sum of the weights with which the gradients of ``steps`` local steps enter the delta, in learning rates.
+
+    It is the norm of the vector a_i of FedNova (Wang et al. 2020, arXiv 2007.07481, section 4), here as the
+    response of the optimiser to a single unit gradient, added up over the steps, so that it holds for every
+    combination of momentum, proximal term and weight decay, whose pull shortens the traces of earlier steps just
+    as the proximal term's does. ``steps`` for plain SGD; for Adam and AdamW, which have no such weights, too.
+    """
+    pull, momentum, rate = proximal + settings.weight_decay, settings.momentum, settings.learning_rate
+    if settings.optimizer != "sgd" or not (pull or momentum):
+        return float(steps)
+    velocity, moved, total = 1.0, -rate, 0.0
+    for _ in range(steps):
+        total += abs(moved) / rate
+        velocity = momentum * velocity + pull * moved
+        moved -= rate * velocity
+    return min(MOST_EFFORT, total)  # in this order: of NaN, too, it makes what the wire takes
 
 
 def _local_order(length: int, context: TrainingContext) -> Iterator[list[int]]:

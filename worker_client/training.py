@@ -21,10 +21,12 @@ from torch.utils.data import default_collate
 
 from broker.errors import ModelMismatch, TaskError
 from broker.messages import DTYPES, Array, Mode, ModelSpec, Parameters, Tensors, Values
+from worker_client.adjustment import Adjustment
 from worker_client.batches import Examples, index_batches
 from worker_client.config import WorkerConfig, shard_of
 from worker_client.context import TrainingContext, TrainingResult
 from worker_client.modelstate import ModelState, as_array
+from worker_client.steps import effort as effort_of
 from worker_client.steps import loss_of
 from worker_client.task import Shard, Task, blamed
 
@@ -46,6 +48,10 @@ class Trained:
     """Instead of ``tensors``, which are gone then: in the code that the plan asks for."""
     codec: str = ""
     seed: int = 0
+    steps: int = 0
+    """Local steps; 0 if the training did not say, and for a gradient."""
+    effort: float = 0.0
+    """What they weigh together (:func:`worker_client.steps.effort`); 0 as above."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -135,14 +141,23 @@ class Trainer:
             generator=torch.Generator().manual_seed(seed),
             collate=_collate_of(self._task),
             should_stop=should_stop,
+            adjustment=self._adjustment(parameters),
         )
         with _seeded(seed, self._device), blamed(self._task, "train"):
             result = self._task.train(self._model, self._data, context)
         tensors = self._collect(result, parameters)
         metrics = _checked_metrics(result.metrics)
-        examples = _checked_examples(result.examples, type(self._task).__name__)
+        examples = _checked_examples(result.examples, self.task_name)
+        steps, effort = self._steps(result, context)
         self._model.zero_grad(set_to_none=True)
-        return Trained(tensors=tensors, examples=examples, metrics=metrics, seconds=time.monotonic() - started)
+        return Trained(
+            tensors=tensors,
+            examples=examples,
+            metrics=metrics,
+            seconds=time.monotonic() - started,
+            steps=steps,
+            effort=effort,
+        )
 
     def evaluate(self, parameters: Parameters, should_stop: Callable[[], bool] = lambda: False) -> Evaluation:
         """Loss and metrics of ``parameters`` on the held-out data. Raises as :meth:`train`."""
@@ -155,6 +170,27 @@ class Trainer:
             self._task, self._model, self._test_data, batch_size=self._config.batch_size, should_stop=should_stop
         )
         return Evaluation(metrics=metrics, examples=len(self._test_data), seconds=time.monotonic() - started)
+
+    def _adjustment(self, parameters: Parameters) -> Adjustment:
+        proximal = parameters.plan.work.proximal
+        if not proximal or parameters.plan.mode is Mode.GRADIENT:  # which is taken where the term is 0
+            return Adjustment()
+        base = {name: p.detach().clone() for name, p in self._model.named_parameters() if p.requires_grad}
+        return Adjustment(proximal, base)
+
+    def _steps(self, result: TrainingResult, context: TrainingContext) -> tuple[int, float]:
+        """Local steps and their effort. Raises :class:`TaskError` if the run's adjustments were left out."""
+        if context.mode is Mode.GRADIENT:
+            return 0, 0.0
+        if context.adjustment.is_needed and not context.adjustment.steps:
+            raise TaskError(
+                f"this run changes the gradients of local steps, and {self.task_name}.train did not ask for it: call "
+                "context.adjust(model) between backward() and the optimiser's step, or leave train as it is"
+            )
+        steps = context.adjustment.steps if result.steps is None else result.steps
+        if result.effort is not None or not steps:
+            return steps, result.effort or 0.0
+        return steps, effort_of(steps, self._config, context.adjustment.proximal)
 
     def _collect(self, result: TrainingResult, base: Parameters) -> dict[str, Array]:
         if not isinstance(result, TrainingResult):

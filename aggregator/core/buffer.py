@@ -46,6 +46,7 @@ class Buffer:
             weight=weight,
             examples=update.examples,
             loss=loss if math.isfinite(loss) else None,
+            steps=update.steps,
         )
         self.entries.append(entry)
         if self.folds and self.folds[-1][1] == rules.settings:

@@ -251,6 +251,7 @@ class RoundMachine:
             epoch=self._versions.epoch,
             version=self.version,
             void=self._void,
+            needs_effort=self.rules.needs_effort,
         )
         if refused is None and self.done:
             refused = Reason.RUN_DONE, f"the run ended with version {self.version}"
@@ -414,6 +415,7 @@ class RoundMachine:
             seed=self.rules.seed,
             attempt=attempt,
             codec=self.rules.codec,
+            work=self.rules.work,
             paused=self.controls.paused,
         )
         return self.rules.rounds.plan(base)

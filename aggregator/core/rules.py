@@ -9,7 +9,7 @@ from aggregator.core.rounds import RoundRule
 from aggregator.optimizers import Optimizer
 from aggregator.schedules import Schedule, constant, factor_at
 from aggregator.strategies.base import Strategy
-from broker.messages import Mode, Scalar
+from broker.messages import Mode, Scalar, Work
 
 __all__ = ["CommitPolicy", "Rules"]
 
@@ -37,6 +37,8 @@ class Rules:
     schedule: Schedule = constant
     """Of the optimiser's learning rate."""
     seed: int = 0
+    work: Work = field(default_factory=Work)
+    """How workers are asked to make updates."""
     codec: str = ""
     """In which code workers are asked to send updates; empty for none."""
     stop_after_rounds: int | None = None
@@ -53,3 +55,8 @@ class Rules:
     def optimizer_at(self, version: int) -> Optimizer:
         """What makes the step from ``version``. Raises :class:`StrategyError` if the schedule fails."""
         return self.optimizer.scaled(factor_at(self.schedule, version))
+
+    @property
+    def needs_effort(self) -> bool:
+        """Whether the strategy goes by how much each worker did, so that updates must say it."""
+        return bool(getattr(self.strategy, "needs_effort", False))

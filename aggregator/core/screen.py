@@ -24,11 +24,12 @@ def refusal(
     epoch: int,
     version: int,
     void: tuple[tuple[int, int], ...] = (),
+    needs_effort: bool = False,
 ) -> tuple[Reason, str] | None:
     """Why ``update`` cannot be used at all by ``run`` at ``version``, or None; its values aside.
 
     ``claimed`` is the model that it says it is of; ``void`` holds the versions that were taken back, as first and
-    last.
+    last; ``needs_effort`` says that the strategy cannot do without knowing how much the worker did.
     """
     refused = None
     if update.run != run:
@@ -39,6 +40,11 @@ def refusal(
         refused = Reason.MODEL_MISMATCH, "; ".join(model.differences(claimed, theirs="the update")[:3])
     elif update.examples < 1:
         refused = Reason.NO_EXAMPLES, "no examples stand behind it"
+    elif needs_effort and update.effort < 1:
+        refused = (
+            Reason.NOT_SUPPORTED,
+            f"an effort of {update.effort}; strategy fednova needs the number of local steps",
+        )
     elif update.base_version > version or update.base_epoch > epoch:
         started = f"it starts from version {update.base_version} of epoch {update.base_epoch}"
         refused = Reason.FUTURE_VERSION, f"{started}; the newest is {version} of epoch {epoch}"

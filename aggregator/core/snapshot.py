@@ -30,6 +30,8 @@ class Entry:
     weight: float
     examples: int
     loss: float | None = None
+    steps: int = 0
+    """Local steps; 0 if the worker did not say."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -4,13 +4,21 @@ from collections.abc import Callable
 
 from aggregator.recipe import Recipe
 from aggregator.strategies.base import Accumulator, Strategy
+from aggregator.strategies.fednova import FedNova
 from aggregator.strategies.mean import Mean
 from broker.parts import Parts, made
 
-__all__ = ["STRATEGIES", "Accumulator", "Mean", "Strategy", "strategy_of"]
+__all__ = ["STRATEGIES", "Accumulator", "FedNova", "Mean", "Strategy", "strategy_of"]
 
 #: Name in the configuration, and what makes the strategy from a recipe.
-STRATEGIES: Parts[Callable[[Recipe], Strategy]] = Parts("strategy", "fedmq.strategies", {"mean": Mean.of})
+STRATEGIES: Parts[Callable[[Recipe], Strategy]] = Parts(
+    "strategy",
+    "fedmq.strategies",
+    {
+        "mean": Mean.of,
+        "fednova": FedNova.of,
+    },
+)
 
 
 def strategy_of(recipe: Recipe) -> Strategy:

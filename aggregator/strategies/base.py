@@ -6,7 +6,7 @@ update. The accumulator is part of every checkpoint, so all that a strategy know
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 import numpy as np
@@ -28,16 +28,16 @@ class Accumulator:
     """Sum of the weights with which they went in."""
     count: int = 0
     """Updates folded."""
+    effort: float = 0.0
+    """Sum of the updates' efforts, each times its share, where the strategy goes by them."""
 
     def lend(self) -> Accumulator:
         """This accumulator as it is now, with the same arrays: whoever has it sees what is written into them."""
-        return Accumulator(dict(self.tensors), self.share, self.weight, self.count)
+        return replace(self, tensors=dict(self.tensors))
 
     def copy(self) -> Accumulator:
         """An accumulator that shares no array with this one."""
-        return Accumulator(
-            {name: array.copy() for name, array in self.tensors.items()}, self.share, self.weight, self.count
-        )
+        return replace(self, tensors={name: array.copy() for name, array in self.tensors.items()})
 
 
 class Strategy(Protocol):

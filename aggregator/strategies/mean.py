@@ -23,7 +23,7 @@ from aggregator.staleness import weight_of
 from aggregator.strategies.base import Accumulator, accumulator_dtype
 from broker.messages import Array, ModelSpec, TensorRole, Update, pieces
 
-__all__ = ["Mean"]
+__all__ = ["Mean", "add_scaled"]
 
 # Elements that are multiplied and added while they are in the processor's cache. Of float32, 100 MB to 1 GB: 4 GB/s
 # at 4 Ki elements (the interpreter's share), 8 at 64 Ki, 11 from 256 Ki to 1 Mi; larger ones take memory for nothing.
@@ -51,7 +51,7 @@ class Mean:
         share = float(update.examples) if self.weighting == "examples" else 1.0
         weight = share * self.staleness_weight(staleness)
         for name, total in accumulator.tensors.items():
-            _add_scaled(total.reshape(-1), pieces(update.tensors[name]), weight)
+            add_scaled(total.reshape(-1), pieces(update.tensors[name]), weight)
         accumulator.share += share
         accumulator.weight += weight
         accumulator.count += 1
@@ -66,7 +66,7 @@ class Mean:
         return accumulator.tensors
 
 
-def _add_scaled(total: Array, values: Iterable[Array], weight: float) -> None:
+def add_scaled(total: Array, values: Iterable[Array], weight: float) -> None:
     """``total += weight * values`` without a temporary of the tensor's size.
 
     Args:

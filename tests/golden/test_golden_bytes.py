@@ -30,12 +30,15 @@ from broker.messages import (
     Update,
     UpdateHead,
     UpdateId,
+    Work,
     parameters_digest,
     whole,
 )
 from broker.wire import Message, compressed, decode, encode, encode_in_chunks, join
 
 BYTES = Path(__file__).parent / "bytes"
+#: As they were before headers had the fields ``steps``, ``effort`` and ``plan.work``.
+FORMER = Path(__file__).parent / "former"
 
 MODEL = ModelSpec(
     (
@@ -65,6 +68,8 @@ HEAD = UpdateHead(
     examples=128,
     metrics={"loss": 0.25},
     seconds=1.5,
+    steps=12,
+    effort=19.5,
 )
 MESSAGES: dict[str, Message] = {
     "update": Update(
@@ -76,6 +81,8 @@ MESSAGES: dict[str, Message] = {
         examples=128,
         metrics={"loss": 0.25},
         seconds=1.5,
+        steps=12,
+        effort=19.5,
         model=MODEL,
         tensors=TENSORS,
     ),
@@ -83,7 +90,14 @@ MESSAGES: dict[str, Message] = {
         run="digits",
         epoch=2,
         version=3,
-        plan=Plan(mode=Mode.GRADIENT, rounds=Rounds.SYNCHRONOUS, fraction=0.5, seed=9, attempt=1),
+        plan=Plan(
+            mode=Mode.GRADIENT,
+            rounds=Rounds.SYNCHRONOUS,
+            fraction=0.5,
+            seed=9,
+            attempt=1,
+            work=Work(proximal=0.125, momentum=0.75),
+        ),
         digest=parameters_digest(TENSORS),
         model=MODEL,
         tensors=TENSORS,
@@ -185,3 +199,16 @@ def test_chunks_are_as_ever() -> None:
 
 def test_there_is_a_golden_file_for_each_message_and_no_other() -> None:
     assert sorted(path.stem for path in BYTES.iterdir()) == sorted([*MESSAGES, *PARTS])
+
+
+def test_bytes_of_before_headers_told_of_local_work_are_read() -> None:
+    update, manifest, parameters = (
+        decode((FORMER / f"{name}.bin").read_bytes()) for name in ("update", "manifest", "parameters")
+    )
+
+    assert isinstance(update, Update)
+    assert isinstance(manifest, Manifest)
+    assert isinstance(parameters, Parameters)
+    assert manifest.head == replace(HEAD, steps=0, effort=0.0)
+    assert (update.id, update.seconds, update.steps, update.effort) == (HEAD.id, 1.5, 0, 0.0)
+    assert (parameters.plan.attempt, parameters.plan.work) == (1, Work())

@@ -26,7 +26,7 @@ from aggregator.core.step import next_parameters
 from aggregator.optimizers import Adam, Optimizer, Sgd
 from aggregator.staleness import constant
 from aggregator.strategies import Mean
-from aggregator.strategies.mean import _add_scaled
+from aggregator.strategies.mean import add_scaled
 from broker.errors import CheckpointNotWritten, StrategyError
 from broker.messages import Array, Mode
 from broker.transport import Token
@@ -130,7 +130,7 @@ def test_how_values_are_cut_makes_no_difference(dtype: Any, weight: float) -> No
     total = expected.copy()
     np.add(expected, np.multiply(values, weight, dtype=wide, casting="unsafe"), out=expected)
 
-    _add_scaled(total, np.split(values, [1, 7, 7, 300_000, 599_999]), weight)
+    add_scaled(total, np.split(values, [1, 7, 7, 300_000, 599_999]), weight)
 
     assert total.tobytes() == expected.tobytes()
 

@@ -83,6 +83,7 @@ def test_headers_repeat_the_small_facts_for_the_admin_ui(broker: MemoryBroker) -
         "seq": 0,
         "base_version": 4,
         "examples": 50,
+        "steps": 2,
         "message_id": str(update.id),
     }
 

@@ -256,6 +256,7 @@ def contents(raw: RawLetter) -> dict[str, Any]:
             "mode": message.mode.value,
             "examples": message.examples,
             "seconds": _as_json(message.seconds),
+            "steps": message.steps,
             "metrics": _as_json(message.metrics),
         },
         "tensors": [_tensor(name, array) for name, array in message.tensors.items()],

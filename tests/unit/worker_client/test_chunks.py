@@ -104,6 +104,7 @@ def test_headers_and_manifest_say_the_same(broker: MemoryBroker) -> None:
         "seq": 0,
         "base_version": 4,
         "examples": 50,
+        "steps": 2,
         "message_id": str(update.id),
         "chunks": 5,
         "bytes": section_bytes(aggregator.model),

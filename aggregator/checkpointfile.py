@@ -28,6 +28,7 @@ from pydantic import ConfigDict, TypeAdapter, ValidationError
 from safetensors import SafetensorError, safe_open
 
 from aggregator.core.snapshot import Entry, Folds, Snapshot, SnapshotHead, VersionRecord
+from aggregator.core.standing import Standing
 from aggregator.optimizers import OptimizerState
 from aggregator.strategies.base import Accumulator
 from broker.errors import CheckpointCorrupt, CheckpointError, CheckpointNotWritten
@@ -99,6 +100,8 @@ class _State:
     folds: Folds = ()
     kept_from: int | None = None
     accumulator_effort: float = 0.0
+    norms: tuple[float, ...] = ()
+    standings: dict[str, Standing] = field(default_factory=dict)
 
 
 _ADAPTER: TypeAdapter[_State] = TypeAdapter(_State)

@@ -11,7 +11,9 @@ from pydantic import AfterValidator, Field, ValidationError, model_validator
 
 from aggregator.core.rounds import Buffered, RoundRule, Synchronous
 from aggregator.core.rules import CommitPolicy, Rules
+from aggregator.core.screen import NormLimits
 from aggregator.core.snapshot import Changes
+from aggregator.core.standing import QuarantinePolicy
 from aggregator.optimizers import OPTIMIZERS, default_rate, optimizer_of
 from aggregator.recipe import Recipe
 from aggregator.schedules import SCHEDULES, schedule_of
@@ -45,17 +47,23 @@ LIVE = frozenset(
         "fraction",
         "learning_rate",
         "linger",
+        "max_norm",
         "max_staleness",
         "minimum_updates",
         "momentum",
         "nesterov",
+        "norm_factor",
+        "one_per_worker",
         "optimizer",
         "options",
         "proximal",
+        "quarantine_score",
+        "quarantine_seconds",
         "schedule",
         "schedule_decay",
         "schedule_floor",
         "schedule_rounds",
+        "score_half_life",
         "staleness",
         "staleness_exponent",
         "stop_after_rounds",
@@ -120,6 +128,22 @@ class AggregatorConfig(Table):
     """Weight of a stale update: ``(1 + staleness) ** -staleness_exponent``, or always 1."""
     staleness_exponent: Annotated[float, Field(ge=0, le=10)] = 0.5
     """FedBuff's is one half."""
+
+    max_norm: Annotated[float, Field(gt=0)] | None = None
+    """The longest update that is taken: the Euclidean norm of all its parameters together; without it, any."""
+    norm_factor: Annotated[float, Field(gt=1)] | None = None
+    """Updates so many times as long as the median of the last 101 that were taken are rejected; without it, none.
+    10 is usual. What is in half precision or in a codec is read once more for it."""
+    one_per_worker: bool = False
+    """Buffered rounds: one update of each worker in a round, so that a fast one cannot fill it; takes at least
+    ``buffer_size`` workers."""
+    quarantine_score: Annotated[float, Field(gt=0)] | None = None
+    """Updates of a worker whose score is above this are rejected for ``quarantine_seconds``; without it, never. Each
+    update that is rejected for what it holds is one point. See docs/operating.md."""
+    quarantine_seconds: Seconds = 3600.0
+    """How long a worker is in quarantine, unless ``fedmq release`` ends it."""
+    score_half_life: Positive = 20
+    """Versions in which a worker's score falls to one half."""
 
     optimizer: Annotated[str, AfterValidator(Name(OPTIMIZERS))] = "sgd"
     """Server optimiser. See docs/algorithms.md."""
@@ -248,6 +272,7 @@ class AggregatorConfig(Table):
             minimum=self.minimum_updates,
             deadline=self.deadline,
             updates_per_version=self.updates_per_version,
+            one_per_worker=self.one_per_worker,
         )
 
     def in_flight(self, model_bytes: int) -> int:
@@ -278,6 +303,8 @@ class AggregatorConfig(Table):
             commit=CommitPolicy(
                 self.in_flight(model_bytes), max(self.commit_bytes, LEAST_IN_COMMIT * model_bytes), self.commit_seconds
             ),
+            norms=NormLimits(self.max_norm, self.norm_factor),
+            quarantine=QuarantinePolicy(self.quarantine_score, self.quarantine_seconds, self.score_half_life),
             worker_timeout=self.worker_timeout,
             linger_seconds=self.linger,
             settings={

@@ -17,7 +17,7 @@ from typing import Any
 
 from pydantic import TypeAdapter, ValidationError
 
-from aggregator.core.effects import EvaluationRecord
+from aggregator.core.effects import EvaluationRecord, Quarantined, Released
 from aggregator.core.snapshot import Entry, VersionRecord
 from aggregator.disk import sync_folder, write_all
 from broker.errors import CheckpointCorrupt, CheckpointError, CheckpointNotWritten, first_problem
@@ -114,6 +114,13 @@ class History:
         """An operator's command was executed."""
         line = {"kind": "command", "what": text, "version": version, "pending": is_pending, "time": round(now, 3)}
         self._append(line)
+
+    def standing(self, fact: Quarantined | Released, now: float) -> None:
+        """A worker's quarantine has begun, or ended."""
+        line: dict[str, Any] = {"kind": "release", "version": fact.version, "worker": fact.worker}
+        if isinstance(fact, Quarantined):
+            line |= {"kind": "quarantine", "score": round(fact.score, 4), "until": round(fact.until, 3)}
+        self._append({**line, "time": round(now, 3)})
 
     def _append(self, line: Mapping[str, Any]) -> None:
         with self._lock:
@@ -277,4 +284,5 @@ def _entry(entry: Entry) -> dict[str, Any]:
         "examples": entry.examples,
         "loss": entry.loss,
         **steps,
+        **({} if entry.norm is None else {"norm": entry.norm}),
     }

@@ -106,8 +106,20 @@ class Reporter:
                 log.info("%s: in force %s", text, when)
                 self._history.command(text, version=made, is_pending=is_pending, now=self._now())
                 self.progress("command", version, id=command, accepted=True, text=f"{text}: in force {when}"[:500])
+            case do.Quarantined() | do.Released():
+                self._standing(fact)
             case do.Warn(text):
                 log.warning("%s", text)
+
+    def _standing(self, fact: do.Quarantined | do.Released) -> None:
+        self._history.standing(fact, self._now())
+        if isinstance(fact, do.Quarantined):
+            self.progress("quarantine", fact.version, worker=fact.worker, score=fact.score, until=fact.until)
+            seconds = fact.until - self._now()
+            log.warning("%s is in quarantine for %.0f s: its score is %.2f", fact.worker, seconds, fact.score)
+        else:
+            self.progress("release", fact.version, worker=fact.worker)
+            log.info("%s is out of quarantine", fact.worker)
 
 
 def _senders(record: VersionRecord) -> str:

@@ -373,7 +373,8 @@ class AggregatorService:
                 return None
         what = shown(command.changes) if command.changes else ""
         self._reporter.expect(command.id, f"{command.action} {what}".strip())
-        return on.Ordered(delivery.token, command.id, command.action, order)
+        worker = str(command.changes.get("worker", "")) if command.action is Action.RELEASE else ""
+        return on.Ordered(delivery.token, command.id, command.action, order, worker)
 
     # ----------------------------------------------------------------------------------------- the deeds
 

@@ -121,6 +121,12 @@ class Reason(StrEnum):
     """Some of its chunks are not in the worker's outbox."""
     NO_EXAMPLES = "no-examples"
     NOT_FINITE = "not-finite"
+    NORM_TOO_LARGE = "norm-too-large"
+    """Longer than the run allows."""
+    NORM_UNUSUAL = "norm-unusual"
+    """Many times as long as the updates that were taken last."""
+    QUARANTINED = "quarantined"
+    """Its worker is in quarantine for earlier updates."""
     FUTURE_VERSION = "future-version"
     ROLLED_BACK = "rolled-back"
     """It starts from a version that was taken back."""
@@ -140,6 +146,8 @@ class Action(StrEnum):
     RESUME = "resume"
     STOP = "stop"
     """The run is done: with the version that the updates in the buffer make."""
+    RELEASE = "release"
+    """A worker's quarantine ends now."""
 
 
 class EventKind(StrEnum):
@@ -373,7 +381,8 @@ class Command:
     id: Name
     action: Action
     changes: Annotated[dict[Label, Scalar], Field(max_length=64)] = field(default_factory=dict)
-    """For ``set``: settings of the table ``[aggregator]``; None takes back an earlier change."""
+    """For ``set``: settings of the table ``[aggregator]``; None takes back an earlier change. For ``release``:
+    ``worker``, the name."""
     time: Number = 0.0
     """Seconds since 1970, by the sender's clock."""
 

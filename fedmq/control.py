@@ -1,7 +1,8 @@
-"""``fedmq set | pause | resume | stop``: change a run while it goes on, through the broker."""
+"""``fedmq set | pause | resume | stop | release``: change a run while it goes on, through the broker."""
 
 from __future__ import annotations
 
+import re
 import secrets
 import time
 from collections.abc import Callable
@@ -23,11 +24,11 @@ from broker.console import (
     set_up_logging,
 )
 from broker.errors import ConfigError
-from broker.messages import Action, Command, Scalar
+from broker.messages import NAME_PATTERN, Action, Command, Scalar
 from broker.settings import Settings, load
 from broker.topology import Topology
 
-__all__ = ["register", "set_"]
+__all__ = ["register", "release", "set_"]
 
 #: What the field calls it, and what it is called here.
 ALIASES = {"server_lr": "learning_rate", "lr": "learning_rate"}
@@ -38,6 +39,7 @@ UNANSWERED = 6
 out = Console()
 
 WaitOption = Annotated[float, typer.Option("--wait", min=0.0, help="Seconds to wait for the aggregator's answer.")]
+WorkerArgument = Annotated[str, typer.Argument(metavar="WORKER", help="Its name.")]
 ChangesArgument = Annotated[list[str], typer.Argument(metavar="NAME=VALUE...", help="Settings of the aggregator.")]
 
 
@@ -83,6 +85,28 @@ def _plain(action: Action, text: str) -> Callable[..., None]:
     return command
 
 
+def release(
+    worker: WorkerArgument,
+    *,
+    config: ConfigOption = None,
+    run: RunOption = None,
+    broker: BrokerOption = None,
+    wait: WaitOption = 10.0,
+    verbose: VerboseOption = 0,
+) -> None:
+    """End a worker's quarantine now. Its score is half of what leads there, so that it comes back sooner.
+
+    Nothing happens if it is in none. 'fedmq workers' shows who is.
+
+    Example: fedmq release w3 --run digits
+    """
+    with guard():
+        set_up_logging(verbose, quiet=not verbose)
+        if not re.fullmatch(NAME_PATTERN, worker):
+            raise ConfigError(f"{worker!r} cannot be a worker's name: letters, digits, dash and underscore, up to 64")
+        _give(Action.RELEASE, _settings(config, run, broker), wait, {"worker": worker})
+
+
 PLAIN = {
     Action.PAUSE: "Have the workers stop training after what they have in hand; no round closes until 'fedmq resume'.",
     Action.RESUME: "Go on after 'fedmq pause'.",
@@ -96,6 +120,7 @@ PLAIN = {
 def register(app: typer.Typer) -> None:
     """Add the commands to ``app``."""
     app.command("set")(set_)
+    app.command("release")(release)
     for action, text in PLAIN.items():
         app.command(action.value)(_plain(action, text))
 

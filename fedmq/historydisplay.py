@@ -44,6 +44,8 @@ class Wanted:
             return False
         if self.worker is None:
             return self.version is None or line.get("kind") != "start"
+        if line.get("kind") in {"quarantine", "release"}:
+            return bool(line.get("worker") == self.worker)
         return any(entry.get("worker") == self.worker for entry in _entries(line, "updates", "dropped"))
 
 
@@ -143,6 +145,11 @@ def _event(line: Line) -> str:
             return f"an aggregator took up the run: epoch {line.get('epoch')}"
         case "command":
             return f"{line.get('what')}{' (from the next round on)' if line.get('pending') else ''}"
+        case "quarantine":
+            until = _time({"time": line.get("until")})
+            return f"{line.get('worker')} is in quarantine until {until} UTC: score {line.get('score')}"
+        case "release":
+            return f"{line.get('worker')} is out of quarantine"
         case "evaluation":
             metrics = line.get("metrics")
             figures = metrics.items() if isinstance(metrics, Mapping) else ()

@@ -29,7 +29,16 @@ class Buffer:
     def __len__(self) -> int:
         return len(self.entries)
 
-    def fold(self, update: Update, rules: Rules, model: ModelSpec, staleness: int, *, is_lent: bool) -> Entry:
+    def fold(
+        self,
+        update: Update,
+        rules: Rules,
+        model: ModelSpec,
+        staleness: int,
+        *,
+        norm: float | None = None,
+        is_lent: bool,
+    ) -> Entry:
         """Take ``update`` in, which counts nowhere yet; ``is_lent``: a checkpoint still reads the accumulator."""
         if not self.entries:
             # Not before, so that it can have the memory of parameters that have been replaced meanwhile.
@@ -47,6 +56,7 @@ class Buffer:
             examples=update.examples,
             loss=loss if math.isfinite(loss) else None,
             steps=update.steps,
+            norm=norm if norm is not None and math.isfinite(norm) else None,
         )
         self.entries.append(entry)
         if self.folds and self.folds[-1][1] == rules.settings:

@@ -20,9 +20,11 @@ __all__ = [
     "Fetch",
     "Finish",
     "Folded",
+    "Quarantined",
     "Record",
     "Reject",
     "Rejected",
+    "Released",
     "Repeated",
     "Tell",
     "VersionMade",
@@ -189,7 +191,40 @@ class Went:
     """What its goodbye said; empty if it said none."""
 
 
-Fact = Came | Went | Folded | Rejected | Repeated | VersionMade | EvaluationRecord | Executed | Warn
+@dataclass(frozen=True, slots=True)
+class Quarantined:
+    """A worker's updates are not taken for a while, for those that it sent before."""
+
+    worker: str
+    version: int
+    """The newest one."""
+    score: float
+    until: float
+    """Seconds since 1970."""
+
+
+@dataclass(frozen=True, slots=True)
+class Released:
+    """A worker's quarantine has ended."""
+
+    worker: str
+    version: int
+    """The newest one."""
+
+
+Fact = (
+    Came
+    | Went
+    | Folded
+    | Rejected
+    | Repeated
+    | VersionMade
+    | EvaluationRecord
+    | Executed
+    | Quarantined
+    | Released
+    | Warn
+)
 
 
 @dataclass(frozen=True, slots=True)

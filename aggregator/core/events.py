@@ -94,6 +94,8 @@ class Ordered:
     """Its id."""
     action: Action
     order: Order | None = None
+    worker: str = ""
+    """Whom ``release`` is for."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -33,7 +33,8 @@ from aggregator.core.ledger import Ledger, PlainLedger
 from aggregator.core.roster import Roster
 from aggregator.core.rounds import Round
 from aggregator.core.rules import Rules
-from aggregator.core.screen import refusal, refused_values
+from aggregator.core.screen import refusal
+from aggregator.core.screening import Screening
 from aggregator.core.snapshot import Snapshot
 from aggregator.core.versions import Versions
 from broker.messages import (
@@ -86,6 +87,7 @@ class RoundMachine:
         self.roster.restore(snapshot.trainers, snapshot.confirmed, now)
         self.rejected = Counter(snapshot.rejected)
         self.controls = Controls.of(snapshot, pending)
+        self.screening = Screening(rules, snapshot)
         self._void = snapshot.void
         self._run, self._started = snapshot.run, snapshot.started
         self._versions = Versions(snapshot, rules.optimizer)
@@ -156,7 +158,7 @@ class RoundMachine:
                     self._round.refused.add(worker)
                 if update is not None:
                     effects += [do.Ack(other) for other in self._fetching.pop(update, [])]
-                effects += self._reject(token, worker, reason, detail, update)
+                effects += self._reject(token, worker, (reason, detail), update, now)
             case on.Joined(hello):
                 self.roster.see(hello.worker, now, hello.role)
             case on.Left(goodbye):
@@ -211,8 +213,8 @@ class RoundMachine:
             return [do.Record(do.Repeated(head.id))]
         if self._stopping:
             return []  # unacknowledged, so it goes back to the queue when this aggregator leaves
-        if (refused := self._refusal(head, event.model)) is not None:
-            return self._refuse(head, token, refused)
+        if (refused := self._refusal(head, event.model, now)) is not None:
+            return self._refuse(head, token, refused, now)
         self._fetching[head.id] = []
         return [do.Fetch(token)]
 
@@ -223,10 +225,10 @@ class RoundMachine:
             return known + [effect for other in others for effect in self._known(update.id, other, now) or []]
         if self._stopping:
             return []
-        refused = self._refusal(update, update.model) or refused_values(update)
-        if refused is not None:
-            return [*(do.Ack(other) for other in others), *self._refuse(update, token, refused)]
-        effects = [self._fold(update, token, event.nbytes, now)]
+        judged = self._refusal(update, update.model, now) or self.screening.judge(update)
+        if isinstance(judged, tuple):
+            return [*(do.Ack(other) for other in others), *self._refuse(update, token, judged, now)]
+        effects = [self._fold(update, token, event.nbytes, judged, now)]
         self._commits.held[update.id].tokens += others
         return effects
 
@@ -241,8 +243,8 @@ class RoundMachine:
             return [do.Ack(token), do.Record(do.Repeated(update))]
         return None
 
-    def _refusal(self, head: UpdateHead, claimed: ModelSpec) -> tuple[Reason, str] | None:
-        refused = refusal(
+    def _refusal(self, head: UpdateHead, claimed: ModelSpec, now: float) -> tuple[Reason, str] | None:
+        refused = self.screening.refusal(head.id.worker, now) or refusal(
             head,
             claimed,
             run=self._run,
@@ -257,27 +259,30 @@ class RoundMachine:
             refused = Reason.RUN_DONE, f"the run ended with version {self.version}"
         return refused or self.rules.rounds.refusal(self._round, head)
 
-    def _refuse(self, head: UpdateHead, token: Token, refused: tuple[Reason, str]) -> list[do.Effect]:
+    def _refuse(self, head: UpdateHead, token: Token, refused: tuple[Reason, str], now: float) -> list[do.Effect]:
         if head.base_version == self.version:
             self._round.refused.add(head.id.worker)
-        return self._reject(token, head.id.worker, *refused, head.id)
+        return self._reject(token, head.id.worker, refused, head.id, now)
 
-    def _fold(self, update: Update, token: Token, nbytes: int, now: float) -> do.Effect:
+    def _fold(self, update: Update, token: Token, nbytes: int, norm: float | None, now: float) -> do.Effect:
         staleness = self.version - update.base_version
-        entry = self._buffer.fold(update, self.rules, self.model, staleness, is_lent=self.lends)
+        entry = self._buffer.fold(update, self.rules, self.model, staleness, norm=norm, is_lent=self.lends)
+        self.screening.take(norm)
         self._commits.hold(update.id, token, nbytes, now)
         self._round.refused.discard(update.id.worker)
         goal = self.rules.rounds.goal(self._round, self._trainers(now))
         return do.Record(do.Folded(entry, self.fill, goal, update.seconds))
 
     def _reject(
-        self, token: Token, worker: str, reason: Reason, detail: str, update: UpdateId | None
+        self, token: Token, worker: str, refused: tuple[Reason, str], update: UpdateId | None, now: float
     ) -> list[do.Effect]:
+        reason, detail = refused
         self.rejected[reason.value] += 1
         effects: list[do.Effect] = [do.Reject(token, reason, detail)]
         if worker:
             effects.append(do.Tell(worker, reason, detail, update))
-        return [*effects, do.Record(do.Rejected(worker, reason, detail, update))]
+        effects.append(do.Record(do.Rejected(worker, reason, detail, update)))
+        return effects + (self.screening.reject(worker, reason, self.version, now) if worker else [])
 
     # -------------------------------------------------------------------------------------------- commands
 
@@ -303,6 +308,8 @@ class RoundMachine:
                 changes = {**controls.newest, "stop_after_rounds": self.version}
                 controls.pending = Order(changes, replace(newest, stop_after_rounds=self.version))
                 return closed
+            case Action.RELEASE:
+                return self.screening.release(event.worker, self.version)
         return self._renew_plan()
 
     def _executed(self, command: str) -> do.Executed:
@@ -316,6 +323,7 @@ class RoundMachine:
         self.controls.changes, self.rules = order.changes, order.rules
         self.roster.timeout = order.rules.worker_timeout
         self._versions.use(order.rules.optimizer)
+        self.screening.use(order.rules)
         self._set_done(now)
 
     def _renew_plan(self) -> list[do.Effect]:
@@ -330,16 +338,18 @@ class RoundMachine:
 
     def _advance(self, now: float) -> list[do.Effect]:
         """Whatever follows from the state that an event left behind."""
-        effects = self._comings_and_goings(now)
+        effects = self._comings_and_goings(now) + self.screening.release_due(self.version, now)
         if self.controls.pending is not None and not self._buffer:
             self._take_up(now)
             effects += self._renew_plan()
         if not self.done and not self._stopping and not self.controls.paused:
             effects += self._advance_round(now)
-        at_once = bool(self._versions.records or self.controls.held or (self._stopping and self._commits.held))
+        has_news = bool(self._versions.records or self.controls.held or self.screening.has_news)
+        at_once = has_news or bool(self._stopping and self._commits.held)
         if self._commits.is_due(self.rules.commit, now, at_once=at_once):
             snapshot = self.snapshot(now)
             commit = self._commits.start(snapshot, self.controls.held, lent=self._buffer.accumulator)
+            self.screening.has_news = False
             effects.append(do.WriteCheckpoint(commit, snapshot))
         if (finish := self._finish(now)) is not None:
             effects.append(finish)
@@ -363,6 +373,8 @@ class RoundMachine:
         rule = self.rules.rounds
         # Whoever has left, and whose last update is being fetched, is waited for.
         present = sorted({*self._trainers(now), *(update.worker for update in self._fetching)})
+        if kept_out := self.screening.standings.kept_out:
+            present = [worker for worker in present if worker not in kept_out]
         overdue = rule.deadline is not None and now >= self._round.opened + rule.deadline
         if self.fill and (rule.is_complete(self._round, present) or (overdue and self.fill >= rule.minimum)):
             return self._close(now)
@@ -456,6 +468,8 @@ class RoundMachine:
             paused=self.controls.paused,
             commands=self.controls.commands,
             kept_from=self._kept_from,
+            norms=self.screening.norms.to_plain(),
+            standings=self.screening.standings.to_plain(self.version),
         )
 
     def _written(self, commit: int, now: float) -> list[do.Effect]:
@@ -480,6 +494,7 @@ class RoundMachine:
         if self._commits.land(commit) is None:
             return []
         self._gave_up = self._stopping
+        self.screening.has_news = True  # it may have been in the one that failed
         self._commits.retry_at = now + self.rules.retry_seconds
         return [do.Record(do.Warn(f"checkpoint not written ({error}); nothing was acknowledged; trying again"))]
 
@@ -525,4 +540,6 @@ class RoundMachine:
             times.append(self._done_at + self.rules.linger_seconds)
         if (expiry := self.roster.next_expiry(now)) is not None:
             times.append(expiry)
+        if (release := self.screening.standings.next_release()) is not None:
+            times.append(release)
         return min((time for time in times if time > now), default=None)

@@ -79,16 +79,21 @@ class Buffered:
     minimum: int = 1
     deadline: float | None = None
     updates_per_version: int | None = None
+    one_per_worker: bool = False
 
     def plan(self, base: Plan) -> Plan:
-        """Everybody trains all the time. Even a single worker must be able to fill the buffer by itself."""
-        return replace(base, rounds=Rounds.BUFFERED, updates_per_version=self.updates_per_version or self.size)
+        """Everybody trains all the time. Unless that is not wanted, a single worker can fill the buffer by itself."""
+        most = 1 if self.one_per_worker else self.updates_per_version or self.size
+        return replace(base, rounds=Rounds.BUFFERED, updates_per_version=most)
 
     def refusal(self, round_: Round, head: UpdateHead) -> tuple[Reason, str] | None:
-        """Too stale."""
+        """Too stale, or not the worker's first where one is all that a worker may send."""
         staleness = round_.version - head.base_version
         if staleness > self.max_staleness:
             return Reason.TOO_STALE, f"staleness {staleness}; aggregator.max_staleness is {self.max_staleness}"
+        if self.one_per_worker and head.id.worker in round_.folded:
+            text = f"{head.id.worker} has an update in the buffer; with aggregator.one_per_worker it takes"
+            return Reason.SECOND_IN_ROUND, f"{text} {self.size} workers to fill it"
         return None
 
     def is_complete(self, round_: Round, present: Sequence[str]) -> bool:

@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from aggregator.core.rounds import RoundRule
+from aggregator.core.screen import NormLimits
+from aggregator.core.standing import QuarantinePolicy
 from aggregator.optimizers import Optimizer
 from aggregator.schedules import Schedule, constant, factor_at
 from aggregator.strategies.base import Strategy
@@ -43,6 +45,8 @@ class Rules:
     """In which code workers are asked to send updates; empty for none."""
     stop_after_rounds: int | None = None
     commit: CommitPolicy = field(default_factory=CommitPolicy)
+    norms: NormLimits = field(default_factory=NormLimits)
+    quarantine: QuarantinePolicy = field(default_factory=QuarantinePolicy)
     worker_timeout: float = 15.0
     """Seconds of silence after which a worker counts as gone."""
     retry_seconds: float = 5.0

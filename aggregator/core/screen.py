@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import math
+from dataclasses import dataclass
+
 import numpy as np
 
-from broker.messages import Array, Mode, ModelSpec, Reason, Update, UpdateHead, pieces
+from broker.messages import Array, Mode, ModelSpec, Reason, TensorRole, Update, UpdateHead, Values, pieces
 
-__all__ = ["is_finite", "refusal", "refused_values"]
+__all__ = ["NormLimits", "is_finite", "measured", "refusal"]
 
 #: Of half precision: what the bits of infinity are, without the sign. Those of NaN are above. numpy's own isfinite
 #: takes six to ten times as long.
@@ -53,12 +56,81 @@ def refusal(
     return refused
 
 
-def refused_values(update: Update) -> tuple[Reason, str] | None:
-    """Why the values of ``update`` cannot be used, or None."""
-    for name, values in update.tensors.items():
-        if not (getattr(values, "is_finite", False) or all(map(is_finite, pieces(values)))):
-            return Reason.NOT_FINITE, f"{name} holds NaN or infinity"
-    return None
+@dataclass(frozen=True, slots=True)
+class NormLimits:
+    """How long an update may be: the Euclidean norm of all its parameters together."""
+
+    most: float | None = None
+    """At most so much; None for any."""
+    factor: float | None = None
+    """At most so many times the median of the updates taken last; None for any."""
+
+    @property
+    def any(self) -> bool:
+        """Whether there is one."""
+        return self.most is not None or self.factor is not None
+
+    def refusal(self, norm: float, median: float | None) -> tuple[Reason, str] | None:
+        """Why an update of this norm is not taken, or None.
+
+        Args:
+            norm: its own.
+            median: that of the updates taken last; None if there are too few.
+        """
+        if self.most is not None and norm > self.most:
+            return Reason.NORM_TOO_LARGE, f"its norm is {norm:.4g}; aggregator.max_norm is {self.most:g}"
+        if self.factor is not None and median is not None and norm > self.factor * median:
+            usual = f"{norm / median if median else math.inf:.3g} times the median of the last ones, {median:.4g}"
+            return Reason.NORM_UNUSUAL, f"its norm is {norm:.4g}, {usual}; aggregator.norm_factor is {self.factor:g}"
+        return None
+
+
+def measured(update: Update, *, needs_norm: bool) -> float | tuple[Reason, str] | None:
+    """The norm of ``update``'s parameters, or why its values cannot be used.
+
+    The sum of squares that says whether float32 and float64 are finite is the norm's as well. Where that is found
+    otherwise, as in half precision or in codes that cannot hold anything else, the values are read once more, and
+    only if ``needs_norm``; None if not.
+    """
+    squares: float | None = 0.0
+    for tensor in update.model.tensors:
+        values = update.tensors[tensor.name]
+        counts = tensor.role is TensorRole.PARAMETER
+        found = _squares(values, needs_sum=needs_norm and counts)
+        if found is not None and not math.isfinite(found):
+            return Reason.NOT_FINITE, f"{tensor.name} holds NaN or infinity"
+        if counts:
+            squares = None if squares is None or found is None else squares + found
+    return None if squares is None else math.sqrt(squares)
+
+
+def _squares(values: Values, *, needs_sum: bool) -> float | None:
+    """The sum of squares of all elements; NaN or infinity if they are not finite, None if it is not known."""
+    is_known_finite = bool(getattr(values, "is_finite", False))
+    if is_known_finite and not needs_sum:
+        return None
+    total: float | None = 0.0
+    for piece in pieces(values):
+        flat = piece.reshape(-1)
+        if flat.dtype in (np.float32, np.float64):
+            part: float | None = _dot(flat)
+        elif not is_finite(flat):
+            return math.nan
+        else:
+            part = _widened(flat) if needs_sum else None
+        total = None if total is None or part is None else total + part
+    return total
+
+
+def _dot(flat: Array) -> float:
+    with np.errstate(over="ignore", invalid="ignore"):
+        return float(np.dot(flat, flat))
+
+
+def _widened(flat: Array) -> float:
+    """The sum of squares of elements that are of no use for arithmetic."""
+    parts = (flat[start : start + _PIECE].astype(np.float32) for start in range(0, flat.size, _PIECE))
+    return math.fsum(_dot(part) for part in parts)
 
 
 def is_finite(array: Array) -> bool:
@@ -72,8 +144,7 @@ def is_finite(array: Array) -> bool:
         return True
     flat = array.reshape(-1)
     if array.dtype in (np.float32, np.float64):
-        with np.errstate(over="ignore", invalid="ignore"):
-            return bool(np.isfinite(np.dot(flat, flat)))
+        return math.isfinite(_dot(flat))
     bits, limit = flat.view("<u2"), _INFINITY[array.dtype.name]
     # Piece by piece: the results for a whole tensor would take as much as the tensor.
     return all(

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
 from aggregator.core.ledger import PlainLedger
+from aggregator.core.standing import Standing
 from aggregator.optimizers import OptimizerState
 from aggregator.strategies.base import Accumulator
 from broker.errors import ConfigError
@@ -32,6 +33,8 @@ class Entry:
     loss: float | None = None
     steps: int = 0
     """Local steps; 0 if the worker did not say."""
+    norm: float | None = None
+    """Of its parameters together; None if it was not calculated."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,6 +107,10 @@ class SnapshotHead:
     """The newest commands that were executed, by id."""
     kept_from: int | None = None
     """Every update applied after this version is in the archive, and the version's state too; None if not."""
+    norms: tuple[float, ...] = ()
+    """Of the updates taken last."""
+    standings: Mapping[str, Standing] = field(default_factory=dict)
+    """What is held against workers, by name."""
 
     def require_mode(self, mode: Mode) -> None:
         """Raise :class:`ConfigError` if the run has been going on with another mode than ``mode``."""

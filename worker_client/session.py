@@ -6,21 +6,18 @@ they have to say into the mailbox.
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import math
 import threading
 import time
 from collections.abc import Mapping
-from concurrent.futures import Future
 from dataclasses import dataclass, replace
 from typing import Any, Protocol, assert_never
 
 from broker.errors import BrokerError, FedmqError, MessageTooLarge, TaskError, Unroutable, WireError
-from broker.messages import Event, EventKind, ModelSpec, Parameters, ParametersHead, Reason, Role, UpdateId
+from broker.messages import Event, ModelSpec, Parameters, ParametersHead, Reason, Role, UpdateId
 from broker.seldom import Seldom
 from broker.transport import Connected, Delivery, Disconnected, Failed, Standby, WorkerTransport
-from broker.wire import Shared
 from worker_client.compression import Compressor
 from worker_client.config import WorkerConfig
 from worker_client.context import Abandoned
@@ -31,9 +28,11 @@ from worker_client.mailbox import Bench, Finished, Item, Mailbox, Published
 from worker_client.momentum import Momentum
 from worker_client.notices import DIVERGED, MEANINGS
 from worker_client.outbox import Outbox
-from worker_client.publishing import Publishing, error_of
-from worker_client.reading import Broken, Complete, Offer, head_of, read, under
+from worker_client.presence import Presence
+from worker_client.publishing import Publishing
+from worker_client.reading import Broken, Complete, Offer, head_of, read
 from worker_client.sending import Sender
+from worker_client.shelf import Shelf
 from worker_client.training import Evaluation, Trained, Trainer
 
 __all__ = ["GRACE", "Session", "StopSignal", "Summary"]
@@ -42,8 +41,6 @@ log = logging.getLogger("fedmq.worker")
 
 #: Seconds for leaving in good order once asked to. Docker kills after 10, and the transport needs some to close.
 GRACE = 4.0
-#: Seconds to wait for the goodbye to be out.
-GOODBYE = 1.0
 #: Longest sleep of the loop: a signal handler cannot wake it, so it looks at the stop signal this often.
 LOOK = 0.2
 
@@ -91,10 +88,10 @@ class Session:
         self._run = run
         self._transport = transport
         self._trainer = trainer
-        self._outbox = outbox
         self._machine = machine
         self._role = role
-        self._sender = Sender(run, config.name, outbox.incarnation, role, pack_chunks=pack_chunks)
+        sender = Sender(run, config.name, outbox.incarnation, role, pack_chunks=pack_chunks)
+        self._presence = Presence(transport, sender, outbox, config.folder)
         who = f"{config.name} {outbox.incarnation}"
         self._compress = Compressor(config.folder, who, trainer.spec)
         self._average = Momentum(config.folder, trainer.spec)
@@ -104,18 +101,13 @@ class Session:
         self._seldom = Seldom()
         self._bench = Bench(self._mailbox.put)
         self._publishing = Publishing(
-            transport, outbox, self._sender, trainer.spec, chunk_bytes=chunk_bytes, report=self._mailbox.put
+            transport, outbox, sender, trainer.spec, chunk_bytes=chunk_bytes, report=self._mailbox.put
         )
         self._is_large = trainer.spec.nbytes > chunk_bytes
-        self._offer: Offer | None = None
-        self._parameters: Parameters | None = None
-        self._state = ""
-        self._is_delta = True
+        self._shelf = Shelf()
         self._base: ParametersHead | None = None
         self._trained: tuple[ParametersHead, Trained] | None = None
         self._alarms: dict[type[ev.BackOffOver | ev.RestOver | ev.GraceOver | ev.DownloadDue], float] = {}
-        self._hello: Future[None] | None = None
-        self._farewells: dict[str, Future[None]] = {}
         self._connected = False
         self._stopping = False
         self._paused = False
@@ -132,7 +124,7 @@ class Session:
             while self._reason is None:
                 if time.monotonic() >= heartbeat and self._connected:
                     heartbeat = time.monotonic() + self._config.heartbeat_seconds
-                    self._greet_again()
+                    self._presence.greet_again(self._machine.versions.number)
                     self._beat()
                 self._turn(min(LOOK, self._config.heartbeat_seconds))
         finally:
@@ -193,7 +185,7 @@ class Session:
 
     def _read(self, delivery: Delivery) -> None:
         try:
-            message = read(delivery, self._run, self._shared)
+            message = read(delivery, self._run, self._shelf.shared)
         except WireError as error:
             log.warning("a message from %s is ignored: %s", delivery.source, error)
             return
@@ -203,7 +195,7 @@ class Session:
             case Offer():
                 self._offered(message)
             case Broken(head, problem):
-                self._is_delta = False  # it is taken whole
+                self._shelf.refuse_delta()
                 if self._seldom.may("a broken download"):
                     log.warning("version %d cannot be downloaded and is asked for again: %s", head.version, problem)
                 self._tell(ev.DownloadFailed(head))
@@ -212,24 +204,19 @@ class Session:
             case _:
                 log.warning("a message from %s is not for this worker and ignored", delivery.source)
 
-    @property
-    def _shared(self) -> Shared | None:
-        """What is here that the next version can be told by its difference from."""
-        return Shared(self._parameters.tensors, self._state) if self._parameters is not None and self._state else None
-
     def _arrived(self, parameters: Parameters, state: str) -> None:
         if self._is_ours(parameters.model):
             head, versions = head_of(parameters), self._machine.versions
             effects = self._machine.handle(ev.ParametersArrived(head))
             if versions.here is not None and versions.here.digest == head.digest:
-                self._parameters, self._state, self._is_delta = parameters, state, True
+                self._shelf.put(parameters, state)
             self._take_note(head, effects)
 
     def _offered(self, offer: Offer) -> None:
         if self._is_ours(offer.model):
             effects = self._machine.handle(ev.Offered(offer.head))
             if self._machine.versions.newest == offer.head:
-                self._offer = offer
+                self._shelf.offer(offer)
             self._take_note(offer.head, effects)
 
     def _take_note(self, head: ParametersHead, effects: list[ev.Effect]) -> None:
@@ -316,16 +303,15 @@ class Session:
     def _do(self, effect: ev.Effect) -> None:  # noqa: PLR0912 - one branch a kind of effect
         match effect:
             case ev.SayHello(version):
-                self._greet(version)
-            case ev.Download():
-                self._download()
+                self._presence.greet(version)
+            case ev.Download(head):
+                self._download(head)
             case ev.DownloadLater(seconds):
                 self._alarms[ev.DownloadDue] = time.monotonic() + seconds
             case ev.Train(head, ordinal):
                 self._train(head, ordinal)
             case ev.Evaluate(head):
-                base = self._take_up(head)
-                self._bench.start(lambda abandon: self._trainer.evaluate(base, abandon.is_set))
+                self._evaluate(head)
             case ev.Abandon():
                 self._bench.abandon()
             case ev.Publish():
@@ -348,22 +334,13 @@ class Session:
             case _:
                 assert_never(effect)
 
-    def _download(self) -> None:
-        if self._offer is None:
-            raise RuntimeError("no version was offered")
-        part = self._offer.part(self._shared if self._is_delta else None)
-        log.info("downloading version %d, %d chunks", self._offer.head.version, len(part))
-        self._transport.fetch(self._offer.delivery, part)
-
-    def _take_up(self, head: ParametersHead) -> Parameters:
-        """The version to work with. Only the work holds it, besides this while there is no newer one."""
-        if self._parameters is None:
-            raise RuntimeError("no version has arrived")
-        self._base = head
-        return under(head, self._parameters)
+    def _download(self, head: ParametersHead) -> None:
+        delivery, part = self._shelf.order()
+        log.info("downloading version %d, %d chunks", head.version, len(part))
+        self._transport.fetch(delivery, part)
 
     def _train(self, head: ParametersHead, ordinal: int) -> None:
-        base = self._take_up(head)
+        base, self._base = self._shelf.take(head), head
         log.info("training from version %d", base.version)
 
         def work(abandon: threading.Event) -> Trained:
@@ -375,6 +352,10 @@ class Session:
             return replace(trained, seconds=trained.seconds + self._config.delay)
 
         self._bench.start(work)
+
+    def _evaluate(self, head: ParametersHead) -> None:
+        base, self._base = self._shelf.take(head), head
+        self._bench.start(lambda abandon: self._trainer.evaluate(base, abandon.is_set))
 
     def _publish(self) -> None:
         if self._trained is None:
@@ -388,59 +369,21 @@ class Session:
         if not self._connected:
             return
         self._beat()  # the last figures: whoever watches a short run would see those of seconds ago
-        try:
-            goodbye = self._transport.control(self._sender.goodbye(self._outbox.confirmed, reason))
-            # It goes the way that an update in hand has not got through all the time.
-            if self._publishing.id is None:
-                goodbye.result(timeout=GOODBYE)
-        except (FedmqError, TimeoutError) as error:
-            log.debug("the goodbye did not get out: %s", error)
+        # It goes the way that an update in hand has not got through all the time.
+        self._presence.say_goodbye(reason, wait=self._publishing.id is None)
 
     def _tell_evaluation(self, evaluation: Evaluation) -> None:
         base = self._base
         if base is None:
             raise RuntimeError("no evaluation was asked for")
         log.info("version %d: %s", base.version, {k: round(v, 4) for k, v in evaluation.metrics.items()})
-        facts = {"version": base.version, "epoch": base.epoch, "examples": evaluation.examples}
-        self._event(EventKind.EVALUATION, {**evaluation.metrics, **facts, "seconds": evaluation.seconds})
-
-    def _greet(self, version: int) -> None:
-        """Say hello, and before it what a former life of this worker may have had no time to say."""
-        for incarnation, confirmed in self._outbox.former.items():
-            goodbye = self._sender.goodbye(confirmed, "it was started anew", incarnation=incarnation)
-            self._farewells[incarnation] = self._transport.control(goodbye)
-        self._hello = self._transport.control(self._sender.hello(version))
-
-    def _greet_again(self) -> None:
-        """A hello fails if the run's aggregator has never been there yet; it may be there now."""
-        told = [name for name, future in self._farewells.items() if future.done() and error_of(future) is None]
-        self._outbox.told(told)
-        if self._hello is not None and self._hello.done() and error_of(self._hello) is not None:
-            self._greet(self._machine.versions.number)
+        self._presence.tell(evaluation, base)
 
     def _beat(self) -> None:
-        if self._config.folder is not None:
-            # For health checks from outside: only a worker that is connected and not stuck comes by here.
-            with contextlib.suppress(OSError):
-                (self._config.folder / "alive").touch()
-        loss = self._metrics.get("loss")
-        self._event(
-            EventKind.HEARTBEAT,
-            {
-                "state": str(self._machine.state),
-                "version": self._version,
-                "confirmed": self._outbox.confirmed,
-                "seconds": self._seconds,
-                "loss": loss if loss is not None and math.isfinite(loss) else None,
-            },
-        )
-
-    # ---------------------------------------------------------------------------------------------- helpers
+        state, loss = str(self._machine.state), self._metrics.get("loss")
+        self._presence.beat(state, self._version, seconds=self._seconds, loss=loss)
 
     @property
     def _version(self) -> int:
         newest = self._machine.versions.newest
         return newest.version if newest else -1
-
-    def _event(self, kind: EventKind, data: Mapping[str, Any]) -> None:
-        self._transport.event(kind.value, self._sender.event(kind, data))

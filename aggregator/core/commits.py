@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 
 from aggregator.core.rules import CommitPolicy
@@ -45,15 +45,26 @@ class Commits:
     lent: Accumulator | None = None
     """What the checkpoint on its way still reads from, so that nobody may write into it."""
     _number: int = 0
+    # Sums over what is held: asked for at every event.
+    _tokens: int = 0
+    _nbytes: int = 0
 
     def hold(self, update: UpdateId, token: Token, nbytes: int, now: float) -> None:
         """``update`` was folded; ``token`` is acknowledged when that is durable."""
         self.held[update] = Held([token], nbytes, now)
+        self._tokens += 1
+        self._nbytes += nbytes
+
+    def repeat(self, update: UpdateId, tokens: Sequence[Token]) -> None:
+        """``update``, which is held, was delivered again."""
+        self.held[update].tokens += tokens
+        self._tokens += len(tokens)
 
     def forget(self, generation: int) -> None:
         """The connection of ``generation`` is gone, and its tokens with it."""
         for held in self.held.values():
             held.tokens = [token for token in held.tokens if token.generation != generation]
+        self._tokens = sum(len(held.tokens) for held in self.held.values())
 
     def borrows(self, accumulator: Accumulator) -> bool:
         """Whether the checkpoint on its way reads from ``accumulator``, so that nobody may write into it."""
@@ -63,15 +74,19 @@ class Commits:
         """Whether to write one now: because something asks for it at once, or by count, bytes or age."""
         if self.flight is not None or now < self.retry_at:
             return False
-        held = self.held.values()
         return at_once or (
-            bool(held)
+            bool(self.held)
             and (
-                sum(len(h.tokens) for h in held) >= policy.count
-                or sum(h.nbytes for h in held) >= policy.nbytes
-                or now - min(h.since for h in held) >= policy.seconds
+                self._tokens >= policy.count
+                or self._nbytes >= policy.nbytes
+                or now - self._oldest.since >= policy.seconds
             )
         )
+
+    @property
+    def _oldest(self) -> Held:
+        """Of those that are held, of which there is one: they are in the order in which they came."""
+        return next(iter(self.held.values()))
 
     def start(self, snapshot: Snapshot, commands: Iterable[str], *, lent: Accumulator) -> int:
         """``snapshot``, which covers all that is held and has the arrays of ``lent``, is on its way; its number."""
@@ -96,9 +111,12 @@ class Commits:
 
     def release(self, flight: Flight) -> list[Token]:
         """What may be acknowledged, now that ``flight`` is durable."""
-        return [token for update in sorted(flight.ids) for token in self.held.pop(update).tokens]
+        released = [self.held.pop(update) for update in sorted(flight.ids)]
+        self._nbytes -= sum(held.nbytes for held in released)
+        self._tokens -= sum(len(held.tokens) for held in released)
+        return [token for held in released for token in held.tokens]
 
     def next_wake(self, policy: CommitPolicy) -> list[float]:
         """When time alone will make one due."""
-        oldest = [min(h.since for h in self.held.values()) + policy.seconds] if self.held else []
+        oldest = [self._oldest.since + policy.seconds] if self.held else []
         return [self.retry_at, *oldest]

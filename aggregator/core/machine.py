@@ -21,7 +21,7 @@ counts twice in the accumulator; momentum is one more, Adam two, and those twice
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 from aggregator.core import effects as do
@@ -97,7 +97,6 @@ class RoundMachine:
         self._round.plan = replace(self._round.plan, answered=self._answered())
         # Updates whose chunks are on their way, and the tokens of their other deliveries.
         self._fetching: dict[UpdateId, list[Token]] = {}
-        self._here = self.roster.here(now)
         self._commits = Commits(retry_at=now)
         self._last_arrival = now
         self._ask_again_at: float | None = None
@@ -229,7 +228,7 @@ class RoundMachine:
         if isinstance(judged, tuple):
             return [*(do.Ack(other) for other in others), *self._refuse(update, token, judged, now)]
         effects = [self._fold(update, token, event.nbytes, judged, now)]
-        self._commits.held[update.id].tokens += others
+        self._commits.repeat(update.id, others)
         return effects
 
     def _known(self, update: UpdateId, token: Token, now: float) -> list[do.Effect] | None:
@@ -237,7 +236,7 @@ class RoundMachine:
         self._last_arrival = now
         self.roster.note(update.worker, now)
         if update in self._commits.held:
-            self._commits.held[update].tokens.append(token)
+            self._commits.repeat(update, [token])
             return [do.Record(do.Repeated(update))]
         if update in self._buffer.ledger:
             return [do.Ack(token), do.Record(do.Repeated(update))]
@@ -358,21 +357,16 @@ class RoundMachine:
         return effects
 
     def _comings_and_goings(self, now: float) -> list[do.Effect]:
-        before, self._here = self._here, self.roster.here(now)
-        if before is self._here or before == self._here:
-            return []
-        effects: list[do.Effect] = [
-            do.Record(do.Went(name, role, self.roster.farewell(name)))
-            for name, role in before.items()
-            if name not in self._here
-        ]
-        came = [do.Record(do.Came(name, role)) for name, role in self._here.items() if name not in before]
-        return [*effects, *came]
+        went, came = self.roster.news(now)
+        effects: list[do.Effect] = [do.Record(do.Went(name, role, self.roster.farewell(name))) for name, role in went]
+        return [*effects, *(do.Record(do.Came(name, role)) for name, role in came)]
 
     def _advance_round(self, now: float) -> list[do.Effect]:
         rule = self.rules.rounds
         # Whoever has left, and whose last update is being fetched, is waited for.
-        present = sorted({*self._trainers(now), *(update.worker for update in self._fetching)})
+        present = self._trainers(now)
+        if any(update.worker not in present for update in self._fetching):
+            present = sorted({*present, *(update.worker for update in self._fetching)})
         if kept_out := self.screening.standings.kept_out:
             present = [worker for worker in present if worker not in kept_out]
         overdue = rule.deadline is not None and now >= self._round.opened + rule.deadline
@@ -387,7 +381,7 @@ class RoundMachine:
             return []
         return self._ask_again(now, rule.goal(self._round, present))
 
-    def _is_starved(self, present: list[str], now: float) -> bool:
+    def _is_starved(self, present: Sequence[str], now: float) -> bool:
         """Whether a worker waits for the next version, and what it was asked for never came.
 
         As after a queue that was deleted with updates in it. What is still on its way gets some time.
@@ -435,7 +429,7 @@ class RoundMachine:
     def _answered(self) -> tuple[str, ...]:
         return tuple(sorted(self._round.folded)[:MAX_ANSWERED])
 
-    def _trainers(self, now: float) -> list[str]:
+    def _trainers(self, now: float) -> Sequence[str]:
         return self.roster.present(Role.TRAINER, now)
 
     # -------------------------------------------------------------------------------------------- commits
@@ -457,7 +451,7 @@ class RoundMachine:
             ledger=buffer.ledger.to_plain(),
             records=tuple(versions.records),
             confirmed=self.roster.confirmed(),
-            trainers=tuple(self._trainers(now)),
+            trainers=self.roster.present(Role.TRAINER, now).names,
             rejected=dict(self.rejected),
             mode=self.rules.mode.value,
             started=self._started,

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import heapq
 import math
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import overload
 
 from broker.messages import Role
 
-__all__ = ["Member", "Roster"]
+__all__ = ["Member", "Present", "Roster"]
 
 #: Incarnations of one worker whose counts are kept; they are for the summary alone.
 MAX_INCARNATIONS = 100
@@ -26,13 +28,11 @@ class Member:
     present: bool = True
     evaluated: int = -1
     """Newest version that this evaluator has reported on."""
-    confirmed: dict[str, int] = field(default_factory=dict)
-    """Updates that it knows to be confirmed, by incarnation."""
     farewell: str = ""
     """The reason in its goodbye."""
     incarnation: str = ""
     """The one that was heard last."""
-    former: set[str] = field(default_factory=set)
+    former: frozenset[str] = frozenset()
     """Those before it."""
     doubled: bool = False
     """Two of them were heard in turn."""
@@ -41,21 +41,61 @@ class Member:
     waiting_since: float = 0.0
 
 
+class Present(Sequence[str]):
+    """The names of those who are here with one role, sorted: a picture that holds until somebody comes or leaves.
+
+    They are sorted when that is first asked for. Whether somebody is among them takes no sorting.
+    """
+
+    __slots__ = ("_here", "_names", "_role")
+
+    def __init__(self, here: Mapping[str, Role], role: Role) -> None:
+        """``here``: everybody who is."""
+        self._here, self._role = here, role
+        self._names: tuple[str, ...] | None = None
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """All of them."""
+        if self._names is None:
+            self._names = tuple(sorted(name for name, role in self._here.items() if role is self._role))
+        return self._names
+
+    @overload
+    def __getitem__(self, index: int) -> str: ...
+    @overload
+    def __getitem__(self, index: slice) -> tuple[str, ...]: ...
+    def __getitem__(self, index: int | slice) -> str | tuple[str, ...]:
+        return self.names[index]
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.names)
+
+    def __contains__(self, name: object) -> bool:
+        return self._here.get(name) is self._role  # type: ignore[call-overload]
+
+
 class Roster:
     """Members by name; one that was silent for ``timeout`` seconds counts as gone until it is heard again.
 
-    Who is here is asked at every event and changes seldom. So the answer is kept until somebody comes or leaves,
-    or until the first could be gone for silence: with thousands of workers a look at each would take longer than
-    all the rest.
+    Who is here is asked at every event and changes seldom. Nothing here takes longer with more workers, but for the
+    list of their names, which is made after somebody has come or left, and only if it is asked for.
     """
 
     def __init__(self, timeout: float) -> None:
         """See the class."""
         self._timeout = timeout
         self._members: dict[str, Member] = {}
+        self._confirmed: dict[str, dict[str, int]] = {}
         self._here: dict[str, Role] = {}
-        self._by_role: dict[Role, list[str]] = {}
-        self._good_until = -math.inf
+        self._present: dict[Role, Present] = {}
+        # Who was what when the news were last told, of those for whom that has changed since.
+        self._before: dict[str, Role | None] = {}
+        # For everybody who is here, a time before which silence cannot be too long; looked at again then.
+        self._expiries: list[tuple[float, str]] = []
 
     @property
     def timeout(self) -> float:
@@ -65,16 +105,24 @@ class Roster:
     @timeout.setter
     def timeout(self, seconds: float) -> None:
         self._timeout = seconds
-        self._good_until = -math.inf
+        for name, member in self._members.items():
+            # Who was silent for too long may not be so any more.
+            if member.present:
+                self._enter(name, member.role)
+        self._expiries = []
+        for name in self._here:
+            self._expect(name)
 
     def restore(self, trainers: tuple[str, ...], confirmed: Mapping[str, Mapping[str, int]], now: float) -> None:
-        """Take over what a checkpoint says; everybody gets a full timeout to be heard again."""
-        for name, by_incarnation in confirmed.items():
-            self._members[name] = Member(Role.TRAINER, now, present=False, confirmed=dict(by_incarnation))
+        """Take over what a checkpoint says; everybody gets a full timeout to be heard again, and is no news."""
+        self._confirmed = {name: dict(by_incarnation) for name, by_incarnation in confirmed.items()}
+        for name in confirmed:
+            self._members[name] = Member(Role.TRAINER, now, present=False)
         for name in trainers:
             member = self._members.setdefault(name, Member(Role.TRAINER, now))
             member.present = True
-        self._good_until = -math.inf
+            self._here[name] = member.role
+            self._expect(name)
 
     def see(self, name: str, now: float, role: Role | None = None) -> Member:
         """``name`` was heard of."""
@@ -84,9 +132,39 @@ class Roster:
         if role is not None:
             member.role = role
         member.last_seen, member.present, member.farewell = now, True, ""
-        if self._here.get(name) is not member.role:
-            self._good_until = -math.inf
+        known = self._here.get(name)
+        if known is not member.role:
+            self._enter(name, member.role)
+            if known is None:
+                self._expect(name)
         return member
+
+    def _enter(self, name: str, role: Role) -> None:
+        before = self._here.get(name)
+        if before is not role:
+            self._before.setdefault(name, before)
+            self._here[name] = role
+            self._present = {}
+
+    def _depart(self, name: str) -> None:
+        if name in self._here:
+            self._before.setdefault(name, self._here.pop(name))
+            self._present = {}
+
+    def _expect(self, name: str) -> None:
+        if math.isfinite(self._timeout):
+            heapq.heappush(self._expiries, (self._members[name].last_seen + self._timeout, name))
+
+    def _expire(self, now: float) -> None:
+        """Whoever has been silent for too long is not here any more."""
+        while self._expiries and (self._expiries[0][0] <= now or self._expiries[0][1] not in self._here):
+            _, name = heapq.heappop(self._expiries)
+            if name not in self._here:
+                continue
+            if self._members[name].last_seen + self._timeout <= now:
+                self._depart(name)
+            else:
+                self._expect(name)
 
     def note(self, name: str, now: float) -> None:
         """An update of ``name`` came. It may have been on its way when the worker left, so it revives nobody."""
@@ -104,7 +182,7 @@ class Roster:
         is_new = incarnation in member.former and not member.doubled
         member.doubled = member.doubled or is_new
         if member.incarnation:
-            member.former = {*list(member.former)[-MAX_INCARNATIONS:], member.incarnation}
+            member.former = frozenset({*list(member.former)[-MAX_INCARNATIONS:], member.incarnation})
         member.incarnation = incarnation
         return is_new
 
@@ -125,16 +203,17 @@ class Roster:
             self._members[name].last_seen = now
             self._members[name].present = False
             self._members[name].farewell = farewell or "left"
-            self._good_until = -math.inf
+            self._depart(name)
 
-    def here(self, now: float) -> Mapping[str, Role]:
-        """Everybody who is here, with the role. A new dictionary whenever that has changed."""
-        if now >= self._good_until:
-            here = [(n, m) for n, m in self._members.items() if m.present and now - m.last_seen < self._timeout]
-            self._here = {name: member.role for name, member in here}
-            self._by_role = {role: sorted(n for n, own in self._here.items() if own is role) for role in Role}
-            self._good_until = min((member.last_seen + self._timeout for _, member in here), default=math.inf)
-        return self._here
+    def news(self, now: float) -> tuple[list[tuple[str, Role]], list[tuple[str, Role]]]:
+        """Who has gone and who has come since this was last asked, with the role."""
+        self._expire(now)
+        if not self._before:
+            return [], []
+        before, self._before = self._before, {}
+        went = [(name, role) for name, role in before.items() if role is not None and name not in self._here]
+        came = [(name, self._here[name]) for name, role in before.items() if role is None and name in self._here]
+        return went, came
 
     def farewell(self, name: str) -> str:
         """Why ``name`` left; empty if it did not say."""
@@ -143,16 +222,18 @@ class Roster:
     def confirm(self, name: str, incarnation: str, count: int) -> None:
         """``name`` says how many updates of ``incarnation`` were confirmed; counts never fall."""
         if name in self._members and count > 0:
-            known = self._members[name].confirmed
+            known = self._confirmed.setdefault(name, {})
             known[incarnation] = max(count, known.pop(incarnation, 0))
             while len(known) > MAX_INCARNATIONS:
                 oldest = next(name for name in known if name != EARLIER)
                 known[EARLIER] = known.get(EARLIER, 0) + known.pop(oldest)
 
-    def present(self, role: Role, now: float) -> list[str]:
-        """Names of those with ``role`` who are here, sorted. Not to be changed."""
-        self.here(now)
-        return self._by_role[role]
+    def present(self, role: Role, now: float) -> Present:
+        """Names of those with ``role`` who are here, sorted; the same object until somebody comes or leaves."""
+        self._expire(now)
+        if role not in self._present:
+            self._present[role] = Present(self._here, role)
+        return self._present[role]
 
     def missing_evaluation(self, version: int, now: float) -> list[str]:
         """Evaluators who are here and have not reported on ``version``."""
@@ -165,9 +246,9 @@ class Roster:
 
     def confirmed(self) -> dict[str, dict[str, int]]:
         """Confirmed updates by worker and incarnation."""
-        return {name: dict(m.confirmed) for name, m in sorted(self._members.items()) if m.confirmed}
+        return {name: dict(counts) for name, counts in sorted(self._confirmed.items())}
 
     def next_expiry(self, now: float) -> float | None:
         """When to look again whether somebody has been silent for too long; None if nobody is here."""
-        self.here(now)
-        return self._good_until if math.isfinite(self._good_until) else None
+        self._expire(now)
+        return self._expiries[0][0] if self._expiries else None

@@ -26,11 +26,25 @@ class Round:
     """Workers whose answer to this attempt was rejected."""
     draws: dict[tuple[int, str], bool] = field(default_factory=dict)
     """Who was sampled, by question and worker, as far as that was asked."""
+    # Asked for at every event, and with thousands of workers too long to be made each time.
+    _folded: set[str] = field(default_factory=set)
+    _counted: int = 0
+    _expected: tuple[Sequence[str], Plan, frozenset[str]] | None = None
 
     @property
-    def folded(self) -> set[str]:
-        """Workers with an update in the buffer."""
-        return {entry.id.worker for entry in self.entries}
+    def folded(self) -> AbstractSet[str]:
+        """Workers with an update in the buffer, which only ever grows."""
+        while self._counted < len(self.entries):
+            self._folded.add(self.entries[self._counted].id.worker)
+            self._counted += 1
+        return self._folded
+
+    def expected(self, present: Sequence[str]) -> AbstractSet[str]:
+        """Those of ``present`` who take part; it must not change as long as it is the same object."""
+        if self._expected is None or self._expected[0] is not present or self._expected[1] is not self.plan:
+            drawn = frozenset(worker for worker in present if self.is_sampled(worker))
+            self._expected = present, self.plan, drawn
+        return self._expected[2]
 
     def is_sampled(self, worker: str) -> bool:
         """Whether ``worker`` takes part: the plan's draw, which takes a hash, made once."""
@@ -108,7 +122,7 @@ class Buffered:
 
     def is_stuck(self, round_: Round, present: Sequence[str]) -> bool:
         """Workers go on by themselves, but one whose update was rejected may have none left for this version."""
-        return bool(round_.refused & set(present))
+        return any(worker in present for worker in round_.refused)
 
     def is_owed(self, round_: Round, worker: str) -> bool:
         """It may send more from this version."""
@@ -138,12 +152,11 @@ class Synchronous:
 
     def expected(self, round_: Round, present: Sequence[str]) -> AbstractSet[str]:
         """Workers here that were sampled."""
-        return {worker for worker in present if round_.is_sampled(worker)}
+        return round_.expected(present)
 
     def is_complete(self, round_: Round, present: Sequence[str]) -> bool:
         """All have answered, and enough of the answers were good."""
-        answered = round_.folded | round_.refused
-        return len(round_.entries) >= self.minimum and self.expected(round_, present) <= answered
+        return len(round_.entries) >= self.minimum and self._have_answered(round_, present)
 
     def goal(self, round_: Round, present: Sequence[str]) -> int:
         """Those sampled, and no fewer than the minimum."""
@@ -155,11 +168,18 @@ class Synchronous:
         It can if answers were rejected or if the draw left someone out. If everybody here has answered well,
         only more workers can help, and they are waited for.
         """
-        answered = round_.folded | round_.refused
-        if len(round_.entries) >= self.minimum or not self.expected(round_, present) <= answered:
+        if len(round_.entries) >= self.minimum or not self._have_answered(round_, present):
             return False
-        return bool(round_.refused & set(present)) or any(worker not in round_.folded for worker in present)
+        return any(worker in present for worker in round_.refused) or any(
+            worker not in round_.folded for worker in present
+        )
 
     def is_owed(self, round_: Round, worker: str) -> bool:
         """It was sampled and has not answered."""
-        return worker in self.expected(round_, [worker]) - round_.folded - round_.refused
+        return round_.is_sampled(worker) and worker not in round_.folded and worker not in round_.refused
+
+    def _have_answered(self, round_: Round, present: Sequence[str]) -> bool:
+        expected = self.expected(round_, present)
+        if len(round_.folded) + len(round_.refused) < len(expected):
+            return False  # seen at once, and nearly always so
+        return expected <= round_.folded | round_.refused

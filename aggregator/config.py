@@ -17,7 +17,7 @@ from aggregator.core.standing import QuarantinePolicy
 from aggregator.optimizers import OPTIMIZERS, default_rate, optimizer_of
 from aggregator.recipe import Recipe
 from aggregator.schedules import SCHEDULES, schedule_of
-from aggregator.staleness import STALENESSES
+from aggregator.staleness import STALENESSES, weight_of
 from aggregator.strategies import STRATEGIES, strategy_of
 from broker.codecs import codec_of
 from broker.errors import ConfigError, first_problem
@@ -53,6 +53,7 @@ LIVE = frozenset(
         "momentum",
         "nesterov",
         "norm_factor",
+        "normalize_staleness",
         "one_per_worker",
         "optimizer",
         "options",
@@ -65,7 +66,10 @@ LIVE = frozenset(
         "schedule_rounds",
         "score_half_life",
         "staleness",
+        "staleness_decay",
         "staleness_exponent",
+        "staleness_slope",
+        "staleness_threshold",
         "stop_after_rounds",
         "strategy",
         "update_codec",
@@ -97,7 +101,7 @@ class AggregatorConfig(Table):
     """Where checkpoints and the history are kept; ``runs/<run>`` if not set."""
 
     mode: Mode = Mode.DELTA
-    """What workers send: ``delta`` after local training, or ``gradient`` at the version."""
+    """What workers send: ``delta`` or ``parameters`` after local training, or ``gradient`` at the version."""
     rounds: Rounds = Rounds.BUFFERED
     """When a round closes: ``buffered`` at ``buffer_size`` updates, ``synchronous`` when all have answered."""
     stop_after_rounds: Annotated[int, Field(ge=0, le=MAX)] | None = None
@@ -125,9 +129,18 @@ class AggregatorConfig(Table):
     """By number of examples or all the same; if not set, uniform for buffered rounds (FedBuff) and by examples
     for synchronous ones (FedAvg)."""
     staleness: Annotated[str, AfterValidator(Name(STALENESSES))] = "polynomial"
-    """Weight of a stale update: ``(1 + staleness) ** -staleness_exponent``, or always 1."""
+    """Weight of a stale update. See docs/algorithms.md."""
     staleness_exponent: Annotated[float, Field(ge=0, le=10)] = 0.5
-    """FedBuff's is one half."""
+    """``polynomial``: ``(1 + staleness) ** -staleness_exponent``; FedBuff's is one half."""
+    staleness_threshold: Annotated[int, Field(ge=0, le=MAX)] = 4
+    """``hinge`` and ``cutoff``: the largest staleness of full weight. ``cutoff`` rejects what is beyond."""
+    staleness_slope: Annotated[float, Field(ge=0)] = 10.0
+    """``hinge``: beyond the threshold, ``1 / (staleness_slope * (staleness - staleness_threshold) + 1)``."""
+    staleness_decay: Annotated[float, Field(ge=0)] = 0.3
+    """``exponential``: ``exp(-staleness_decay * staleness)``."""
+    normalize_staleness: bool = False
+    """Divide a round by the sum of its weights, and not by the number of its updates: stale updates count less beside
+    fresh ones, but the step does not become shorter."""
 
     max_norm: Annotated[float, Field(gt=0)] | None = None
     """The longest update that is taken: the Euclidean norm of all its parameters together; without it, any."""
@@ -148,8 +161,8 @@ class AggregatorConfig(Table):
     optimizer: Annotated[str, AfterValidator(Name(OPTIMIZERS))] = "sgd"
     """Server optimiser. See docs/algorithms.md."""
     learning_rate: Annotated[float, Field(gt=0)] | None = None
-    """Of the server; if not set, 1 for deltas and 0.1 for gradients, with adagrad a tenth of these, with the others
-    0.01 and 0.001."""
+    """Of the server; if not set, 1 for deltas, 0.1 for gradients and 0.6 for parameters, where it is FedAsync's alpha;
+    with adagrad 0.1 (gradients 0.01), with the others 0.01 (0.001)."""
     momentum: Annotated[float, Field(ge=0, lt=1)] = 0.0
     """Of the server's sgd; for adam, adamw, yogi and lamb it is beta1, 0.9 if not set."""
     nesterov: bool = False
@@ -212,6 +225,10 @@ class AggregatorConfig(Table):
     def _consistent(self) -> AggregatorConfig:
         if self.rounds is Rounds.BUFFERED and self.minimum_updates > self.buffer_size:
             raise ValueError("minimum_updates is larger than buffer_size, so that a deadline could never close a round")
+        if self.mode is Mode.PARAMETERS:
+            self._check_parameters()
+        if self.normalize_staleness and self.strategy in STRATEGIES.own and self.strategy != "mean":
+            raise ValueError(f"normalize_staleness is for strategy = 'mean', and not for {self.strategy!r}")
         if self.nesterov and not (self.optimizer == "sgd" and self.momentum):
             raise ValueError("nesterov is for optimizer = 'sgd' with a momentum")
         if self.optimizer == "adagrad" and self.momentum:
@@ -232,6 +249,18 @@ class AggregatorConfig(Table):
             raise ValueError('strategy = "fednova" goes by local steps, and a gradient has none: set mode = "delta"')
         if self.proximal:
             raise ValueError('proximal pulls at local steps, and a gradient has none: set mode = "delta"')
+
+    def _check_parameters(self) -> None:
+        if self.optimizer == "sgd" and self.effective_learning_rate > 1:
+            raise ValueError("with mode = 'parameters', learning_rate is how far to go towards them: at most 1")
+        if self.normalize_staleness:
+            raise ValueError("with mode = 'parameters', staleness says how far to go; normalize_staleness undoes it")
+        if self.strategy in STRATEGIES.own and self.strategy != "mean":
+            raise ValueError(f"strategy = {self.strategy!r} takes steps: set mode = 'delta'")
+        if self.worker_momentum:
+            raise ValueError("worker_momentum is an average of changes: set mode = 'delta'")
+        if self.update_codec and codec_of(self.update_codec).feedback:
+            raise ValueError(f"update_codec = {self.update_codec!r} leaves most of an update out; parameters need all")
 
     def _check_schedule(self) -> None:
         length = self.effective_schedule_rounds
@@ -273,6 +302,7 @@ class AggregatorConfig(Table):
             deadline=self.deadline,
             updates_per_version=self.updates_per_version,
             one_per_worker=self.one_per_worker,
+            weight=weight_of(self.recipe()),
         )
 
     def in_flight(self, model_bytes: int) -> int:

@@ -33,6 +33,10 @@ class Recipe:
     optimizer: str
     learning_rate: float
     momentum: float
+    staleness_slope: float = 10.0
+    staleness_threshold: int = 4
+    staleness_decay: float = 0.3
+    normalize_staleness: bool = False
     nesterov: bool = False
     weight_decay: float = 0.0
     beta2: float | None = None

@@ -128,6 +128,7 @@ class Rebuild:
                 mode=recipe.mode,
                 optimizer=optimizer.scaled(factor_at(schedule, record.version - 1)),
                 state=fresh if begins_anew else self.optimizer,
+                pull=self._accumulator.pull,
             )
         except StrategyError as error:
             if not self._is_altered:

@@ -89,6 +89,9 @@ class Mode(StrEnum):
     """The gradient of the worker's mean loss at the base version; the server descends along it."""
     DELTA = "delta"
     """New minus old parameters after local training from the base version (FedAvg, FedBuff)."""
+    PARAMETERS = "parameters"
+    """The parameters themselves after local training from the base version; the server moves its own towards them
+    (FedAsync)."""
 
 
 class Rounds(StrEnum):

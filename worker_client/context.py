@@ -26,8 +26,9 @@ class Abandoned(FedmqError):
 class TrainingResult:
     """What one training gave.
 
-    ``tensors`` is the gradient (mode gradient) or the delta (mode delta) by parameter name, each in the
-    parameter's shape. If None, it is taken from the model: the parameters' ``.grad``, or what training changed.
+    ``tensors`` is the gradient (mode gradient), the delta (mode delta) or the trained values (mode parameters) by
+    parameter name, each in the parameter's shape. If None, it is taken from the model: the parameters' ``.grad``, what
+    training changed, or the values.
 
     ``steps`` is the number of local steps; if None, how often :meth:`TrainingContext.adjust` was called. ``effort``
     is what they weigh together in runs with ``strategy = "fednova"``; if None, what ``[worker]`` makes it
@@ -46,7 +47,7 @@ class TrainingContext:
     """What a training is told beside the model and the data."""
 
     mode: Mode
-    """Whether the run wants a gradient at the base version or a delta after local """
+    """Whether the run wants a gradient at the base version, or a delta or the parameters after local training."""
     settings: WorkerConfig
     worker: str
     base_version: int

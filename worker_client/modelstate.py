@@ -58,9 +58,10 @@ class ModelState:
         """Names of the tensors that train."""
         return self._parameters
 
-    def read(self) -> dict[str, Array]:
-        """Copies of the values, by name, in ``spec``'s order, shapes and dtypes."""
-        return {name: as_array(tensor).copy() for name, tensor in self._tensors().items()}
+    def read(self, names: Iterable[str] | None = None) -> dict[str, Array]:
+        """Copies of the values of ``names`` (all, if None), in ``spec``'s order, shapes and dtypes."""
+        tensors = self._tensors()
+        return {name: as_array(tensors[name]).copy() for name in (tensors if names is None else names)}
 
     def load(self, tensors: Mapping[str, Values]) -> None:
         """Copy values into the model, in place, piece by piece. ``tensors`` fit ``spec``; they may be read-only."""

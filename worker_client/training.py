@@ -200,6 +200,9 @@ class Trainer:
             changes = self._given(result.tensors)
         elif base.plan.mode is Mode.GRADIENT:
             changes = self._state.gradients()
+        elif base.plan.mode is Mode.PARAMETERS:
+            self._model.zero_grad(set_to_none=True)
+            changes = self._state.read(names)
         else:
             # They take as much memory as the delta that is made now.
             self._model.zero_grad(set_to_none=True)

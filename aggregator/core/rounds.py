@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, field, replace
 from typing import Protocol
@@ -94,6 +94,8 @@ class Buffered:
     deadline: float | None = None
     updates_per_version: int | None = None
     one_per_worker: bool = False
+    weight: Callable[[int], float] | None = None
+    """Of a staleness. What it gives no weight is too stale."""
 
     def plan(self, base: Plan) -> Plan:
         """Everybody trains all the time. Unless that is not wanted, a single worker can fill the buffer by itself."""
@@ -108,6 +110,8 @@ class Buffered:
         if self.one_per_worker and head.id.worker in round_.folded:
             text = f"{head.id.worker} has an update in the buffer; with aggregator.one_per_worker it takes"
             return Reason.SECOND_IN_ROUND, f"{text} {self.size} workers to fill it"
+        if self.weight is not None and not self.weight(staleness):
+            return Reason.TOO_STALE, f"staleness {staleness}, to which aggregator.staleness gives no weight"
         return None
 
     def is_complete(self, round_: Round, present: Sequence[str]) -> bool:

@@ -22,11 +22,17 @@ def next_parameters(
     mode: Mode,
     optimizer: Optimizer,
     state: OptimizerState,
+    pull: float = 1.0,
 ) -> tuple[dict[str, Array], OptimizerState]:
     """The parameters after one step along ``aggregate``, in the model's order, and the optimiser's new state.
 
     Statistics and counters are not the optimiser's: a learning rate on a running variance has no meaning.
     Counters are rounded to the nearest integer (ties to even).
+
+    Where updates are parameters, the direction is ``pull`` times what lies between the parameters and ``aggregate``:
+    gradient descent with rate alpha makes ``(1 - alpha * pull) * parameters + alpha * pull * aggregate`` of them,
+    which is FedAsync (Xie et al. 2019, arXiv 1903.03934, algorithm 1) for one update, whose staleness weight is
+    ``pull``.
 
     ``aggregate`` is used up: it is empty afterwards, and the result and the new state have its memory where they
     can. ``parameters`` and ``state`` are not written into.
@@ -41,6 +47,10 @@ def next_parameters(
         if mode is Mode.DELTA:
             for array in direction.values():
                 np.negative(array, out=array)
+        elif mode is Mode.PARAMETERS:
+            for name, array in direction.items():
+                np.subtract(parameters[name], array, out=array, dtype=array.dtype, casting="unsafe")
+                np.multiply(array, pull, out=array)
         moved, new_state = optimizer.apply(parameters, direction, state)
         result = {t.name: _next(t, parameters[t.name], own, moved) for t in model.tensors}
     for tensor in model.tensors:

@@ -85,6 +85,7 @@ class Versions:
                 mode=rules.mode,
                 optimizer=rules.optimizer_at(self.newest),
                 state=self.memory,
+                pull=accumulator.pull,
             )
         except StrategyError as error:
             problem = error

@@ -31,6 +31,11 @@ class Accumulator:
     effort: float = 0.0
     """Sum of the updates' efforts, each times its share, where the strategy goes by them."""
 
+    @property
+    def pull(self) -> float:
+        """The updates' mean staleness weight, by share: how far towards parameters that workers send a round goes."""
+        return self.weight / self.share if self.share else 1.0
+
     def lend(self) -> Accumulator:
         """This accumulator as it is now, with the same arrays: whoever has it sees what is written into them."""
         return replace(self, tensors=dict(self.tensors))
@@ -52,7 +57,8 @@ class Strategy(Protocol):
     def finish(self, accumulator: Accumulator, model: ModelSpec) -> dict[str, Array]:
         """The aggregate of a round with at least one update, by tensor, in the accumulator's dtypes.
 
-        For parameters the gradient or delta to apply, for statistics their new values, for counters the change.
+        For parameters the gradient or delta to apply, or, where updates are parameters, a mean of these; for
+        statistics their new values, for counters the change.
 
         The accumulator is used up: the result may share its arrays.
         """

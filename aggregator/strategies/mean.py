@@ -1,4 +1,4 @@
-"""The weighted mean: FedSGD and FedAvg (McMahan et al. 2017), FedBuff (Nguyen et al. 2022), by its settings.
+"""The weighted mean: FedSGD, FedAvg (McMahan et al. 2017), FedBuff (Nguyen et al. 2022), FedAsync, by its settings.
 
 With examples n_i (or 1 for uniform weights), staleness tau_i and staleness weight s, a round of updates u_i
 gives
@@ -7,7 +7,10 @@ gives
 
 The divisor leaves s out. For uniform weights it is K, as in FedBuff's algorithm 1, so that a round of stale
 updates takes a shorter step; without staleness it is FedAvg's weighted mean, bit for bit. Statistics and
-counters are no steps: their sums are divided by the sum of s(tau_i) n_i, so that a mean of variances is one.
+counters are no steps: their sums are divided by the sum of s(tau_i) n_i, so that a mean of variances is one. So are
+those of parameters that workers send: they are a place to go to, and how far is for the step to say. With
+``normalized``, that is the divisor of all: stale updates then count less beside fresh ones, and a round of nothing
+but stale ones makes a whole step.
 """
 
 from __future__ import annotations
@@ -21,7 +24,7 @@ import numpy as np
 from aggregator.recipe import Recipe
 from aggregator.staleness import weight_of
 from aggregator.strategies.base import Accumulator, accumulator_dtype
-from broker.messages import Array, ModelSpec, TensorRole, Update, pieces
+from broker.messages import Array, Mode, ModelSpec, TensorRole, Update, pieces
 
 __all__ = ["Mean", "add_scaled"]
 
@@ -36,11 +39,13 @@ class Mean:
 
     weighting: Literal["examples", "uniform"]
     staleness_weight: Callable[[int], float]
+    normalized: bool = False
 
     @classmethod
     def of(cls, recipe: Recipe) -> Mean:
         """As ``recipe`` says."""
-        return cls(recipe.weighting, weight_of(recipe))
+        are_parameters = recipe.mode is Mode.PARAMETERS
+        return cls(recipe.weighting, weight_of(recipe), recipe.normalize_staleness or are_parameters)
 
     def init(self, model: ModelSpec) -> Accumulator:
         """Zeros."""
@@ -61,7 +66,7 @@ class Mean:
         """Divide the sums."""
         for tensor in model.tensors:
             total = accumulator.tensors[tensor.name]
-            is_step = tensor.role is TensorRole.PARAMETER
+            is_step = tensor.role is TensorRole.PARAMETER and not self.normalized
             np.divide(total, accumulator.share if is_step else accumulator.weight, out=total)
         return accumulator.tensors
 

@@ -50,6 +50,7 @@ class Quadratic:
             for _ in range(table.local_steps - 1):
                 self._factors *= shrink
             self._factors -= np.float32(1.0)
+        self._sends_parameters = mode is Mode.PARAMETERS
         self._noise = table.noise
         self._generator = stream(seed, "noise")
         self._drawn = np.empty((0, dimensions), np.float32)
@@ -62,12 +63,14 @@ class Quadratic:
         return {"x": self._start.astype(np.float32)}
 
     def train(self, worker: int, base: Parameters, ordinal: int) -> Work:
-        """A gradient at ``base``, or what the local steps change."""
+        """A gradient at ``base``, or what the local steps change, or lead to."""
         del ordinal
         change = base.tensors["x"] - self._centres[worker]
         change *= self._factors[worker]
         if self._noise:
             change += self._next_noise()
+        if self._sends_parameters:
+            change += base.tensors["x"]
         return Work({"x": change})
 
     def score(self, tensors: Tensors) -> dict[str, float]:

@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from aggregator.lineage import Replay
 from aggregator.rollback import adopt, find_checkpoint, open_lineage, roll_back
 from broker.errors import StrategyError
+from broker.messages import Mode
 from tests.support.ondisk import OnDisk
 
 WORKERS = ("w0", "w1", "w2")
@@ -27,12 +28,14 @@ CHANGES = st.fixed_dictionaries(
     optional={
         "buffer_size": st.integers(1, 3),
         "weighting": st.sampled_from(["uniform", "examples"]),
-        "staleness": st.sampled_from(["polynomial", "constant"]),
+        "staleness": st.sampled_from(["polynomial", "constant", "hinge", "exponential", "cutoff"]),
         "staleness_exponent": st.sampled_from([0.0, 0.5, 1.7]),
         "optimizer": st.sampled_from(["sgd", "adam", "adamw", "yogi", "lamb"]),
         "learning_rate": st.sampled_from([0.1, 0.7, 1.0]),
         "momentum": st.sampled_from([0.0, 0.9]),
         "weight_decay": st.sampled_from([0.0, 0.1]),
+        "normalize_staleness": st.booleans(),
+        "staleness_threshold": st.integers(0, 2),
         "schedule": st.sampled_from(["constant", "step", "cosine"]),
         "schedule_rounds": st.integers(3, 9),
         "warmup_rounds": st.integers(0, 2),
@@ -83,13 +86,17 @@ class Life:
                 for _ in range(5):
                     self.update(worker, self.run.random(0, 1e30), 0, 1, keeps_up=True)
             case ("order", changes):
-                self.run.order(**changes)
+                self.run.order(**self.legal(changes))
             case ("restart", changes):
-                self.run.restart(**changes)
+                self.run.restart(**self.legal(changes))
             case ("roll back", by, from_file):
                 self.roll_back(by, from_file)
             case ("leave out", worker, back):
                 self.leave_out(worker, back)
+
+    def legal(self, changes: dict[str, Any]) -> dict[str, Any]:
+        """Without what parameters do not go with."""
+        return changes | ({"normalize_staleness": False} if self.run.config.mode is Mode.PARAMETERS else {})
 
     def update(self, worker: str, tensors: Any, lag: int, examples: int, keeps_up: bool) -> None:
         self.run.publish(worker, tensors, lag=lag, examples=examples)
@@ -146,7 +153,7 @@ class Life:
 @settings(max_examples=100, deadline=None)
 @given(
     dtype=st.sampled_from(DTYPES),
-    mode=st.sampled_from(["delta", "gradient"]),
+    mode=st.sampled_from(["delta", "gradient", "parameters"]),
     commit=st.integers(1, 3),
     steps=st.lists(STEPS, min_size=5, max_size=20),
 )

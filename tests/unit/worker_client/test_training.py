@@ -153,6 +153,22 @@ def test_the_delta_is_exactly_what_training_changed() -> None:
     assert same(trained.tensors, {name: np.float32(0.3) - array for name, array in old.items()})
 
 
+def test_parameters_are_what_training_left_in_the_model() -> None:
+    task = Normed()
+    _, start = initial_parameters(task)
+
+    delta = train_once(task, mode=Mode.DELTA, local_epochs=2)
+    trained = train_once(task, mode=Mode.PARAMETERS, local_epochs=2)
+
+    assert list(trained.tensors) == list(delta.tensors)
+    for name, values in trained.tensors.items():
+        is_parameter = "running" not in name and "batches" not in name
+        # Buffers travel as ever: statistics by value, counters by their change.
+        moved = np.subtract(values, start[name]) if is_parameter else values
+        np.testing.assert_array_equal(moved, delta.tensors[name])
+        assert not np.shares_memory(values, start[name])
+
+
 def test_a_delta_counts_batches_in_integer_buffers() -> None:
     tensors = train_once(Normed(), batch_size=10, local_epochs=3).tensors
 

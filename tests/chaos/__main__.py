@@ -14,6 +14,7 @@ from rich.console import Console
 
 from broker.amqp.node import PrivateNode
 from tests.chaos.campaign import campaign
+from tests.chaos.loads import LOADS
 from tests.chaos.nemesis import KILLS, KINDS
 
 #: Part of the faults that find nobody, or that wait while another one is at the broker.
@@ -39,6 +40,7 @@ def main() -> int:
         gap=arguments.gap or _gap(arguments.duration, arguments.kills),
         aggregators=arguments.aggregators,
         workers=arguments.workers,
+        load=arguments.load,
         console=Console(width=120),
     )
     if report.is_good and not (arguments.keep or arguments.folder):
@@ -62,6 +64,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--gap", type=float, default=None, help="seconds between two faults, on the average")
     parser.add_argument("--workers", type=int, default=4, choices=range(1, 9), metavar="1…8")
     parser.add_argument("--aggregators", type=int, default=2, choices=range(1, 5), metavar="1…4")
+    parser.add_argument("--load", choices=tuple(LOADS), default="whole", help="what updates and versions are made of")
     parser.add_argument("--folder", help="where to work (default: a new one, removed if all is well)")
     parser.add_argument("--keep", action="store_true", help="keep the folder in any case")
     arguments = parser.parse_args()

@@ -36,12 +36,13 @@ def campaign(
     gap: float = 3.0,
     aggregators: int = 2,
     workers: int = 4,
+    load: str = "whole",
     console: Console | None = None,
 ) -> Report:
     """Torment a federation in ``folder`` for ``duration`` seconds, and until ``kills`` SIGKILLs were sent.
 
-    Faults come ``gap`` seconds apart on the average. What happened stands in ``folder`` afterwards: the run's files,
-    a log for each process, the node's log, ``chaos.log`` and ``report.json``.
+    Faults come ``gap`` seconds apart on the average. ``load`` is one of :data:`LOADS`. What happened stands in
+    ``folder`` afterwards: the run's files, a log for each process, the node's log, ``chaos.log`` and ``report.json``.
     """
     begun = time.monotonic()
     console = console or Console(quiet=True)
@@ -52,8 +53,8 @@ def campaign(
         with (folder / "chaos.log").open("a") as log:
             log.write(f"{time.time():.3f} {line}\n")
 
-    say(f"seed {seed}, {duration:.0f} s, {aggregators} aggregators, {workers} workers; everything is in {folder}")
-    with Federation(folder, seed, aggregators, workers) as federation:
+    say(f"seed {seed}, {duration:.0f} s, {aggregators} aggregators, {workers} workers, load {load}; all is in {folder}")
+    with Federation(folder, seed, aggregators, workers, load) as federation:
         work = _Work(federation, Nemesis(federation, schedule(seed, gap), say), say)
         try:
             work.set_up()
@@ -70,6 +71,7 @@ def campaign(
         verdict = judge(federation.site.store, federation.site.results / "history.jsonl", federation.knowledge)
     report = Report(
         seed=seed,
+        load=load,
         seconds=time.monotonic() - begun,
         done=work.nemesis.done,
         missed=work.nemesis.missed,

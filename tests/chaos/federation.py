@@ -17,6 +17,7 @@ from typing import Any, Literal, Self
 
 from broker.amqp.node import PrivateNode
 from tests.chaos.judge import Knowledge
+from tests.chaos.loads import LOADS
 from tests.support.proxy import Proxy
 from tests.support.site import Site
 
@@ -95,6 +96,7 @@ class Federation:
     seed: int
     aggregators: int
     workers: int
+    load: str = "whole"
     node: PrivateNode = field(default_factory=PrivateNode)
 
     def __post_init__(self) -> None:
@@ -109,7 +111,7 @@ class Federation:
         with ExitStack() as stack:
             stack.enter_context(self.node)
             self.site = stack.enter_context(
-                Site(self.folder, self.node.url, workers=self.workers, settings=SETTINGS, prefix="chaos")
+                Site(self.folder, self.node.url, workers=self.workers, settings=self._settings(), prefix="chaos")
             )
             self.site.initialise()
             self.tail = Tail(self.site.results / "history.jsonl")
@@ -127,6 +129,9 @@ class Federation:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._stack.close()
+
+    def _settings(self) -> Mapping[str, Mapping[str, Any]]:
+        return {table: {**values, **LOADS[self.load].get(table, {})} for table, values in SETTINGS.items()}
 
     def _roles(self) -> Iterator[tuple[Kind, int]]:
         yield from (("aggregator", index) for index in range(self.aggregators))

@@ -23,7 +23,7 @@ from aggregator.checkpoint import CheckpointStore
 from aggregator.core.ledger import Ledger
 from aggregator.core.snapshot import Snapshot
 from aggregator.history import read_history
-from broker.messages import UpdateId, parameters_digest
+from broker.messages import Array, UpdateId, parameters_digest
 from tests.support.tasks import CELLS
 
 __all__ = ["Knowledge", "Verdict", "judge", "judge_history"]
@@ -128,17 +128,24 @@ def _note(verdict: Verdict, what: str, ids: set[UpdateId]) -> None:
 
 
 def _miscounted(snapshot: Snapshot, applied: set[UpdateId]) -> list[str]:
-    """Cells of the model, with the round in the making, that are not the number of applied updates."""
-    partial = snapshot.accumulator.tensors.get("cells", np.zeros(CELLS))
-    cells = snapshot.parameters["cells"] + partial
+    """Cells of the model, with the round in the making, that are not the number of applied updates.
+
+    A cell that is a row must be that number everywhere.
+    """
+    newest = snapshot.parameters["cells"].astype(np.float64)
+    cells = (newest + snapshot.accumulator.tensors.get("cells", np.zeros_like(newest))).reshape(CELLS, -1)
     counts = Counter(update.worker for update in applied)
     expected = [float(counts.pop(f"w{index}", 0)) for index in range(CELLS)]
     problems = [f"updates of {worker}, which has no cell" for worker in counts]
     return problems + [
-        f"cell {index} holds {cell}, and {count:.0f} updates of w{index} are in the ledger"
-        for index, (cell, count) in enumerate(zip(cells.tolist(), expected, strict=True))
-        if cell != count
+        f"cell {index} holds {_span(cell)}, and {count:.0f} updates of w{index} are in the ledger"
+        for index, (cell, count) in enumerate(zip(cells, expected, strict=True))
+        if np.any(cell != count)
     ]
+
+
+def _span(cell: Array) -> str:
+    return f"{cell.min()}" if cell.min() == cell.max() else f"{cell.min()} to {cell.max()}"
 
 
 def judge_history(versions: Sequence[dict[str, Any]], snapshot: Snapshot) -> list[str]:
@@ -148,14 +155,22 @@ def judge_history(versions: Sequence[dict[str, Any]], snapshot: Snapshot) -> lis
     if [line["version"] for line in versions] != list(range(1, snapshot.version + 1)):
         problems.append(f"the history's versions are not 1 to {snapshot.version}, each once")
     for line in versions:
-        if line["before"] != parameters_digest({"cells": cells}):
+        if line["before"] != _digest(cells, snapshot):
             problems.append(f"version {line['version']} does not start from the version before it")
         total = np.zeros(CELLS)
         for update in line["updates"]:
             total[int(update["worker"].removeprefix("w"))] += update["weight"]
         cells = cells - line["settings"]["learning_rate"] * -(total / len(line["updates"]))
-        if line["after"] != parameters_digest({"cells": cells}):
+        if line["after"] != _digest(cells, snapshot):
             problems.append(f"version {line['version']} is not what its updates make")
-    if snapshot.digest != parameters_digest({"cells": cells}):
+    if snapshot.digest != _digest(cells, snapshot):
         problems.append("the checkpoint's parameters are not those of the history's last version")
     return problems[:SHOWN]
+
+
+def _digest(cells: Array, snapshot: Snapshot) -> str:
+    """Of parameters that hold ``cells``, in the form of those of ``snapshot``."""
+    like = snapshot.parameters["cells"]
+    spread = np.empty_like(like)
+    spread.reshape(CELLS, -1)[:] = cells[:, None]
+    return parameters_digest({"cells": spread})

@@ -32,6 +32,7 @@ class Report:
     made: Sequence[float]
     """When each version was made, seconds since 1970, rising."""
     verdict: Verdict
+    load: str = "whole"
     problems: list[str] = field(default_factory=list)
 
     @property
@@ -76,6 +77,7 @@ class Report:
         """For a file."""
         return {
             "seed": self.seed,
+            "load": self.load,
             "seconds": round(self.seconds, 1),
             "good": self.is_good,
             "kills": self.kills,
@@ -106,9 +108,8 @@ def show(report: Report, console: Console) -> None:
     for problem in (*report.problems, *report.verdict.problems):
         console.print(f"[bold red]wrong:[/] {problem}")
     verdict = "[bold green]nothing lost, nothing twice[/]" if report.is_good else "[bold red]THE PROMISE IS BROKEN[/]"
-    console.print(
-        f"{verdict}: seed {report.seed}, {report.seconds:.0f} s, {len(report.done)} faults, {report.kills} kills"
-    )
+    times = f"{report.seconds:.0f} s, {len(report.done)} faults, {report.kills} kills"
+    console.print(f"{verdict}: load {report.load}, seed {report.seed}, {times}")
 
 
 def _faults(report: Report) -> Table:

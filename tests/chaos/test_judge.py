@@ -36,8 +36,9 @@ BUFFER = 4
 class Case:
     """A run of ten updates: two versions, and two updates in the round that is open."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, width: int = 0) -> None:
         self.folder = folder
+        shape = (CELLS, width) if width else (CELLS,)
         self.store = CheckpointStore(folder / "checkpoints", RUN)
         self.history = folder / "history.jsonl"
         rules = rules_of(
@@ -46,10 +47,10 @@ class Case:
             optimizer=Sgd(float(BUFFER)),
             settings={"learning_rate": float(BUFFER)},
         )
-        driver = Driver(rules, snapshot_of({"cells": np.zeros(CELLS)}))
+        driver = Driver(rules, snapshot_of({"cells": np.zeros(shape)}))
         for seq in range(UPDATES):
             for index in range(WORKERS):
-                delta = np.zeros(CELLS)
+                delta = np.zeros(shape)
                 delta[index] = 1.0
                 version = driver.machine.version
                 driver.update(update_of({"cells": delta}, worker=f"w{index}", seq=seq, base_version=version))
@@ -151,6 +152,18 @@ def test_whatever_does_not_agree_is_a_problem(case: Case, wrong: Callable[[Case]
     assert any(what in problem for problem in verdict.problems), verdict
     with pytest.raises(AssertionError, match="problems"):
         verdict.require_good()
+
+
+def test_a_row_of_the_sheet_must_be_the_count_everywhere(tmp_path: Path) -> None:
+    """As after a chunk of another update."""
+    case = Case(tmp_path, width=6)
+    case.judge().require_good()
+
+    cells = np.array(case.store.load().parameters["cells"])
+    cells[1, 2:4] += 1
+    case.rewrite(parameters={"cells": cells})
+
+    assert any("cell 1 holds 5.0 to 6.0, and 5 updates" in problem for problem in case.judge().problems)
 
 
 def test_of_each_life_only_the_last_update_is_uncertain(case: Case) -> None:

@@ -19,7 +19,7 @@ from aggregator.history import read_history
 from broker.topology import Topology
 from tests.support.commands import environment_of
 from tests.support.node import fresh_topology
-from tests.support.tasks import Counting
+from worker_client.loading import load_task
 from worker_client.training import initial_parameters
 
 __all__ = ["Site", "toml"]
@@ -97,7 +97,7 @@ class Site:
 
     def initialise(self) -> None:
         """Make the run, as ``fedmq init`` does."""
-        model, parameters = initial_parameters(Counting())
+        model, parameters = initial_parameters(load_task(str(self.settings["worker"]["task"])))
         self.store.create(model, parameters, now=time.time())
 
     def command(

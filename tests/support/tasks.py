@@ -12,7 +12,7 @@ from torch.utils.data import TensorDataset
 from worker_client.context import TrainingContext, TrainingResult
 from worker_client.task import Examples, Shard, Task
 
-__all__ = ["CELLS", "HELD_SECONDS", "SIXTY_MB", "SLENDER", "TEN_MB", "Counting", "Holding", "Line", "Wide"]
+__all__ = ["CELLS", "HELD_SECONDS", "SHEET", "SIXTY_MB", "SLENDER", "TEN_MB", "Counting", "Holding", "Line", "Wide"]
 
 #: Length of the vector of :class:`Counting`.
 CELLS = 8
@@ -44,17 +44,27 @@ class Counting(Task):
     With ``aggregator.mode = delta``, ``weighting = uniform``, ``staleness = constant`` and a server learning
     rate of the buffer size, cell i holds exactly how many updates of shard i were applied, as long as the
     buffer size is a power of two (a third is no binary fraction, though rounding hides it).
+
+    Args:
+        width: if not 0, each cell is a row of so many float32 that count alike: a model that is cut into chunks, in
+            which a chunk of another update would show.
     """
 
     class Cells(nn.Module):
         """The model: one parameter, ``cells``, and nothing that could be computed with it."""
 
-        def __init__(self) -> None:
+        def __init__(self, cells: Tensor) -> None:
             super().__init__()
-            self.cells = nn.Parameter(torch.zeros(CELLS, dtype=torch.float64))
+            self.cells = nn.Parameter(cells)
+
+    def __init__(self, width: int = 0) -> None:
+        self.width = width
 
     def model(self) -> nn.Module:
-        return self.Cells()
+        return self.Cells(self._zeros())
+
+    def _zeros(self) -> Tensor:
+        return torch.zeros(CELLS, self.width) if self.width else torch.zeros(CELLS, dtype=torch.float64)
 
     def data(self, shard: Shard) -> Examples:
         return TensorDataset(torch.tensor([shard.index]))
@@ -67,13 +77,18 @@ class Counting(Task):
 
     def metrics(self, model: nn.Module, batch: Any) -> dict[str, float]:
         """The number of all applied updates."""
-        return {"applied": float(sum(tensor.sum().item() for tensor in model.parameters()))}
+        total = float(sum(tensor.sum().item() for tensor in model.parameters()))
+        return {"applied": total / max(1, self.width)}
 
     def train(self, model: nn.Module, dataset: Examples, context: TrainingContext) -> TrainingResult:
         (index,) = dataset[0]
-        delta = torch.zeros(CELLS, dtype=torch.float64)
+        delta = self._zeros()
         delta[int(index)] = 1.0
         return TrainingResult(examples=1, metrics={"loss": 0.0}, tensors={"cells": delta})
+
+
+#: 512 KiB, so that it takes several chunks of the smallest size.
+SHEET = Counting(16_384)
 
 
 class Holding(Counting):

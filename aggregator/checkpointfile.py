@@ -1,8 +1,8 @@
 """What a checkpoint file looks like: a snapshot as one safetensors file, and back.
 
-Any tool of the field can open it. Tensors are named ``parameters/…``, ``optimizer/<slot>/…`` and
-``accumulator/…``; everything else (ledger, epoch, partial round) is JSON in the file's metadata. ``checksum``
-there covers that JSON and the bytes of the tensors, ``layout`` their dtypes and shapes and the format.
+Any tool of the field can open it. Tensors are named ``parameters/…``, ``optimizer/<slot>/…``, ``accumulator/…``
+and ``sketches``; everything else (ledger, epoch, partial round) is JSON in the file's metadata. ``checksum`` there
+covers that JSON and the bytes of the tensors, ``layout`` their dtypes and shapes and the format.
 
 ``head`` covers the JSON alone, for those who do not read the tensors.
 
@@ -56,6 +56,8 @@ _SAFETENSORS_DTYPES = {
 _DTYPES = {theirs: DTYPES[ours] for ours, theirs in _SAFETENSORS_DTYPES.items()}
 
 _ACCUMULATOR = "accumulator/"
+#: Those of the partial round's updates, a row each.
+_SKETCHES = "sketches"
 
 #: Dtype, as the format calls it, and shape of each tensor.
 _Layout = Mapping[str, tuple[str, tuple[int, ...]]]
@@ -264,6 +266,8 @@ def _arrays(snapshot: Snapshot) -> dict[str, Array]:
         arrays |= {f"optimizer/{slot}/{name}": array for name, array in tensors.items()}
     if snapshot.accumulator.count:
         arrays |= {f"{_ACCUMULATOR}{name}": array for name, array in snapshot.accumulator.tensors.items()}
+    if snapshot.sketches and snapshot.sketches[0].size:
+        arrays[_SKETCHES] = np.stack(snapshot.sketches)
     return arrays
 
 
@@ -299,4 +303,5 @@ def _snapshot(state: _State, arrays: Mapping[str, Array]) -> Snapshot:
             count=state.accumulator_count,
             effort=state.accumulator_effort,
         ),
+        sketches=tuple(arrays[_SKETCHES]) if _SKETCHES in arrays else (),
     )

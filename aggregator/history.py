@@ -285,4 +285,5 @@ def _entry(entry: Entry) -> dict[str, Any]:
         "loss": entry.loss,
         **steps,
         **({} if entry.norm is None else {"norm": entry.norm}),
+        "cosine": entry.cosine,
     }

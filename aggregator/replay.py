@@ -11,11 +11,12 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from pydantic import ValidationError
 
+from aggregator.core.sketch import Sketcher, Sketches
 from aggregator.core.snapshot import Entry, Snapshot, VersionRecord
 from aggregator.core.step import next_parameters
 from aggregator.optimizers import optimizer_of
@@ -32,6 +33,9 @@ Fetch = Callable[[Entry, int], Update]
 
 #: Elements that are widened together.
 PIECE = 1 << 20
+
+#: By how much two calculations of one cosine may differ: sums may be rounded in another order elsewhere.
+COSINE_TOLERANCE = 1e-4
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,7 +67,9 @@ class Rebuild:
         """How many should have been, but had gone into the base's partial round."""
         self._leave_out = leave_out
         self._digest: str | None = base.digest
-        self._partial = (tuple(entry.id for entry in base.entries), base.accumulator)
+        self._partial = (tuple(entry.id for entry in base.entries), base.accumulator, base.sketches)
+        self._sketcher = Sketcher(self.model)
+        self._marked: tuple[Entry, ...] = ()
 
     @property
     def digest(self) -> str:
@@ -78,7 +84,8 @@ class Rebuild:
         self._record, self._is_altered = record, bool(absent)
         self._entries = _entries(record, absent)
         self._wanted = [entry.id.worker not in absent for entry in self._entries]
-        self._accumulator = Accumulator()
+        self._accumulator, self._sketches = Accumulator(), Sketches(self._sketcher)
+        self._marked = ()
         if not self._entries:
             return
         folds = record.folds or ((len(self._entries), record.settings),)
@@ -103,7 +110,11 @@ class Rebuild:
             raise LineageError(f"version {version}: the kept update {update.id} is not the one that its line tells of")
         if update.model != self.model:
             raise LineageError(f"version {version}: the kept update {update.id} is of another model")
+        if not self._is_altered:  # else there is nothing that its cosine could be compared with
+            update = replace(update, tensors=self._sketches.watch(update.tensors))
         weight = self._strategies[index].fold(self._accumulator, update, entry.staleness)
+        if not self._is_altered:
+            self._sketches.add()
         if weight != entry.weight:
             raise LineageError(
                 f"version {version}: update {entry.id} went in with weight {entry.weight!r}, and the settings in its "
@@ -121,10 +132,13 @@ class Rebuild:
         fresh = optimizer.init()
         begins_anew = record.step == 0 or self.optimizer.slots.keys() != fresh.slots.keys()
         try:
+            aggregate = strategy_of(recipe).finish(self._accumulator, self.model)
+            if not self._is_altered:
+                self._marked = self._sketches.marked(self._entries, aggregate)
             self.parameters, self.optimizer = next_parameters(
                 self.model,
                 self.parameters,
-                strategy_of(recipe).finish(self._accumulator, self.model),
+                aggregate,
                 mode=recipe.mode,
                 optimizer=optimizer.scaled(factor_at(schedule, record.version - 1)),
                 state=fresh if begins_anew else self.optimizer,
@@ -144,14 +158,23 @@ class Rebuild:
                 f"{self.digest}. What could be checked before it agrees, so this line or a kept update of this round "
                 "was altered, or this release or machine calculates otherwise"
             )
+        for told, found in zip(record.updates, self._marked, strict=False):
+            if told.cosine is None or found.cosine is None:  # as in lines of 0.1, and a base's partial round of then
+                continue
+            if abs(told.cosine - found.cosine) > COSINE_TOLERANCE:
+                raise LineageError(
+                    f"version {record.version}: its line says that update {told.id} agrees with the others by "
+                    f"{told.cosine}, and the rebuild finds {found.cosine}: the line was altered"
+                )
 
     def _go_on_with_partial(self) -> int:
         """Begin with the base's partial round, if it became this one; the number of updates in it."""
-        (ids, accumulator), self._partial = self._partial, ((), Accumulator())
+        (ids, accumulator, sketches), self._partial = self._partial, ((), Accumulator(), ())
         done = len(ids)
         if not done or tuple(entry.id for entry in self._entries[:done]) != ids:
             return 0
         self._accumulator = accumulator.copy()
+        self._sketches = Sketches(self._sketcher, sketches, done)
         self._wanted[:done] = [False] * done
         self.stuck[self._record.version] += sum(update_id.worker in self._leave_out for update_id in ids)
         return done

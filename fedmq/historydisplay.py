@@ -27,6 +27,8 @@ DIGITS = 12
 
 COLUMNS = ("version", "time (UTC)", "updates", "of", "staleness", "loss", "digest", "")
 NUMBERS = {"version", "updates", "staleness", "loss"}
+#: Of an update, in a version in full.
+FACTS = ("base_version", "staleness", "weight", "examples", "loss", "cosine")
 
 Line = Mapping[str, Any]
 
@@ -168,14 +170,12 @@ def _say_in_full(line: Line, wanted: Wanted) -> None:
     if isinstance(settings, Mapping) and settings:
         say("  settings " + ", ".join(f"{name}={value}" for name, value in sorted(settings.items())))
     say(f"  {_number(line.get('seconds'))} s, mean training loss {_number(line.get('loss')) or 'unknown'}")
-    table = _table("update", "from version", "staleness", "weight", "examples", "loss", "")
+    table = _table("update", "from version", *FACTS[1:], "")
     for key in ("updates", "dropped"):
         for entry in _entries(line, key):
             if wanted.worker in (None, entry.get("worker")):
                 name = f"{entry.get('worker')}/{entry.get('incarnation')}/{entry.get('seq')}"
-                facts = [
-                    _number(entry.get(fact)) for fact in ("base_version", "staleness", "weight", "examples", "loss")
-                ]
+                facts = [_number(entry.get(fact)) for fact in FACTS]
                 table.add_row(*map(escape, (name, *facts, "" if key == "updates" else key)))
     if table.row_count:
         say_table(table)
@@ -205,6 +205,6 @@ def _number(value: object) -> str:
 def _table(*names: str) -> Grid:
     table = Grid(box=None, pad_edge=False, header_style="bold")
     for name in names:
-        numeric = name in NUMBERS | {"from version", "weight", "examples"}
+        numeric = name in NUMBERS | {"from version", *FACTS}
         table.add_column(name, justify="right" if numeric else "left", no_wrap=numeric, overflow="fold")
     return table

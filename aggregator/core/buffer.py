@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
 
 from aggregator.core.ledger import Ledger, PlainLedger
 from aggregator.core.rules import Rules
+from aggregator.core.sketch import Sketcher, Sketches
 from aggregator.core.snapshot import Entry, Folds, Snapshot
 from aggregator.strategies.base import Accumulator
 from broker.messages import ModelSpec, Update
@@ -25,6 +27,8 @@ class Buffer:
         unknown: Folds = ((len(self.entries), rules.settings),) if self.entries else ()
         self.folds = snapshot.folds or unknown
         self.ledger = make_ledger(snapshot.ledger)
+        self._sketcher = Sketcher(snapshot.model)
+        self.sketches = Sketches(self._sketcher, snapshot.sketches, len(self.entries))
 
     def __len__(self) -> int:
         return len(self.entries)
@@ -45,7 +49,11 @@ class Buffer:
             self.accumulator = rules.strategy.init(model)
         elif is_lent:
             self.accumulator = self.accumulator.copy()
+        watched = self.sketches.watch(update.tensors)
+        if watched is not update.tensors:
+            update = replace(update, tensors=watched)
         weight = rules.strategy.fold(self.accumulator, update, staleness)
+        self.sketches.add()
         self.ledger.add(update.id)
         loss = update.metrics.get("loss", math.nan)
         entry = Entry(
@@ -65,8 +73,10 @@ class Buffer:
             self.folds = (*self.folds, (1, rules.settings))
         return entry
 
-    def take(self, *, is_lent: bool) -> tuple[Accumulator, list[Entry], Folds]:
+    def take(self, *, is_lent: bool) -> tuple[Accumulator, list[Entry], Folds, Sketches]:
         """Empty the buffer, and what was in it, to be used up; ``is_lent`` as above."""
-        taken = self.accumulator.copy() if is_lent else self.accumulator, self.entries, self.folds
+        accumulator = self.accumulator.copy() if is_lent else self.accumulator
+        taken = accumulator, self.entries, self.folds, self.sketches
         self.accumulator, self.entries, self.folds = Accumulator(), [], ()
+        self.sketches = Sketches(self._sketcher)
         return taken

@@ -403,8 +403,8 @@ class RoundMachine:
 
     def _close(self, now: float) -> list[do.Effect]:
         """The averaged update becomes the next version; see :meth:`Versions.step`, which may raise."""
-        accumulator, entries, folds = self._buffer.take(is_lent=self.lends)
-        problem = self._versions.step(self.rules, accumulator, entries, folds, opened=self._round.opened, now=now)
+        taken = self._buffer.take(is_lent=self.lends)
+        problem = self._versions.step(self.rules, *taken, opened=self._round.opened, now=now)
         self._take_up(now)
         self._set_done(now)
         self._round = Round(self.version, now, self._plan(0), entries=self._buffer.entries)
@@ -446,6 +446,7 @@ class RoundMachine:
             digest=versions.digest,
             optimizer=versions.memory,
             accumulator=buffer.accumulator.lend(),
+            sketches=buffer.sketches.rows,
             entries=tuple(buffer.entries),
             folds=buffer.folds,
             ledger=buffer.ledger.to_plain(),

@@ -10,7 +10,7 @@ from aggregator.core.standing import Standing
 from aggregator.optimizers import OptimizerState
 from aggregator.strategies.base import Accumulator
 from broker.errors import ConfigError
-from broker.messages import Mode, ModelSpec, Scalar, Tensors, UpdateId, parameters_digest
+from broker.messages import Array, Mode, ModelSpec, Scalar, Tensors, UpdateId, parameters_digest
 
 __all__ = ["Changes", "Entry", "Folds", "Snapshot", "SnapshotHead", "VersionRecord", "rolled_back"]
 
@@ -35,6 +35,8 @@ class Entry:
     """Local steps; 0 if the worker did not say."""
     norm: float | None = None
     """Of its parameters together; None if it was not calculated."""
+    cosine: float | None = None
+    """With what its round made of all updates, once there is a version of it (``aggregator.core.sketch``)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -133,6 +135,8 @@ class Snapshot(SnapshotHead):
     parameters: Tensors
     optimizer: OptimizerState
     accumulator: Accumulator
+    sketches: tuple[Array, ...] = ()
+    """Of the updates in the accumulator, each of the same length, for their cosines; none in earlier checkpoints."""
 
 
 def rolled_back(
@@ -187,6 +191,7 @@ def rolled_back(
         optimizer=optimizer,
         accumulator=Accumulator() if drop else snapshot.accumulator,
         entries=() if drop else snapshot.entries,
+        sketches=() if drop else snapshot.sketches,
         folds=() if drop else snapshot.folds,
         records=(*snapshot.records, record),
         void=(*snapshot.void, void) if void[0] <= head else snapshot.void,

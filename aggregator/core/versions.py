@@ -9,6 +9,7 @@ from dataclasses import replace
 from aggregator.core import effects as do
 from aggregator.core.commits import Flight
 from aggregator.core.rules import Rules
+from aggregator.core.sketch import Sketches
 from aggregator.core.snapshot import Entry, Folds, Snapshot, VersionRecord
 from aggregator.core.step import next_parameters
 from aggregator.optimizers import Optimizer, OptimizerState
@@ -60,6 +61,7 @@ class Versions:
         accumulator: Accumulator,
         entries: Sequence[Entry],
         folds: Folds,
+        sketches: Sketches,
         *,
         opened: float,
         now: float,
@@ -78,10 +80,12 @@ class Versions:
         before, step, updates = self.digest, self.memory.step, tuple(entries)
         problem: StrategyError | None = None
         try:
+            aggregate = rules.strategy.finish(accumulator, self.model)
+            marked = sketches.marked(entries, aggregate)
             self.parameters, self.memory = next_parameters(
                 self.model,
                 self.parameters,
-                rules.strategy.finish(accumulator, self.model),
+                aggregate,
                 mode=rules.mode,
                 optimizer=rules.optimizer_at(self.newest),
                 state=self.memory,
@@ -93,7 +97,7 @@ class Versions:
             if self._spoiled == MAX_SPOILED:
                 raise
         else:
-            self._spoiled = 0
+            self._spoiled, updates = 0, marked
             self.digest = parameters_digest(self.parameters)
         self.newest += 1
         self.let_go()
@@ -137,7 +141,7 @@ class Versions:
 
 def _without_sums(snapshot: Snapshot) -> Snapshot:
     """As much of ``snapshot`` as a broadcast needs: what else is in it would keep models' worth of memory."""
-    return replace(snapshot, accumulator=Accumulator(), optimizer=OptimizerState({}))
+    return replace(snapshot, accumulator=Accumulator(), optimizer=OptimizerState({}), sketches=())
 
 
 def _mean_loss(entries: tuple[Entry, ...]) -> float | None:

@@ -82,6 +82,8 @@ def same(one: Snapshot, other: Snapshot) -> None:
             assert ours.slots.keys() == theirs.slots.keys()
             for slot in ours.slots:
                 assert_same_arrays(ours.slots[slot], theirs.slots[slot])
+        elif field == "sketches":
+            assert_same_arrays(dict(enumerate(ours)), dict(enumerate(theirs)))
         else:
             assert ours == theirs, field
 

@@ -83,8 +83,11 @@ LIVE = frozenset(
 )
 
 
+#: Strategies that know what to do with control variates.
+WITH_VARIATES = ("mean", "fednova")
+
 #: Settings of what workers do that the history tells of where they are not 0.
-OF_WORK = ("proximal", "worker_momentum")
+OF_WORK = ("control_variates", "proximal", "worker_momentum")
 
 
 def _checked_codec(text: str) -> str:
@@ -201,6 +204,10 @@ class AggregatorConfig(Table):
     worker_momentum: Annotated[float, Field(ge=0, lt=1)] = 0.0
     """Workers send an exponential average of their own updates: the share that those before have in it."""
 
+    control_variates: bool = False
+    """Deltas: workers correct their local steps by how their own gradients differ from everybody's (SCAFFOLD). Updates
+    and versions take twice the bytes. Must be the same from ``fedmq init`` on."""
+
     seed: Annotated[int, Field(ge=0, le=2**53)] = 0
     """From which workers are sampled."""
     commit_count: Annotated[int, Field(ge=1, le=1000)] = 32
@@ -235,6 +242,10 @@ class AggregatorConfig(Table):
             raise ValueError("adagrad has no momentum; take yogi, or leave momentum at 0")
         if self.mode is Mode.GRADIENT:
             self._require_deltas()
+        if self.control_variates and self.strategy not in WITH_VARIATES:
+            raise ValueError(f"control_variates goes with strategy {' or '.join(WITH_VARIATES)}, which add them up")
+        if self.control_variates and self.proximal:
+            raise ValueError("control_variates and proximal correct the same drift twice: set one of them")
         self._check_schedule()
         try:
             strategy_of(self.recipe())
@@ -247,6 +258,8 @@ class AggregatorConfig(Table):
     def _require_deltas(self) -> None:
         if self.strategy == "fednova":
             raise ValueError('strategy = "fednova" goes by local steps, and a gradient has none: set mode = "delta"')
+        if self.control_variates:
+            raise ValueError('control_variates corrects local steps, and a gradient has none: set mode = "delta"')
         if self.proximal:
             raise ValueError('proximal pulls at local steps, and a gradient has none: set mode = "delta"')
 
@@ -259,6 +272,8 @@ class AggregatorConfig(Table):
             raise ValueError(f"strategy = {self.strategy!r} takes steps: set mode = 'delta'")
         if self.worker_momentum:
             raise ValueError("worker_momentum is an average of changes: set mode = 'delta'")
+        if self.control_variates:
+            raise ValueError("control_variates are made of changes: set mode = 'delta'")
         if self.update_codec and codec_of(self.update_codec).feedback:
             raise ValueError(f"update_codec = {self.update_codec!r} leaves most of an update out; parameters need all")
 
@@ -328,6 +343,7 @@ class AggregatorConfig(Table):
             schedule=schedule_of(recipe),
             seed=self.seed,
             work=Work(proximal=self.proximal, momentum=self.worker_momentum),
+            control_variates=self.control_variates,
             codec=self.update_codec,
             stop_after_rounds=self.stop_after_rounds,
             commit=CommitPolicy(

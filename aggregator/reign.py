@@ -132,6 +132,7 @@ def rules_of(config: AggregatorConfig, snapshot: SnapshotHead, changes: Changes)
     Raises :class:`ConfigError` if they do not go together, or not with how the run has been going on.
     """
     snapshot.require_mode(config.mode)
+    snapshot.require_variates(wanted=config.control_variates)
     try:
         return config.changed(changes).rules(snapshot.model.nbytes)
     except ConfigError as error:

@@ -16,6 +16,7 @@ from aggregator.ancestry import Ancestry
 from aggregator.checkpoint import write_tensors
 from broker.errors import CheckpointError, CheckpointNotWritten
 from broker.messages import Tensors
+from broker.variates import without_variates
 
 __all__ = ["Outcome", "is_written", "replace_file", "write_model", "write_results"]
 
@@ -86,9 +87,12 @@ def _taken_back(folder: Path, outcome: Outcome) -> int | None:
 
 
 def write_model(target: Path, run: str, parameters: Tensors, **facts: str) -> None:
-    """``parameters`` as a file that ``safetensors.torch.load_file`` reads. Raises :class:`OSError`."""
+    """``parameters`` as a file that ``safetensors.torch.load_file`` reads. Raises :class:`OSError`.
+
+    Control variates, which are no part of the model, are left out.
+    """
     metadata = {"format": "pt", "run": run, **facts}
-    replace_file(target, lambda file: write_tensors(file, parameters, metadata))
+    replace_file(target, lambda file: write_tensors(file, without_variates(parameters), metadata))
 
 
 def replace_file(target: Path, write: Callable[[BinaryIO], object]) -> None:

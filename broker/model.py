@@ -99,6 +99,9 @@ class TensorRole(StrEnum):
     base versions, added up, could make it negative."""
     COUNTER = "counter"
     """An integer buffer. An update carries its change, and the mean of the changes is added, rounded."""
+    VARIATE = "variate"
+    """A sum over workers (``broker.variates``). An update carries the change of its worker's part, which is added as it
+    is, without weights."""
 
 
 @strict

@@ -6,8 +6,10 @@ import time
 
 from aggregator.checkpoint import CheckpointStore
 from aggregator.cli import checkpoint_folder
+from aggregator.config import AggregatorConfig
 from aggregator.core.snapshot import Snapshot
 from broker.settings import Settings
+from broker.variates import with_variates, zeros
 from worker_client.config import WorkerConfig
 from worker_client.loading import load_task
 from worker_client.training import initial_parameters
@@ -24,4 +26,7 @@ def initialise(settings: Settings) -> Snapshot:
     """
     store = CheckpointStore(checkpoint_folder(settings), settings.run)
     model, parameters = initial_parameters(load_task(settings.table("worker", WorkerConfig).task))
+    if settings.table("aggregator", AggregatorConfig).control_variates:
+        model = with_variates(model)
+        parameters |= zeros(model)
     return store.create(model, parameters, now=time.time())

@@ -64,7 +64,7 @@ class Compressor:
         tensors: dict[str, Values] = dict(trained.tensors)
         if codec.feedback:
             self._add_residual(tensors, base.version)
-        encoded = compressed(self._model, tensors, codec.name, seed)
+        encoded = compressed(trained.model or self._model, tensors, codec.name, seed)
         if codec.feedback:
             self._keep(tensors, encoded, base.version)
         return replace(trained, tensors={}, encoded=encoded, codec=codec.name, seed=seed)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +13,7 @@ from safetensors.numpy import save_file
 
 from broker.messages import Array, Values, pieces
 
-__all__ = ["is_finite", "keep", "kept"]
+__all__ = ["is_finite", "keep", "kept", "put"]
 
 log = logging.getLogger("fedmq.worker")
 
@@ -62,6 +62,20 @@ def kept(file: Path, shapes: Mapping[str, tuple[int, ...]]) -> tuple[dict[str, A
         return tensors, facts
     log.warning("%s is of another model, and not used", file)
     return None
+
+
+def put(file: Path, parts: Iterable[bytes | memoryview]) -> None:
+    """Put ``parts`` into ``file``, in place of what was there, so that it survives a power cut: all, or nothing.
+
+    Raises :class:`OSError` if it cannot be written.
+    """
+    temporary = file.with_suffix(".tmp")
+    with temporary.open("wb") as content:
+        content.writelines(parts)
+        content.flush()
+        os.fsync(content.fileno())
+    temporary.replace(file)
+    _sync(file.parent, os.O_RDONLY | os.O_DIRECTORY)
 
 
 def is_finite(values: Values) -> bool:

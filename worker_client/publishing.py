@@ -12,6 +12,7 @@ from worker_client.mailbox import Published
 from worker_client.outbox import Outbox
 from worker_client.sending import Sender
 from worker_client.training import Trained
+from worker_client.variates import Variates
 
 __all__ = ["Publishing", "error_of"]
 
@@ -25,6 +26,7 @@ class Publishing:
         sender: writes the update.
         model: of the run.
         chunk_bytes: updates that are larger travel in chunks.
+        variates: are told of updates that are published, confirmed and rejected.
         report: is given each outcome, on any thread.
     """
 
@@ -36,6 +38,7 @@ class Publishing:
         model: ModelSpec,
         *,
         chunk_bytes: int,
+        variates: Variates,
         report: Callable[[Published], None],
     ) -> None:
         self._transport = transport
@@ -43,6 +46,7 @@ class Publishing:
         self._sender = sender
         self._model = model
         self._chunk_bytes = chunk_bytes
+        self._variates = variates
         self._report = report
         self._message: Outgoing | None = None
         self._update: Update | None = None
@@ -61,9 +65,15 @@ class Publishing:
         Raises :class:`CheckpointNotWritten` if that cannot be made durable, :class:`ModelMismatch` if the tensors do
         not fit the model.
         """
-        self.id = self._outbox.next_id()
-        self._cut(self._sender.update(self.id, base, trained, self._model))
+        update = self._sender.update(self._outbox.next_id(), base, trained, trained.model or self._model)
+        self._variates.record(update)
+        self.resume(update)
         self.send()
+
+    def resume(self, update: Update) -> None:
+        """``update``, which has an id, is the one to send."""
+        self.id = update.id
+        self._cut(update)
 
     def send(self) -> None:
         """Send it, once more under the same id if it was sent before."""
@@ -87,6 +97,7 @@ class Publishing:
         """The broker has it."""
         if self.id is not None:
             self._outbox.confirm(self.id)
+            self._variates.confirm(self.id)
         self._message = self._update = self.id = None
 
     @property

@@ -18,22 +18,23 @@ from broker.errors import BrokerError, FedmqError, MessageTooLarge, TaskError, U
 from broker.messages import Event, ModelSpec, Parameters, ParametersHead, Reason, Role, UpdateId
 from broker.seldom import Seldom
 from broker.transport import Connected, Delivery, Disconnected, Failed, Standby, WorkerTransport
-from worker_client.compression import Compressor
+from broker.variates import like
 from worker_client.config import WorkerConfig
 from worker_client.context import Abandoned
 from worker_client.core import EvaluatorMachine, WorkerMachine
 from worker_client.core import events as ev
 from worker_client.heap import trim
 from worker_client.mailbox import Bench, Finished, Item, Mailbox, Published
-from worker_client.momentum import Momentum
 from worker_client.notices import DIVERGED, MEANINGS
 from worker_client.outbox import Outbox
+from worker_client.preparing import Preparation
 from worker_client.presence import Presence
 from worker_client.publishing import Publishing
 from worker_client.reading import Broken, Complete, Offer, head_of, read
 from worker_client.sending import Sender
 from worker_client.shelf import Shelf
 from worker_client.training import Evaluation, Trained, Trainer
+from worker_client.variates import Variates
 
 __all__ = ["GRACE", "Session", "StopSignal", "Summary"]
 
@@ -93,16 +94,25 @@ class Session:
         sender = Sender(run, config.name, outbox.incarnation, role, pack_chunks=pack_chunks)
         self._presence = Presence(transport, sender, outbox, config.folder)
         who = f"{config.name} {outbox.incarnation}"
-        self._compress = Compressor(config.folder, who, trainer.spec)
-        self._average = Momentum(config.folder, trainer.spec)
+        self._variates = Variates(config.folder if role is Role.TRAINER else None, config, trainer.spec)
+        self._prepare = Preparation(config, who, trainer, self._variates)
         self._stop = stop or threading.Event()
         self._grace = grace
         self._mailbox = Mailbox()
         self._seldom = Seldom()
         self._bench = Bench(self._mailbox.put)
         self._publishing = Publishing(
-            transport, outbox, sender, trainer.spec, chunk_bytes=chunk_bytes, report=self._mailbox.put
+            transport,
+            outbox,
+            sender,
+            trainer.spec,
+            chunk_bytes=chunk_bytes,
+            variates=self._variates,
+            report=self._mailbox.put,
         )
+        if self._variates.pending is not None and isinstance(machine, WorkerMachine):
+            self._publishing.resume(self._variates.pending)
+            machine.resume()
         self._is_large = trainer.spec.nbytes > chunk_bytes
         self._shelf = Shelf()
         self._base: ParametersHead | None = None
@@ -226,7 +236,7 @@ class Session:
 
     def _is_ours(self, model: ModelSpec) -> bool:
         try:
-            model.require_same(self._trainer.spec, theirs=f"this worker's task {self._trainer.task_name}")
+            model.require_same(like(self._trainer.spec, model), theirs=f"this worker's task {self._trainer.task_name}")
         except FedmqError as error:
             self._fail(error)
             return False
@@ -248,7 +258,9 @@ class Session:
         log.log(level, "update %s was rejected: %s (%s): %s", update, known, detail, MEANINGS[known])
         parts = str(update).split("/")
         if len(parts) == 3 and parts[2].isdecimal():
-            self._tell(ev.NoticeArrived(known, UpdateId(parts[0], parts[1], int(parts[2]))))
+            told = UpdateId(parts[0], parts[1], int(parts[2]))
+            self._variates.reject(told)
+            self._tell(ev.NoticeArrived(known, told))
 
     def _finished(self, result: Trained | Evaluation | None, error: BaseException | None) -> None:
         if isinstance(error, Abandoned):
@@ -344,8 +356,7 @@ class Session:
         log.info("training from version %d", base.version)
 
         def work(abandon: threading.Event) -> Trained:
-            trained = self._average(self._trainer.train(base, ordinal, abandon.is_set), head)
-            trained = self._compress(trained, head, ordinal)
+            trained = self._prepare(base, ordinal, abandon.is_set)
             if abandon.wait(self._config.delay):
                 raise Abandoned("the delay was cut short, because the worker leaves")
             # Whoever looks for the slow worker wants to see what it really takes.

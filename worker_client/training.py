@@ -52,6 +52,8 @@ class Trained:
     """Local steps; 0 if the training did not say, and for a gradient."""
     effort: float = 0.0
     """What they weigh together (:func:`worker_client.steps.effort`); 0 as above."""
+    model: ModelSpec | None = None
+    """What ``tensors`` fit, if that is more than the trainer's ``spec``."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -113,9 +115,16 @@ class Trainer:
         return len(self._test_data)
 
     def train(
-        self, parameters: Parameters, ordinal: int = 0, should_stop: Callable[[], bool] = lambda: False
+        self,
+        parameters: Parameters,
+        ordinal: int = 0,
+        should_stop: Callable[[], bool] = lambda: False,
+        *,
+        shift: Tensors | None = None,
     ) -> Trained:
         """Train from ``parameters``, whose model is ``spec``; the same inputs give the same tensors.
+
+        ``shift`` is added to the gradients of local steps, by parameter.
 
         Raises:
             TaskError: the task raised, or returned something unusable.
@@ -141,7 +150,7 @@ class Trainer:
             generator=torch.Generator().manual_seed(seed),
             collate=_collate_of(self._task),
             should_stop=should_stop,
-            adjustment=self._adjustment(parameters),
+            adjustment=self._adjustment(parameters, shift),
         )
         with _seeded(seed, self._device), blamed(self._task, "train"):
             result = self._task.train(self._model, self._data, context)
@@ -171,12 +180,14 @@ class Trainer:
         )
         return Evaluation(metrics=metrics, examples=len(self._test_data), seconds=time.monotonic() - started)
 
-    def _adjustment(self, parameters: Parameters) -> Adjustment:
-        proximal = parameters.plan.work.proximal
-        if not proximal or parameters.plan.mode is Mode.GRADIENT:  # which is taken where the term is 0
+    def _adjustment(self, parameters: Parameters, shift: Tensors | None) -> Adjustment:
+        if parameters.plan.mode is Mode.GRADIENT:  # which is taken where the proximal term is 0
             return Adjustment()
-        base = {name: p.detach().clone() for name, p in self._model.named_parameters() if p.requires_grad}
-        return Adjustment(proximal, base)
+        trained = {name: p.detach() for name, p in self._model.named_parameters() if p.requires_grad}
+        proximal = parameters.plan.work.proximal
+        base = {name: p.clone() for name, p in trained.items()} if proximal else {}
+        shifts = {name: torch.from_numpy(array).to(trained[name]) for name, array in (shift or {}).items()}
+        return Adjustment(proximal, base, shifts)
 
     def _steps(self, result: TrainingResult, context: TrainingContext) -> tuple[int, float]:
         """Local steps and their effort. Raises :class:`TaskError` if the run's adjustments were left out."""

@@ -78,9 +78,10 @@ class RoundMachine:
             make_ledger: what keeps the ids, from those of ``snapshot``.
 
         Raises:
-            ConfigError: the run has been going on with another mode than ``rules`` say.
+            ConfigError: the run has been going on with another mode, or other control variates, than ``rules`` say.
         """
         snapshot.require_mode(rules.mode)
+        snapshot.require_variates(wanted=rules.control_variates)
         self.rules = rules
         self.done = False
         self.roster = Roster(rules.worker_timeout)

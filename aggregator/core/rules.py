@@ -41,6 +41,8 @@ class Rules:
     seed: int = 0
     work: Work = field(default_factory=Work)
     """How workers are asked to make updates."""
+    control_variates: bool = False
+    """Whether the run is one of SCAFFOLD."""
     codec: str = ""
     """In which code workers are asked to send updates; empty for none."""
     stop_after_rounds: int | None = None

@@ -11,6 +11,7 @@ from aggregator.optimizers import OptimizerState
 from aggregator.strategies.base import Accumulator
 from broker.errors import ConfigError
 from broker.messages import Array, Mode, ModelSpec, Scalar, Tensors, UpdateId, parameters_digest
+from broker.variates import has_variates
 
 __all__ = ["Changes", "Entry", "Folds", "Snapshot", "SnapshotHead", "VersionRecord", "rolled_back"]
 
@@ -120,6 +121,15 @@ class SnapshotHead:
             raise ConfigError(
                 f"aggregator.mode = {mode.value!r}, but run {self.run!r} has been going on with {self.mode!r}; "
                 "the mode of a run cannot change"
+            )
+
+    def require_variates(self, *, wanted: bool) -> None:
+        """Raise :class:`ConfigError` if the run began with control variates and goes on without, or the reverse."""
+        if has_variates(self.model) is not wanted:
+            began, now = ("without", "false") if wanted else ("with", "true")
+            raise ConfigError(
+                f"aggregator.control_variates = {str(wanted).lower()}, but run {self.run!r} began {began} control "
+                f"variates: leave it at {now}, or begin another run ('fedmq init') with it"
             )
 
 

@@ -81,4 +81,6 @@ def _next(tensor: TensorSpec, value: Array, own: Mapping[str, Array], moved: Map
         return moved[tensor.name]
     if tensor.role is TensorRole.STATISTIC:
         return own[tensor.name].astype(value.dtype, copy=False)
+    if tensor.role is TensorRole.VARIATE:
+        return np.asarray(value + own[tensor.name], value.dtype)
     return np.asarray(value + np.rint(own[tensor.name])).astype(value.dtype)

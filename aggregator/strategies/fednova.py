@@ -52,8 +52,12 @@ class FedNova:
         share = float(update.examples) if self.weighting == "examples" else 1.0
         weight = share * self.staleness_weight(staleness)
         for tensor in update.model.tensors:
-            per_step = weight / update.effort if tensor.role is TensorRole.PARAMETER else weight
-            add_scaled(accumulator.tensors[tensor.name].reshape(-1), pieces(update.tensors[tensor.name]), per_step)
+            factor = weight
+            if tensor.role is TensorRole.PARAMETER:
+                factor = weight / update.effort
+            elif tensor.role is TensorRole.VARIATE:
+                factor = 1.0
+            add_scaled(accumulator.tensors[tensor.name].reshape(-1), pieces(update.tensors[tensor.name]), factor)
         accumulator.share += share
         accumulator.weight += weight
         accumulator.effort += share * update.effort
@@ -66,6 +70,6 @@ class FedNova:
             total = accumulator.tensors[tensor.name]
             if tensor.role is TensorRole.PARAMETER:
                 np.multiply(total, accumulator.effort / accumulator.share / accumulator.share, out=total)
-            else:
+            elif tensor.role is not TensorRole.VARIATE:
                 np.divide(total, accumulator.weight, out=total)
         return accumulator.tensors

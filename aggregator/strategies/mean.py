@@ -10,7 +10,7 @@ updates takes a shorter step; without staleness it is FedAvg's weighted mean, bi
 counters are no steps: their sums are divided by the sum of s(tau_i) n_i, so that a mean of variances is one. So are
 those of parameters that workers send: they are a place to go to, and how far is for the step to say. With
 ``normalized``, that is the divisor of all: stale updates then count less beside fresh ones, and a round of nothing
-but stale ones makes a whole step.
+but stale ones makes a whole step. Control variates are added up as they are.
 """
 
 from __future__ import annotations
@@ -55,8 +55,9 @@ class Mean:
         """Add the weighted update."""
         share = float(update.examples) if self.weighting == "examples" else 1.0
         weight = share * self.staleness_weight(staleness)
-        for name, total in accumulator.tensors.items():
-            add_scaled(total.reshape(-1), pieces(update.tensors[name]), weight)
+        for tensor in update.model.tensors:
+            factor = 1.0 if tensor.role is TensorRole.VARIATE else weight
+            add_scaled(accumulator.tensors[tensor.name].reshape(-1), pieces(update.tensors[tensor.name]), factor)
         accumulator.share += share
         accumulator.weight += weight
         accumulator.count += 1
@@ -66,6 +67,8 @@ class Mean:
         """Divide the sums."""
         for tensor in model.tensors:
             total = accumulator.tensors[tensor.name]
+            if tensor.role is TensorRole.VARIATE:
+                continue
             is_step = tensor.role is TensorRole.PARAMETER and not self.normalized
             np.divide(total, accumulator.share if is_step else accumulator.weight, out=total)
         return accumulator.tensors

@@ -96,6 +96,10 @@ class WorkerMachine:
             return self._work
         return self._sending or (State.DOWNLOADING if self.versions.is_awaited else State.WAITING)
 
+    def resume(self) -> None:
+        """An update of a former life is to be published first of all. Before the first event."""
+        self._sending = State.BACKING_OFF
+
     def handle(self, event: ev.Event) -> list[ev.Effect]:  # noqa: PLR0911, PLR0912 - one branch a kind of event
         """Take in one event and say what to do. Raises RuntimeError for an event that cannot come now."""
         if self._work is State.GONE:

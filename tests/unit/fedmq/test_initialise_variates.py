@@ -8,7 +8,7 @@ from safetensors.numpy import load_file
 
 from aggregator.config import AggregatorConfig
 from aggregator.results import write_model
-from broker.settings import load
+from broker.settings import Table, load
 from broker.variates import WORKERS, has_variates, name_of
 from fedmq.initialise import initialise
 from worker_client.config import WorkerConfig
@@ -22,7 +22,7 @@ def test_a_run_begins_with_variates_of_zeros_and_its_model_has_none(tmp_path: Pa
     (tmp_path / "fedmq.toml").write_text(
         f'run = "r"\n[aggregator]\ncontrol_variates = true\nfolder = "{tmp_path}/runs"\n[worker]\ntask = "{TASK}"\n'
     )
-    kinds = {"aggregator": AggregatorConfig, "worker": WorkerConfig}
+    kinds: dict[str, type[Table]] = {"aggregator": AggregatorConfig, "worker": WorkerConfig}
 
     snapshot = initialise(load(kinds, file=tmp_path / "fedmq.toml", environment={}))
 

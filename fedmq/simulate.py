@@ -3,42 +3,85 @@
 from __future__ import annotations
 
 import json
-import time
+import logging
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated
 
 import typer
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table as Grid
 
-from broker.console import JsonOption, SetOption, VerboseOption, guard, parse_flags, say, say_table, set_up_logging
-from fedmq.simulation.record import Result
-from fedmq.simulation.run import simulate as simulate_scenario
-from fedmq.simulation.scenario import load_scenario
+from broker.console import (
+    JsonOption,
+    SetOption,
+    VerboseOption,
+    errors,
+    guard,
+    parse_flags,
+    say,
+    say_table,
+    set_up_logging,
+)
+from broker.errors import ConfigError
+from fedmq.simulation.figures import figures, require_matplotlib
+from fedmq.simulation.report import summaries, write_report
+from fedmq.simulation.run import run_with_split
+from fedmq.simulation.sweep import Outcome, Sweep, load_sweep, run_cells
+from fedmq.simulation.tables import write_tables
 
 __all__ = ["register", "simulate"]
+
+log = logging.getLogger("fedmq.simulate")
 
 
 def simulate(
     scenario: Annotated[Path, typer.Argument(metavar="SCENARIO", help="A scenario, as a TOML file.")],
     *,
+    out: Annotated[
+        Path | None,
+        typer.Option("--out", "-o", metavar="FOLDER", help="For tables and report; results/NAME for a sweep."),
+    ] = None,
+    jobs: Annotated[int | None, typer.Option("--jobs", "-j", min=1, help="Processes; all cores.")] = None,
+    no_figures: Annotated[bool, typer.Option("--no-figures", help="Tables alone, without matplotlib.")] = False,
     settings: SetOption = None,
     as_json: JsonOption = False,
     verbose: VerboseOption = 0,
 ) -> None:
     """Let a federation happen in virtual time: the real aggregation code, with workers and faults that are made up.
 
+    With a table [sweep], all its variants and seeds, in parallel processes. What has been computed is kept in FOLDER
+    and not computed again.
+
     Example: fedmq simulate examples/simulation/quadratic.toml --set run.seed=1
     """
     with guard():
         set_up_logging(verbose)
-        read = load_scenario(scenario, parse_flags(settings or []))
-        started = time.monotonic()
-        result = simulate_scenario(read)
-        took = time.monotonic() - started
+        sweep = load_sweep(scenario, parse_flags(settings or []))
+        if not sweep.is_sweep and out is None:
+            result, _, took = run_with_split(sweep.cells[0].scenario)
+            outcome = Outcome(sweep.name, result.seed, result.plain(), None, took)
+            say(json.dumps(outcome.result, indent=2, allow_nan=False)) if as_json else _show(outcome)
+            return
+        folder = out or Path("results") / sweep.name
+        if not no_figures:
+            require_matplotlib()
+        outcomes = _all(sweep, folder, jobs or os.cpu_count() or 1)
+        written = write_tables(outcomes, folder)
+        if not no_figures:
+            report = folder / "report.html"
+            text = scenario.read_text()
+            pictures = figures(outcomes)
+            write_report(report, title=sweep.name, outcomes=outcomes, figures=pictures, scenario=text)
+            written.append(report)
         if as_json:
-            say(json.dumps(result.plain(), indent=2, allow_nan=False))
+            rows = [{"variant": o.variant, "seed": o.seed, **o.result} for o in outcomes]
+            say(json.dumps(rows, indent=2, allow_nan=False))
         else:
-            _show(result, took)
+            _show_all(outcomes)
+            say("written: " + ", ".join(map(str, written)))
 
 
 def register(app: typer.Typer) -> None:
@@ -46,24 +89,68 @@ def register(app: typer.Typer) -> None:
     app.command()(simulate)
 
 
-def _show(result: Result, took: float) -> None:
-    last = result.points[-1]
-    rejected = ", ".join(f"{count:,} {reason}" for reason, count in sorted(result.rejected.items()))
+def _all(sweep: Sweep, folder: Path, jobs: int) -> list[Outcome]:
+    """Raises the first cell's error after all others are done, which stay."""
+    try:
+        with _progress(len(sweep.cells)) as advance:
+            outcomes, failed = run_cells(sweep, folder / "cells", jobs=jobs, done=advance)
+    except OSError as error:
+        raise ConfigError(f"--out {folder}: {error.strerror or error}; choose a folder that can be written") from None
+    for problem in failed[1:]:
+        log.error("%s", problem)
+    if failed:
+        raise failed[0]
+    return outcomes
+
+
+@contextmanager
+def _progress(total: int) -> Iterator[Callable[[Outcome, bool], None]]:
+    columns = (
+        TextColumn("simulating"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TextColumn("{task.description}"),
+    )
+    with Progress(*columns, console=errors, transient=True, disable=not errors.is_terminal) as progress:
+        task = progress.add_task("", total=total)
+
+        def advance(outcome: Outcome, was_there: bool) -> None:
+            progress.update(task, advance=1, description=f"{outcome.variant}, seed {outcome.seed}")
+            how = "had been computed" if was_there else f"took {outcome.took:.1f} s"
+            log.info("%s, seed %d: %s", outcome.variant, outcome.seed, how)
+
+        yield advance
+
+
+def _show_all(outcomes: list[Outcome]) -> None:
+    rows = summaries(outcomes)
+    table = Grid(box=None, pad_edge=False, header_style="bold")
+    for name in rows[0]:
+        table.add_column(name, justify="left" if name == "variant" else "right", overflow="fold")
+    for row in rows:
+        table.add_row(*row.values())
+    say_table(table)
+
+
+def _show(outcome: Outcome) -> None:
+    result = outcome.result
+    rejected = ", ".join(f"{count:,} {reason}" for reason, count in result["rejected"].items())
     rows = [
-        ("ended by", result.ended),
-        ("virtual seconds", f"{result.seconds:,.3f}"),
-        ("versions", f"{result.versions:,}"),
-        ("updates that count", f"{result.updates:,}"),
+        ("ended by", result["ended"]),
+        ("virtual seconds", f"{result['seconds']:,.3f}"),
+        ("versions", f"{result['versions']:,}"),
+        ("updates that count", f"{result['updates']:,}"),
         ("rejected", rejected or "none"),
-        ("bytes up, down", f"{result.bytes_up:,}, {result.bytes_down:,}"),
-        *((name, f"{value:.6g}") for name, value in last.metrics.items()),
-        ("digest", result.digest),
-        ("took", f"{took:.1f} s, {result.events / max(took, 1e-9):,.0f} events/s"),
+        ("bytes up, down", f"{result['bytes_up']:,}, {result['bytes_down']:,}"),
+        *((name, f"{value:.6g}") for name, value in result["points"][-1]["metrics"].items()),
+        ("digest", result["digest"]),
+        ("took", f"{outcome.took:.1f} s, {result['events'] / max(outcome.took, 1e-9):,.0f} events/s"),
     ]
-    if result.target is not None:
-        reached = result.reached
-        when = "never" if reached is None else f"{reached.seconds:,.3f} s, {reached.updates:,} updates"
-        rows.insert(1, (f"{result.metric} {result.target:g} reached", when))
+    if result["target"] is not None:
+        reached = result["reached"]
+        when = "never" if reached is None else f"{reached['seconds']:,.3f} s, {reached['updates']:,} updates"
+        rows.insert(1, (f"{result['metric']} {result['target']:g} reached", when))
     table = Grid(box=None, pad_edge=False, show_header=False)
     table.add_column("what", no_wrap=True)
     table.add_column("value", overflow="fold")

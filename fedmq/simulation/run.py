@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from importlib import import_module
 
 from broker.errors import TaskError
@@ -12,7 +13,7 @@ from fedmq.simulation.record import Result
 from fedmq.simulation.scenario import Scenario
 from fedmq.simulation.world import World
 
-__all__ = ["objective_of", "simulate"]
+__all__ = ["objective_of", "run_with_split", "simulate"]
 
 
 def objective_of(scenario: Scenario) -> Objective:
@@ -50,3 +51,13 @@ def simulate(scenario: Scenario) -> Result:
         FedmqError: what would have ended the aggregator or a worker.
     """
     return World(scenario, objective_of(scenario)).run()
+
+
+def run_with_split(scenario: Scenario) -> tuple[Result, list[list[int]] | None, float]:
+    """As :func:`simulate`; also the examples by worker and class, if there are any, and the seconds that it took."""
+    started = time.monotonic()
+    objective = objective_of(scenario)
+    result = World(scenario, objective).run()
+    took = time.monotonic() - started
+    counts = objective.counts()
+    return result, None if counts is None else counts.tolist(), took

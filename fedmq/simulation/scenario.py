@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
@@ -31,6 +31,7 @@ __all__ = [
     "RunTable",
     "Scenario",
     "load_scenario",
+    "scenario_from",
 ]
 
 Count = Annotated[int, Field(ge=1, le=10**10)]
@@ -220,7 +221,11 @@ def load_scenario(file: Path, flags: Sequence[Flag] = ()) -> Scenario:
 
     Raises :class:`ConfigError` for unknown or wrong settings, and for what cannot work together.
     """
-    tables = load_tables(KINDS, file=file, flags=flags)
+    return scenario_from(load_tables(KINDS, file=file, flags=flags))
+
+
+def scenario_from(tables: Mapping[str, Table]) -> Scenario:
+    """The scenario of all of :data:`KINDS`. Raises :class:`ConfigError` for what cannot work together."""
     scenario = Scenario(**tables)  # type: ignore[arg-type]
     _check(scenario)
     return scenario

@@ -89,7 +89,7 @@ def load_sweep(file: Path, flags: Sequence[Flag] = ()) -> Sweep:
 
     Raises :class:`ConfigError`; the message names the variant.
     """
-    kinds = {**KINDS, "sweep": SweepTable}
+    kinds: dict[str, type[Table]] = {**KINDS, "sweep": SweepTable}
     tables = load_tables(kinds, file=file, flags=flags)
     table, base = tables.pop("sweep"), scenario_from(tables)
     if not isinstance(table, SweepTable) or not table.model_fields_set:

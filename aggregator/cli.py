@@ -15,6 +15,7 @@ import typer
 
 from aggregator.checkpoint import CheckpointStore
 from aggregator.config import AggregatorConfig
+from aggregator.process import tune
 from aggregator.reign import rules_of
 from aggregator.results import Outcome, replace_file
 from aggregator.service import AggregatorService
@@ -72,6 +73,7 @@ def aggregator(
     """
     with guard():
         set_up_logging(verbose)
+        tune()
         flags = parse_flags(settings or [], run=run, broker__url=broker, aggregator__folder=folder)
         read = load({"aggregator": AggregatorConfig}, file=config, flags=flags)
         serve(read, accept_older=accept_older, drop_changes=drop_changes)

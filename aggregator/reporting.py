@@ -19,6 +19,11 @@ log = logging.getLogger("fedmq.aggregator")
 
 #: Workers that a version's line in the log names.
 SHOWN_NAMES = 8
+#: Seconds between two events about updates that were folded: people do not look more often, and with small updates
+#: one each would take as long as the folding.
+FOLDED_SECONDS = 0.05
+#: Updates that one such event names.
+MOST_NAMED = 200
 
 
 class Reporter:
@@ -33,6 +38,9 @@ class Reporter:
         self._history = history
         self._now = now
         self._commands: dict[str, str] = {}
+        self._folded: list[do.Folded] = []
+        self._folded_version = 0
+        self._told_folded = 0.0
 
     def expect(self, command: str, text: str) -> None:
         """``command``, which will be executed, is called ``text`` when it is."""
@@ -55,21 +63,35 @@ class Reporter:
         )
         self._transport.event("progress", Outgoing(body=encode(event), headers={"run": self._run, "what": what}))
 
+    def due_in(self) -> float | None:
+        """Seconds until :meth:`tell_folded` has something to do; None if nothing is to be told."""
+        return max(0.0, self._told_folded + FOLDED_SECONDS - self._now()) if self._folded else None
+
+    def tell_folded(self, *, at_once: bool = False) -> None:
+        """Tell of the updates that were folded, if it is time."""
+        if not self._folded or not (at_once or self._now() - self._told_folded >= FOLDED_SECONDS):
+            return
+        self._told_folded = self._now()
+        facts, self._folded = self._folded, []
+        self.progress(
+            "folded",
+            self._folded_version,
+            updates=len(facts),
+            # A name has no colon and no space.
+            staleness=" ".join(f"{fact.entry.id.worker}:{fact.entry.staleness}" for fact in facts),
+            fill=facts[-1].fill,
+            goal=facts[-1].goal,
+        )
+
     def record(self, fact: do.Fact, version: int) -> None:
         """``fact`` happened while ``version`` was the newest."""
         match fact:
-            case do.Folded(entry, fill, goal, seconds):
-                self.progress(
-                    "folded",
-                    version,
-                    worker=entry.id.worker,
-                    staleness=entry.staleness,
-                    fill=fill,
-                    goal=goal,
-                    seconds=seconds,
-                    loss=entry.loss,
-                )
+            case do.Folded():
+                self._folded.append(fact)
+                self._folded_version = version
+                self.tell_folded(at_once=len(self._folded) >= MOST_NAMED)
             case do.VersionMade(record):
+                self.tell_folded(at_once=True)
                 self._history.version(record)
                 staleness = [entry.staleness for entry in record.updates]
                 self.progress("version", version, loss=record.loss, updates=len(staleness), seconds=record.seconds)

@@ -145,6 +145,7 @@ class AggregatorService:
             self._loop(lambda: self._finish is not None)
             deadline = time.monotonic() + DRAIN_SECONDS
             self._loop(lambda: time.monotonic() > deadline and self._inbox.empty())
+            self._reporter.tell_folded(at_once=True)
             self._announcer.wait(timeout=10.0)
         except StaleEpoch:
             self._listen()
@@ -165,6 +166,9 @@ class AggregatorService:
     def _next(self) -> Incoming | on.Happening:
         now = self._now()
         timeout = IDLE_SECONDS if self._wake_at is None else min(max(self._wake_at - now, 0.0), IDLE_SECONDS)
+        if (due := self._reporter.due_in()) is not None:
+            self._reporter.tell_folded()
+            timeout = min(timeout, due or IDLE_SECONDS)
         try:
             return self._inbox.get(timeout=min(timeout, DRAIN_SECONDS) if self._finish else timeout)
         except queue.Empty:

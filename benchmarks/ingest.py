@@ -33,6 +33,7 @@ from pydantic import SecretStr
 
 from aggregator.checkpoint import CheckpointStore
 from aggregator.config import AggregatorConfig
+from aggregator.process import tune
 from aggregator.service import AggregatorService
 from benchmarks.echo import model_of
 from broker.amqp.node import PrivateNode
@@ -195,6 +196,7 @@ def main() -> None:
     arguments = parser.parse_args()
     logging.disable(logging.WARNING)
     if arguments.serve:
+        tune()
         print(KINDS[arguments.serve](arguments.url, arguments.run, arguments.nbytes, arguments.count))
         return
     with contextlib.ExitStack() as stack:

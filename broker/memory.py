@@ -17,7 +17,7 @@ from dataclasses import dataclass, field, replace
 from broker.errors import BrokerUnreachable, MessageTooLarge, PublishRefused, Unroutable
 from broker.messages import Reason
 from broker.topology import Topology
-from broker.transport import Connected, Delivery, Disconnected, Incoming, Outgoing, Sink, Source, Standby, Token
+from broker.transport import HEARD, Connected, Delivery, Disconnected, Incoming, Outgoing, Sink, Source, Standby, Token
 
 __all__ = ["DeadLetter", "MemoryAggregatorTransport", "MemoryBroker", "MemoryWorkerTransport"]
 
@@ -124,12 +124,12 @@ class MemoryBroker:
         while run.commands:
             active.take(run.commands.popleft())
 
-    def send_event(self, topology: Topology, message: Outgoing, *, notice_to: str | None = None) -> None:
-        """Events go to the active aggregator and to watchers, notices to the one worker."""
+    def send_event(self, topology: Topology, kind: str, message: Outgoing, *, notice_to: str | None = None) -> None:
+        """Events go to watchers, what the aggregator hears also to the active one, and notices to the one worker."""
         run = self.run(topology.run)
         delivery = Delivery(source=Source.EVENT, body=message.body, headers=message.headers)
         if notice_to is None:
-            for aggregator in run.aggregators[:1]:
+            for aggregator in run.aggregators[:1] if kind in HEARD else ():
                 self.hand(aggregator.sink, delivery)
         else:
             for worker in run.workers:
@@ -171,10 +171,9 @@ class _Endpoint:
 
     def event(self, kind: str, message: Outgoing) -> None:
         """See the port."""
-        del kind  # the routing key on RabbitMQ; here everybody who listens gets all events
         with self._broker.turn():
             if self.sink is not None:
-                self._broker.send_event(self._topology, message)
+                self._broker.send_event(self._topology, kind, message)
 
 
 class MemoryAggregatorTransport(_Endpoint):
@@ -258,7 +257,7 @@ class MemoryAggregatorTransport(_Endpoint):
         """See the port."""
         with self._broker.turn():
             if self.sink is not None:
-                self._broker.send_event(self._topology, message, notice_to=worker)
+                self._broker.send_event(self._topology, "notice", message, notice_to=worker)
 
     def close(self) -> None:
         """See the port."""

@@ -21,6 +21,7 @@ from broker.errors import FedmqError
 from broker.messages import Reason
 
 __all__ = [
+    "HEARD",
     "AggregatorTransport",
     "Connected",
     "Delivery",
@@ -105,6 +106,9 @@ class Failed:
 
     error: FedmqError
 
+
+#: Kinds of events that reach the aggregator; the others are for people who watch.
+HEARD = ("heartbeat", "evaluation")
 
 Incoming = Delivery | Connected | Standby | Disconnected | Failed
 Sink = Callable[[Incoming], None]

@@ -6,6 +6,7 @@ import math
 import threading
 import time
 from collections import Counter, deque
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Self
@@ -103,9 +104,9 @@ class Board:
         self.version = max(self.version, _whole(data.get("version"), 0))
         if what == "folded":
             self.fill, self.goal = _whole(data.get("fill"), 0), _whole(data.get("goal"), 0)
-            staleness = _whole(data.get("staleness"), 0)
-            self.staleness.append(staleness)
-            self.workers.setdefault(str(data.get("worker")), Line()).staleness.append(staleness)
+            for worker, staleness in _pairs(data.get("staleness")):
+                self.staleness.append(staleness)
+                self.workers.setdefault(worker, Line()).staleness.append(staleness)
         elif what == "version":
             self.loss = _real(data.get("loss"), None)
             self.fill = 0
@@ -203,6 +204,14 @@ class Display:
 
     def _render(self) -> RenderableType:
         return self._board.render(self._title, self._rounds, self._footer)
+
+
+def _pairs(text: object) -> Iterator[tuple[str, int]]:
+    """Of ``w0:3 w1:0``, the names and numbers."""
+    for part in str(text).split():
+        name, _, number = part.partition(":")
+        if number.isdecimal():
+            yield name, int(number)
 
 
 def _whole(value: object, default: int) -> int:

@@ -11,6 +11,7 @@ import logging
 import random
 import threading
 import time
+from collections import deque
 from collections.abc import Awaitable, Callable, Coroutine
 from concurrent.futures import Future
 from typing import Any, TypeVar
@@ -85,6 +86,8 @@ class Link:
         self._task: asyncio.Task[None] | None = None
         self._thread: threading.Thread | None = None
         self._stopping = False
+        self._calls: deque[tuple[Callable[..., object], tuple[Any, ...]]] = deque()
+        self._is_woken = False
         self._seldom = seldom or Seldom()
         self._is_quiet = False
         self._hurried: asyncio.Future[None] | None = None
@@ -113,13 +116,18 @@ class Link:
 
     def call(self, function: Callable[..., object], *arguments: Any, after: float = 0.0) -> bool:
         """Run ``function`` on the link's thread, ``after`` seconds from now; False if the link has stopped."""
-        if self._loop is None:
+        if self._loop is None or self._loop.is_closed():
             return False
         try:
             if after:
                 self._loop.call_soon_threadsafe(self._loop.call_later, after, function, *arguments)
-            else:
-                self._loop.call_soon_threadsafe(function, *arguments)
+                return True
+            self._calls.append((function, arguments))
+            # Waking the thread costs a write to a pipe: once for all that wait. The mark goes up after the call is in
+            # the queue and down before the queue is read, so that none stays behind.
+            if not self._is_woken:
+                self._is_woken = True
+                self._loop.call_soon_threadsafe(self._do_calls)
         except RuntimeError:  # the loop is closed
             return False
         return True
@@ -154,6 +162,16 @@ class Link:
         self.call(self._cut)
 
     # --------------------------------------------------------------------------------- on the link's thread
+
+    def _do_calls(self) -> None:
+        self._is_woken = False
+        try:
+            for _ in range(len(self._calls)):  # those that come meanwhile have woken the thread again
+                function, arguments = self._calls.popleft()
+                function(*arguments)
+        finally:
+            if self._calls:  # one that fails, which the loop reports, does not take the others with it
+                asyncio.get_running_loop().call_soon(self._do_calls)
 
     async def _with_channel(self, function: Callable[[Channel], Coroutine[Any, Any, T]]) -> T:
         if self._channel is None:

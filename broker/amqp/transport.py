@@ -31,7 +31,7 @@ from broker.errors import BrokerError, MessageTooLarge, PublishRefused, Unroutab
 from broker.messages import NAME_PATTERN, Reason
 from broker.settings import BrokerConfig
 from broker.topology import DEAD, EVENTS, Topology
-from broker.transport import Delivery, Outgoing, Source, Standby, Token
+from broker.transport import HEARD, Delivery, Outgoing, Source, Standby, Token
 
 __all__ = ["AmqpAggregatorTransport", "AmqpWorkerTransport"]
 
@@ -197,7 +197,7 @@ class AmqpAggregatorTransport(Side):
         await self._bind_events(channel, events)
 
     async def _bind_events(self, channel: Channel, events: str) -> None:
-        for kind in ("heartbeat", "progress", "evaluation"):
+        for kind in HEARD:
             await channel.bind(events, EVENTS, self._topology.event_key(kind, "*"))
 
     def _stand_by(self) -> None:

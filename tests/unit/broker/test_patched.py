@@ -5,10 +5,12 @@ from __future__ import annotations
 import asyncio
 import socket
 import struct
+from collections import deque
 
 import pika
 import pytest
 
+from broker.amqp.patched import SMALL_BYTES, Connection
 from broker.amqp.session import Session
 from broker.errors import BrokerUnreachable
 from tests.support.waiting import wait_for
@@ -64,3 +66,31 @@ def _reset_one(server: socket.socket) -> None:
     peer, _ = server.accept()
     peer.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
     peer.close()
+
+
+class _Socket:
+    """What the connection sees of pika's transport: what was given to it, and has not been sent yet."""
+
+    def __init__(self) -> None:
+        self._tx_buffers: deque[bytes] = deque()
+        self._tx_buffered_byte_count = 0
+
+    def write(self, data: bytes) -> None:
+        self._tx_buffers.append(data)
+        self._tx_buffered_byte_count += len(data)
+
+
+def test_small_frames_are_sent_together_and_in_order() -> None:
+    connection = Connection.__new__(Connection)
+    connection._transport = _Socket()
+    frames = [bytes([number]) * 21 for number in range(200)] + [bytes(SMALL_BYTES), b"after"]
+
+    for frame in frames:
+        connection._adapter_emit_data(frame)
+
+    waiting = connection._transport._tx_buffers
+    assert b"".join(waiting) == b"".join(frames)
+    # The first by itself, for a part of it may be on its way; and none is copied into a large one.
+    assert waiting[0] == frames[0]
+    assert [len(piece) for piece in waiting] == [21, 195 * 21, 4 * 21, SMALL_BYTES, 5]
+    assert connection._transport._tx_buffered_byte_count == sum(map(len, frames))

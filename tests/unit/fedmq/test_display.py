@@ -26,8 +26,9 @@ def beat(board: Board, worker: str, **data: Scalar) -> None:
     tell(board, EventKind.HEARTBEAT, worker, **{"state": "training", "version": 3, "confirmed": 2, **data})
 
 
-def folded(board: Board, worker: str, staleness: int, *, fill: int = 1) -> None:
-    data: dict[str, Scalar] = {"what": "folded", "worker": worker, "staleness": staleness, "fill": fill, "goal": 4}
+def folded(board: Board, worker: str, *staleness: int, fill: int = 1) -> None:
+    text = " ".join(f"{worker}:{one}" for one in staleness)
+    data: dict[str, Scalar] = {"what": "folded", "staleness": text, "fill": fill, "goal": 4}
     tell(board, EventKind.PROGRESS, "aggregator", version=3, **data)
 
 
@@ -57,8 +58,8 @@ def test_a_run_in_full_swing_fits_in_eighty_columns() -> None:
     board = Board()
     beat(board, "w0", loss=0.25, seconds=1.5)
     beat(board, "evaluator", role="evaluator", state="evaluating", loss=0.3, seconds=0.1)
-    for staleness in (0, 1, 5):
-        folded(board, "w0", staleness, fill=2)
+    folded(board, "w0", 0, 1, fill=1)
+    folded(board, "w0", 5, fill=2)
     tell(board, EventKind.PROGRESS, "aggregator", what="version", version=7, loss=0.75)
     folded(board, "w0", 0, fill=3)
     tell(board, EventKind.EVALUATION, "evaluator", version=7, accuracy=0.5, loss=0.5, examples=9, seconds=1.0, epoch=1)

@@ -1,0 +1,84 @@
+"""Events about updates that were folded: some together, none forgotten, none late."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from aggregator.core import effects as do
+from aggregator.core.snapshot import Entry
+from aggregator.history import History
+from aggregator.reporting import FOLDED_SECONDS, MOST_NAMED, Reporter
+from broker.memory import MemoryBroker
+from broker.messages import Event, UpdateId
+from broker.transport import Delivery, Incoming
+from broker.wire import decode
+from tests.support.builders import RUN
+
+
+class Desk:
+    """A reporter with a clock of its own, and what watchers see of it."""
+
+    def __init__(self, folder: Path) -> None:
+        self.now = 1000.0
+        self.seen: list[Event] = []
+        broker = MemoryBroker()
+        broker.watch(RUN, self._see)
+        transport = broker.aggregator(RUN)
+        transport.open(lambda _item: None)
+        self.reporter = Reporter(RUN, transport, History(folder / "history.jsonl"), lambda: self.now)
+
+    def _see(self, item: Incoming) -> None:
+        assert isinstance(item, Delivery)
+        event = decode(item.body)
+        assert isinstance(event, Event)
+        self.seen.append(event)
+
+    def fold(self, worker: str, staleness: int = 0, fill: int = 1) -> None:
+        entry = Entry(UpdateId(worker, "i", 0), base_version=0, staleness=staleness, weight=1.0, examples=1, loss=None)
+        self.reporter.record(do.Folded(entry, fill, 4, 0.0), 3)
+
+
+def test_the_first_update_is_told_at_once(tmp_path: Path) -> None:
+    desk = Desk(tmp_path)
+    assert desk.reporter.due_in() is None
+
+    desk.fold("w0", 2)
+
+    assert desk.seen[0].data == {
+        "what": "folded", "version": 3, "updates": 1, "staleness": "w0:2", "fill": 1, "goal": 4
+    }  # fmt: skip
+    assert desk.reporter.due_in() is None
+
+
+def test_those_that_follow_soon_are_told_together(tmp_path: Path) -> None:
+    desk = Desk(tmp_path)
+    desk.fold("w0")
+    desk.now += FOLDED_SECONDS / 4
+    for number, worker in enumerate(("w1", "w2", "w1"), 2):
+        desk.fold(worker, number, fill=number)
+    desk.reporter.tell_folded()
+    assert len(desk.seen) == 1
+
+    due = desk.reporter.due_in()
+    assert due is not None
+    desk.now += due + 1e-6
+    desk.reporter.tell_folded()
+
+    assert desk.seen[1].data["staleness"] == "w1:2 w2:3 w1:4"
+    assert (desk.seen[1].data["updates"], desk.seen[1].data["fill"]) == (3, 4)
+    assert desk.reporter.due_in() is None
+
+
+def test_no_event_names_too_many(tmp_path: Path) -> None:
+    desk = Desk(tmp_path)
+    for _ in range(1 + MOST_NAMED):
+        desk.fold("w0")
+    assert [event.data["updates"] for event in desk.seen] == [1, MOST_NAMED]
+
+
+def test_at_the_end_nothing_is_kept_back(tmp_path: Path) -> None:
+    desk = Desk(tmp_path)
+    desk.fold("w0")
+    desk.fold("w1")
+    desk.reporter.tell_folded(at_once=True)
+    assert [event.data["staleness"] for event in desk.seen] == ["w0:0", "w1:0"]

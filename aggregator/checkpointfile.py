@@ -102,6 +102,7 @@ class _State:
     folds: Folds = ()
     kept_from: int | None = None
     accumulator_effort: float = 0.0
+    recent: tuple[str, ...] = ()
     norms: tuple[float, ...] = ()
     standings: dict[str, Standing] = field(default_factory=dict)
 

@@ -9,6 +9,7 @@ from typing import Annotated, Literal
 
 from pydantic import AfterValidator, Field, ValidationError, model_validator
 
+from aggregator.core.fairness import MOST, Fairness
 from aggregator.core.rounds import Buffered, RoundRule, Synchronous
 from aggregator.core.rules import CommitPolicy, Rules
 from aggregator.core.screen import NormLimits
@@ -19,6 +20,7 @@ from aggregator.recipe import Recipe
 from aggregator.schedules import SCHEDULES, schedule_of
 from aggregator.staleness import STALENESSES, weight_of
 from aggregator.strategies import STRATEGIES, strategy_of
+from aggregator.strategies.base import scaled
 from broker.codecs import codec_of
 from broker.errors import ConfigError, first_problem
 from broker.messages import Mode, Rounds, Scalar, Work
@@ -44,6 +46,8 @@ LIVE = frozenset(
         "buffer_size",
         "deadline",
         "epsilon",
+        "fairness",
+        "fairness_window",
         "fraction",
         "learning_rate",
         "linger",
@@ -78,6 +82,7 @@ LIVE = frozenset(
         "weight_decay",
         "weighting",
         "worker_momentum",
+        "worker_share",
         "worker_timeout",
     }
 )
@@ -144,6 +149,14 @@ class AggregatorConfig(Table):
     normalize_staleness: bool = False
     """Divide a round by the sum of its weights, and not by the number of its updates: stale updates count less beside
     fresh ones, but the step does not become shorter."""
+
+    worker_share: Annotated[float, Field(gt=0, le=1)] | None = None
+    """Buffered rounds: the greatest part of a buffer that one worker may fill, rounded down; takes at least
+    ``1 / worker_share`` workers."""
+    fairness: Literal["none", "inverse-rate"] = "none"
+    """Buffered rounds: ``inverse-rate`` weighs each update by the inverse of how often its worker's come."""
+    fairness_window: Annotated[int, Field(ge=2, le=10_000)] = 100
+    """``inverse-rate``: by how many of the last updates rates are told."""
 
     max_norm: Annotated[float, Field(gt=0)] | None = None
     """The longest update that is taken: the Euclidean norm of all its parameters together; without it, any."""
@@ -234,6 +247,12 @@ class AggregatorConfig(Table):
             raise ValueError("minimum_updates is larger than buffer_size, so that a deadline could never close a round")
         if self.mode is Mode.PARAMETERS:
             self._check_parameters()
+        if self.rounds is Rounds.BUFFERED and self._most_per_worker() == 0:
+            raise ValueError(
+                f"worker_share = {self.worker_share} of a buffer of {self.buffer_size} is less than one update"
+            )
+        if self.fairness != "none" and self.rounds is Rounds.SYNCHRONOUS:
+            raise ValueError("fairness is for buffered rounds; in synchronous ones all workers answer equally often")
         if self.normalize_staleness and self.strategy in STRATEGIES.own and self.strategy != "mean":
             raise ValueError(f"normalize_staleness is for strategy = 'mean', and not for {self.strategy!r}")
         if self.nesterov and not (self.optimizer == "sgd" and self.momentum):
@@ -248,7 +267,7 @@ class AggregatorConfig(Table):
             raise ValueError("control_variates and proximal correct the same drift twice: set one of them")
         self._check_schedule()
         try:
-            strategy_of(self.recipe())
+            scaled(strategy_of(self.recipe()), 1.0 if self.fairness == "none" else 0.5)
             optimizer_of(self.recipe())
             schedule_of(self.recipe())
         except ConfigError as error:
@@ -317,8 +336,18 @@ class AggregatorConfig(Table):
             deadline=self.deadline,
             updates_per_version=self.updates_per_version,
             one_per_worker=self.one_per_worker,
+            most_per_worker=self._most_per_worker(),
             weight=weight_of(self.recipe()),
         )
+
+    def _most_per_worker(self) -> int | None:
+        # 0.29 of 100 are 29, and not 28.999999999999996.
+        return None if self.worker_share is None else int(self.buffer_size * self.worker_share + 1e-9)
+
+    def _fairness(self) -> Fairness:
+        # Beyond the parameters that a worker sends there is nothing to go to.
+        limit = 1.0 if self.mode is Mode.PARAMETERS else MOST
+        return Fairness(0 if self.fairness == "none" else self.fairness_window, limit)
 
     def in_flight(self, model_bytes: int) -> int:
         """Updates of this size that a commit covers at most: by count, and by bytes."""
@@ -349,6 +378,7 @@ class AggregatorConfig(Table):
             commit=CommitPolicy(
                 self.in_flight(model_bytes), max(self.commit_bytes, LEAST_IN_COMMIT * model_bytes), self.commit_seconds
             ),
+            fairness=self._fairness(),
             norms=NormLimits(self.max_norm, self.norm_factor),
             quarantine=QuarantinePolicy(self.quarantine_score, self.quarantine_seconds, self.score_half_life),
             worker_timeout=self.worker_timeout,
@@ -368,7 +398,9 @@ class AggregatorConfig(Table):
         """
         _require_live(name)
         if value is not None:
-            others = {"minimum_updates": {"buffer_size": MAX}, "schedule": {"schedule_rounds": MAX}}.get(name, {})
+            enough = {"buffer_size": MAX}
+            need = {"minimum_updates": enough, "worker_share": enough, "schedule": {"schedule_rounds": MAX}}
+            others = need.get(name, {})
             cls(**others).changed({name: value})
 
     def normal(self, changes: Changes) -> dict[str, Scalar]:

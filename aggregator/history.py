@@ -284,6 +284,7 @@ def _entry(entry: Entry) -> dict[str, Any]:
         "examples": entry.examples,
         "loss": entry.loss,
         **steps,
+        **({} if entry.factor == 1.0 else {"factor": entry.factor}),
         **({} if entry.norm is None else {"norm": entry.norm}),
         "cosine": entry.cosine,
     }

@@ -23,6 +23,7 @@ from aggregator.optimizers import optimizer_of
 from aggregator.recipe import Recipe
 from aggregator.schedules import factor_at, schedule_of
 from aggregator.strategies import Accumulator, strategy_of
+from aggregator.strategies.base import scaled
 from broker.errors import ConfigError, LineageError, StrategyError, first_problem
 from broker.messages import Scalar, Tensors, Update, parameters_digest
 
@@ -112,7 +113,7 @@ class Rebuild:
             raise LineageError(f"version {version}: the kept update {update.id} is of another model")
         if not self._is_altered:  # else there is nothing that its cosine could be compared with
             update = replace(update, tensors=self._sketches.watch(update.tensors))
-        weight = self._strategies[index].fold(self._accumulator, update, entry.staleness)
+        weight = scaled(self._strategies[index], entry.factor).fold(self._accumulator, update, entry.staleness)
         if not self._is_altered:
             self._sketches.add()
         if weight != entry.weight:

@@ -14,7 +14,18 @@ from aggregator.recipe import Recipe
 from broker.errors import StrategyError
 from broker.parts import Parts, made
 
-__all__ = ["STALENESSES", "Weight", "checked", "constant", "cutoff", "exponential", "hinge", "polynomial", "weight_of"]
+__all__ = [
+    "STALENESSES",
+    "Weight",
+    "checked",
+    "constant",
+    "cutoff",
+    "exponential",
+    "hinge",
+    "polynomial",
+    "times",
+    "weight_of",
+]
 
 Weight = Callable[[int], float]
 
@@ -70,6 +81,11 @@ STALENESSES: Parts[Callable[[Recipe], Weight]] = Parts(
 def weight_of(recipe: Recipe) -> Weight:
     """The weight that ``recipe`` names. Raises :class:`ConfigError`."""
     return checked(made(STALENESSES, recipe.staleness, recipe))
+
+
+def times(weight: Weight, factor: float) -> Weight:
+    """``factor * weight``."""
+    return lambda staleness: factor * weight(staleness)
 
 
 def checked(weight: Weight) -> Weight:

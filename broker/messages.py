@@ -136,6 +136,8 @@ class Reason(StrEnum):
     TOO_STALE = "too-stale"
     ROUND_CLOSED = "round-closed"
     SECOND_IN_ROUND = "second-in-round"
+    WORKER_SHARE = "worker-share"
+    """Its worker has as many updates in the buffer as one may have."""
     RUN_DONE = "run-done"
 
 

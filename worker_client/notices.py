@@ -21,7 +21,7 @@ MEANINGS: Mapping[Reason, str] = {
     Reason.NOT_SUPPORTED: "the run cannot use this kind of update: see the detail; use the same release on both sides",
     Reason.WRONG_RUN: "it belongs to another run; check --run",
     Reason.WRONG_WORKER: "it came under another name than the broker's user may use; check --name",
-    Reason.WRONG_MODE: "the run wants the other of gradient and delta; the next version's plan says which",
+    Reason.WRONG_MODE: "the run wants another of gradient, delta and parameters; the next version's plan says which",
     Reason.MODEL_MISMATCH: "the model differs from the run's; use the same task, with the same sizes",
     Reason.INCOMPLETE: "chunks of it are gone from the outbox: did somebody delete or purge that queue?",
     Reason.NO_EXAMPLES: "no examples stand behind it; check the shard",
@@ -34,5 +34,6 @@ MEANINGS: Mapping[Reason, str] = {
     Reason.TOO_STALE: "training took too long, the version is past; the newest is taken next",
     Reason.ROUND_CLOSED: "the round closed before it came; the newest version is taken next",
     Reason.SECOND_IN_ROUND: "this worker has answered the round already; the next version is waited for",
+    Reason.WORKER_SHARE: "this worker has its share of the buffer; the next version comes when others have filled it",
     Reason.RUN_DONE: "the run is over",
 }

@@ -6,11 +6,12 @@ import math
 from collections.abc import Callable
 from dataclasses import replace
 
+from aggregator.core.fairness import Rates
 from aggregator.core.ledger import Ledger, PlainLedger
 from aggregator.core.rules import Rules
 from aggregator.core.sketch import Sketcher, Sketches
 from aggregator.core.snapshot import Entry, Folds, Snapshot
-from aggregator.strategies.base import Accumulator
+from aggregator.strategies.base import Accumulator, scaled
 from broker.messages import ModelSpec, Update
 
 __all__ = ["Buffer"]
@@ -29,6 +30,7 @@ class Buffer:
         self.ledger = make_ledger(snapshot.ledger)
         self._sketcher = Sketcher(snapshot.model)
         self.sketches = Sketches(self._sketcher, snapshot.sketches, len(self.entries))
+        self.rates = Rates(snapshot.recent)
 
     def __len__(self) -> int:
         return len(self.entries)
@@ -52,7 +54,8 @@ class Buffer:
         watched = self.sketches.watch(update.tensors)
         if watched is not update.tensors:
             update = replace(update, tensors=watched)
-        weight = rules.strategy.fold(self.accumulator, update, staleness)
+        factor = self.rates.take(update.id.worker, rules.fairness)
+        weight = scaled(rules.strategy, factor).fold(self.accumulator, update, staleness)
         self.sketches.add()
         self.ledger.add(update.id)
         loss = update.metrics.get("loss", math.nan)
@@ -64,6 +67,7 @@ class Buffer:
             examples=update.examples,
             loss=loss if math.isfinite(loss) else None,
             steps=update.steps,
+            factor=factor,
             norm=norm if norm is not None and math.isfinite(norm) else None,
         )
         self.entries.append(entry)

@@ -465,6 +465,7 @@ class RoundMachine:
             commands=self.controls.commands,
             kept_from=self._kept_from,
             norms=self.screening.norms.to_plain(),
+            recent=self._buffer.rates.to_plain(),
             standings=self.screening.standings.to_plain(self.version),
         )
 

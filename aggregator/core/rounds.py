@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Sequence
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, field, replace
@@ -27,7 +28,7 @@ class Round:
     draws: dict[tuple[int, str], bool] = field(default_factory=dict)
     """Who was sampled, by question and worker, as far as that was asked."""
     # Asked for at every event, and with thousands of workers too long to be made each time.
-    _folded: set[str] = field(default_factory=set)
+    _folded: Counter[str] = field(default_factory=Counter)
     _counted: int = 0
     _expected: tuple[Sequence[str], Plan, frozenset[str]] | None = None
 
@@ -35,9 +36,13 @@ class Round:
     def folded(self) -> AbstractSet[str]:
         """Workers with an update in the buffer, which only ever grows."""
         while self._counted < len(self.entries):
-            self._folded.add(self.entries[self._counted].id.worker)
+            self._folded[self.entries[self._counted].id.worker] += 1
             self._counted += 1
-        return self._folded
+        return self._folded.keys()
+
+    def count(self, worker: str) -> int:
+        """Updates of ``worker`` in the buffer."""
+        return self._folded[worker] if worker in self.folded else 0
 
     def expected(self, present: Sequence[str]) -> AbstractSet[str]:
         """Those of ``present`` who take part; it must not change as long as it is the same object."""
@@ -94,16 +99,18 @@ class Buffered:
     deadline: float | None = None
     updates_per_version: int | None = None
     one_per_worker: bool = False
+    most_per_worker: int | None = None
+    """Updates of one worker in a buffer; None for any number."""
     weight: Callable[[int], float] | None = None
     """Of a staleness. What it gives no weight is too stale."""
 
     def plan(self, base: Plan) -> Plan:
         """Everybody trains all the time. Unless that is not wanted, a single worker can fill the buffer by itself."""
-        most = 1 if self.one_per_worker else self.updates_per_version or self.size
+        most = min(self.updates_per_version or self.size, self._most)
         return replace(base, rounds=Rounds.BUFFERED, updates_per_version=most)
 
     def refusal(self, round_: Round, head: UpdateHead) -> tuple[Reason, str] | None:
-        """Too stale, or not the worker's first where one is all that a worker may send."""
+        """Too stale, or more of one worker than the buffer takes."""
         staleness = round_.version - head.base_version
         if staleness > self.max_staleness:
             return Reason.TOO_STALE, f"staleness {staleness}; aggregator.max_staleness is {self.max_staleness}"
@@ -112,7 +119,15 @@ class Buffered:
             return Reason.SECOND_IN_ROUND, f"{text} {self.size} workers to fill it"
         if self.weight is not None and not self.weight(staleness):
             return Reason.TOO_STALE, f"staleness {staleness}, to which aggregator.staleness gives no weight"
+        if round_.count(head.id.worker) >= self._most:
+            most = f"{self._most} of {self.size} updates in the buffer are {head.id.worker}'s"
+            return Reason.WORKER_SHARE, f"{most}; aggregator.worker_share allows no more"
         return None
+
+    @property
+    def _most(self) -> int:
+        """Updates of one worker in a buffer."""
+        return 1 if self.one_per_worker else self.most_per_worker or self.size
 
     def is_complete(self, round_: Round, present: Sequence[str]) -> bool:
         """The buffer is full."""
@@ -126,12 +141,13 @@ class Buffered:
 
     def is_stuck(self, round_: Round, present: Sequence[str]) -> bool:
         """Workers go on by themselves, but one whose update was rejected may have none left for this version."""
-        return any(worker in present for worker in round_.refused)
+        # Whose share of the buffer is used up can only wait for the others.
+        return any(worker in present and round_.count(worker) < self._most for worker in round_.refused)
 
     def is_owed(self, round_: Round, worker: str) -> bool:
         """It may send more from this version."""
         sent = sum(e.id.worker == worker and e.base_version == round_.version for e in round_.entries)
-        return sent < round_.plan.updates_per_version
+        return sent < round_.plan.updates_per_version and round_.count(worker) < self._most
 
 
 @dataclass(frozen=True, slots=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+from aggregator.core.fairness import Fairness
 from aggregator.core.rounds import RoundRule
 from aggregator.core.screen import NormLimits
 from aggregator.core.standing import QuarantinePolicy
@@ -47,6 +48,8 @@ class Rules:
     """In which code workers are asked to send updates; empty for none."""
     stop_after_rounds: int | None = None
     commit: CommitPolicy = field(default_factory=CommitPolicy)
+    fairness: Fairness = field(default_factory=Fairness)
+    """Whether updates are weighed by their workers' rates."""
     norms: NormLimits = field(default_factory=NormLimits)
     quarantine: QuarantinePolicy = field(default_factory=QuarantinePolicy)
     worker_timeout: float = 15.0

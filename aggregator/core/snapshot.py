@@ -34,6 +34,8 @@ class Entry:
     loss: float | None = None
     steps: int = 0
     """Local steps; 0 if the worker did not say."""
+    factor: float = 1.0
+    """What its weight was multiplied by for its worker's rate."""
     norm: float | None = None
     """Of its parameters together; None if it was not calculated."""
     cosine: float | None = None
@@ -110,6 +112,8 @@ class SnapshotHead:
     """The newest commands that were executed, by id."""
     kept_from: int | None = None
     """Every update applied after this version is in the archive, and the version's state too; None if not."""
+    recent: tuple[str, ...] = ()
+    """Whose the updates were that were folded last, where updates are weighed by that; the newest is the last."""
     norms: tuple[float, ...] = ()
     """Of the updates taken last."""
     standings: Mapping[str, Standing] = field(default_factory=dict)

@@ -7,13 +7,14 @@ update. The accumulator is part of every checkpoint, so all that a strategy know
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 
+from broker.errors import ConfigError
 from broker.messages import Array, ModelSpec, TensorRole, Update
 
-__all__ = ["Accumulator", "Strategy", "accumulator_dtype"]
+__all__ = ["Accumulator", "Scalable", "Strategy", "accumulator_dtype", "scaled"]
 
 
 @dataclass(slots=True)
@@ -62,6 +63,25 @@ class Strategy(Protocol):
 
         The accumulator is used up: the result may share its arrays.
         """
+
+
+@runtime_checkable
+class Scalable(Protocol):
+    """A strategy that can give an update more or less weight than it would have."""
+
+    def scaled(self, factor: float) -> Strategy:
+        """This strategy with ``factor`` times the weight of whatever is folded."""
+
+
+def scaled(strategy: Strategy, factor: float) -> Strategy:
+    """``strategy`` with ``factor`` times the weight. Raises :class:`ConfigError` if it cannot be had."""
+    if factor == 1.0:
+        return strategy
+    if not isinstance(strategy, Scalable):
+        raise ConfigError(
+            "this strategy cannot weigh updates by their workers' rates: set aggregator.fairness = 'none'"
+        )
+    return strategy.scaled(factor)
 
 
 def accumulator_dtype(dtype: str, role: TensorRole) -> np.dtype[Any]:

@@ -15,13 +15,13 @@ stale update takes a shorter step, as in FedBuff: what a_i corrects is how much 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import numpy as np
 
 from aggregator.recipe import Recipe
-from aggregator.staleness import weight_of
+from aggregator.staleness import times, weight_of
 from aggregator.strategies.base import Accumulator
 from aggregator.strategies.mean import Mean, add_scaled
 from broker.messages import Array, ModelSpec, TensorRole, Update, pieces
@@ -42,6 +42,10 @@ class FedNova:
     def of(cls, recipe: Recipe) -> FedNova:
         """As ``recipe`` says."""
         return cls(recipe.weighting, weight_of(recipe))
+
+    def scaled(self, factor: float) -> FedNova:
+        """With ``factor`` times the weights."""
+        return replace(self, staleness_weight=times(self.staleness_weight, factor))
 
     def init(self, model: ModelSpec) -> Accumulator:
         """Zeros."""

@@ -16,13 +16,13 @@ but stale ones makes a whole step. Control variates are added up as they are.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import numpy as np
 
 from aggregator.recipe import Recipe
-from aggregator.staleness import weight_of
+from aggregator.staleness import times, weight_of
 from aggregator.strategies.base import Accumulator, accumulator_dtype
 from broker.messages import Array, Mode, ModelSpec, TensorRole, Update, pieces
 
@@ -46,6 +46,10 @@ class Mean:
         """As ``recipe`` says."""
         are_parameters = recipe.mode is Mode.PARAMETERS
         return cls(recipe.weighting, weight_of(recipe), recipe.normalize_staleness or are_parameters)
+
+    def scaled(self, factor: float) -> Mean:
+        """With ``factor`` times the weights."""
+        return replace(self, staleness_weight=times(self.staleness_weight, factor))
 
     def init(self, model: ModelSpec) -> Accumulator:
         """Zeros."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import heapq
 import itertools
+import math
 import random
 from collections import deque
 from collections.abc import Callable
@@ -116,7 +117,7 @@ class World:
         """The rules with another buffer size."""
         rounds = self.rules.rounds
         if isinstance(rounds, Buffered) and isinstance(size := changes.get("buffer_size"), int):
-            rounds = replace(rounds, size=size)
+            rounds = fillable(replace(rounds, size=size), len(self.workers))
         return replace(self.rules, rounds=rounds)
 
     def beat(self, reign: int) -> None:
@@ -399,6 +400,7 @@ ROUND_RULES: st.SearchStrategy[RoundRule] = st.one_of(
         size=st.integers(1, 5),
         max_staleness=st.sampled_from([0, 2, 100]),
         deadline=st.sampled_from([None, 20.0]),
+        most_per_worker=st.sampled_from([None, None, 1, 2]),
     ),
     st.builds(
         Synchronous,
@@ -407,6 +409,13 @@ ROUND_RULES: st.SearchStrategy[RoundRule] = st.one_of(
         deadline=st.sampled_from([None, 20.0]),
     ),
 )
+
+
+def fillable(rounds: RoundRule, workers: int) -> RoundRule:
+    """``rounds`` with shares of a buffer that all workers together can fill."""
+    if not isinstance(rounds, Buffered) or rounds.most_per_worker is None:
+        return rounds
+    return replace(rounds, most_per_worker=max(rounds.most_per_worker, math.ceil(rounds.size / workers)))
 
 
 def play(rounds: RoundRule, workers: int, seed: int, *, in_chunks: bool) -> World:
@@ -451,7 +460,7 @@ class Summing:
 def test_whatever_happened_the_run_comes_to_its_end_and_counts_each_update_once(
     rounds: RoundRule, workers: int, seed: int, *, in_chunks: bool
 ) -> None:
-    world = play(rounds, workers, seed, in_chunks=in_chunks)
+    world = play(fillable(rounds, workers), workers, seed, in_chunks=in_chunks)
 
     assert world.finished == "done", (
         f"version {world.disk.version} after {world.now:.0f} s; workers "

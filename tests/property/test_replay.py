@@ -36,6 +36,8 @@ CHANGES = st.fixed_dictionaries(
         "weight_decay": st.sampled_from([0.0, 0.1]),
         "normalize_staleness": st.booleans(),
         "staleness_threshold": st.integers(0, 2),
+        "fairness": st.sampled_from(["none", "inverse-rate"]),
+        "fairness_window": st.integers(2, 4),
         "schedule": st.sampled_from(["constant", "step", "cosine"]),
         "schedule_rounds": st.integers(3, 9),
         "warmup_rounds": st.integers(0, 2),

@@ -12,7 +12,16 @@ LONGEST_REST = 60.0
 MOST_NOT_FINITE = 10
 
 #: These lie in the course of the run and not in what the update holds; the next one may be taken.
-TIMELY = frozenset({Reason.RUN_DONE, Reason.TOO_STALE, Reason.ROUND_CLOSED, Reason.SECOND_IN_ROUND, Reason.ROLLED_BACK})
+TIMELY = frozenset(
+    {
+        Reason.RUN_DONE,
+        Reason.TOO_STALE,
+        Reason.ROUND_CLOSED,
+        Reason.SECOND_IN_ROUND,
+        Reason.WORKER_SHARE,
+        Reason.ROLLED_BACK,
+    }
+)
 
 
 class Rejections:

@@ -410,7 +410,7 @@ def test_a_training_in_progress_is_published_before_the_rest() -> None:
     assert worker.handle(ev.PublishConfirmed()) == NOTHING
 
 
-@pytest.mark.parametrize("reason", [Reason.TOO_STALE, Reason.SECOND_IN_ROUND, Reason.ROLLED_BACK])
+@pytest.mark.parametrize("reason", [Reason.TOO_STALE, Reason.SECOND_IN_ROUND, Reason.WORKER_SHARE, Reason.ROLLED_BACK])
 def test_a_rejection_for_its_time_asks_for_no_rest(reason: Reason) -> None:
     worker = machine(arrived(0), *TRAINED_AND_PUBLISHED)
 

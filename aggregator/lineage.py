@@ -17,6 +17,7 @@ from safetensors import SafetensorError, safe_open
 
 from aggregator.archive import KeptUpdates
 from aggregator.checkpoint import CheckpointStore
+from aggregator.coalitions import PlayedRound, played_rounds
 from aggregator.core.snapshot import Entry, SnapshotHead, VersionRecord
 from aggregator.history import scan_history, version_record
 from aggregator.replay import Link, Rebuild, distance, needed, rebuild
@@ -279,6 +280,16 @@ class Replay:
             for record in rebuild(self.lineage.links(self._ahead), self.lineage.fetch, *self._rebuilds):
                 self.workers.update(entry.id.worker for entry in (*record.updates, *record.dropped))
                 yield record.version
+        finally:
+            self.lineage.kept.close()
+
+    def rounds(self) -> Iterator[PlayedRound]:
+        """Rebuild what was planned; gives each round of updates before it is made, with all of them in memory.
+
+        Raises as :meth:`run`.
+        """
+        try:
+            yield from played_rounds(self.lineage.links(self._ahead), self.lineage.fetch, self.original)
         finally:
             self.lineage.kept.close()
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from copy import copy
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -78,6 +79,18 @@ class Rebuild:
         if self._digest is None:
             self._digest = parameters_digest(self.parameters)
         return self._digest
+
+    @property
+    def begins_with_part(self) -> bool:
+        """Whether updates of the next round are in the state that it began with, where they cannot be told apart."""
+        return bool(self._partial[0])
+
+    def branch(self, leave_out: frozenset[str]) -> Rebuild:
+        """Another one that stands where this one stands, and leaves these out. Neither writes into what they share."""
+        other = copy(self)
+        other.left_out, other.stuck = Counter(), Counter()
+        other._leave_out = leave_out  # noqa: SLF001 (its own)
+        return other
 
     def open(self, link: Link) -> None:
         """Begin what made ``link``'s version: a round, or parameters that were there before."""

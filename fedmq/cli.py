@@ -31,6 +31,7 @@ from broker.dead import app as dead_app
 from broker.errors import CheckpointError, TaskError
 from broker.settings import Settings, Table, load, plain
 from fedmq.compress import register as register_compress
+from fedmq.contribution import register as register_contribution
 from fedmq.control import register as register_controls
 from fedmq.lineage import register as register_lineage
 from fedmq.simulate import register as register_simulate
@@ -198,6 +199,7 @@ app.command("evaluate")(evaluate)
 register_controls(app)
 register_lineage(app)
 register_compress(app)
+register_contribution(app)
 register_simulate(app)
 app.add_typer(checkpoint_app, name="checkpoint")
 app.add_typer(dead_app, name="dead")

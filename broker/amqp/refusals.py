@@ -28,6 +28,7 @@ RESOURCE_LIMITS = ("connection limit", "channel limit", "is down")
 # Arguments in which our classic and quorum queues differ. RabbitMQ names the first that it meets.
 OF_THE_TYPE = {"x-queue-type", "x-overflow", "x-dead-letter-strategy", "x-delivery-limit"}
 INEQUIVALENT = re.compile(r"inequivalent arg '([^']+)' for (\w+) '([^']+)'.*?: (received .*)")
+CURRENT_NUMBER = re.compile(r"current is (?:the value )?'(\d+)'")
 TOO_LARGE = re.compile(r"message size \d+ is larger than (?:configured )?max size (\d+)")
 NO_EXCHANGE = re.compile(r"no exchange '([^']+)'")
 SYSTEM_ERROR = re.compile(r"\w+[Ee]rror\(-?\d+, ['\"]([^'\"]+)['\"]\)")
@@ -63,11 +64,12 @@ class Operation:
 
 
 class Inequivalent(TopologyMismatch):
-    """An existing queue or exchange has another value of ``argument``."""
+    """An existing queue or exchange has another value of ``argument``: ``current``, if that is a number."""
 
-    def __init__(self, message: str, argument: str) -> None:
+    def __init__(self, message: str, argument: str, current: int | None = None) -> None:
         super().__init__(message)
         self.argument = argument
+        self.current = current
 
 
 def connection_error(error: BaseException, place: Place, *, opened: bool) -> BrokerError:
@@ -118,6 +120,7 @@ def channel_error(error: BaseException, place: Place, operation: Operation) -> B
         return _absent(text, place)
     if match := INEQUIVALENT.search(text):
         argument, kind, name, values = match.groups()
+        current = CURRENT_NUMBER.search(values)
         hint = ""
         if kind == "queue" and argument in OF_THE_TYPE:
             hint = 'set broker.queue_type to the type that it has ("classic" or "quorum"), '
@@ -126,6 +129,7 @@ def channel_error(error: BaseException, place: Place, operation: Operation) -> B
             f"Either {hint}choose another run name, or delete it if nothing in it is needed "
             f"(rabbitmqctl -p {place.vhost} delete_{kind} {name})",
             argument,
+            int(current.group(1)) if current else None,
         )
     if match := TOO_LARGE.search(text):
         return MessageTooLarge(

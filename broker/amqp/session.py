@@ -272,6 +272,16 @@ class Channel:
         )
         await self.call("queue_declare", operation, queue=name, durable=True, arguments=dict(arguments))
 
+    async def count(self, queue: str) -> int:
+        """How many messages in ``queue`` are ready."""
+        operation = Operation(f"look at queue {queue!r}", "read")
+        frame = await self.call("queue_declare", operation, queue=queue, passive=True)
+        return int(frame.method.message_count)
+
+    async def delete_queue(self, name: str) -> None:
+        """Delete a queue and what is in it."""
+        await self.call("queue_delete", Operation(f"delete queue {name!r}", "configure"), queue=name)
+
     async def declare_own_queue(self, name: str, max_length: int) -> None:
         """A queue that goes with this connection and drops its oldest messages rather than grow."""
         operation = Operation(f"declare queue {name!r}", "configure")

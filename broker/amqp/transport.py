@@ -131,7 +131,7 @@ class AmqpAggregatorTransport(Side):
     # ------------------------------------------------------------------------------- on the links' threads
 
     async def _prepare(self, channel: Channel) -> None:
-        gone = await self._declare(channel)
+        gone = await self._declare(channel, makes_room=True)
         if f"queue {self._topology.chunks}" in gone:
             self._uploader.forget()
         streams = {f"queue {self._topology.parameters}", f"queue {self._topology.chunks}"}
@@ -139,13 +139,13 @@ class AmqpAggregatorTransport(Side):
             # Else whoever joins finds nothing in the new stream until the next version.
             self.broadcast(self._newest)
 
-    async def _declare(self, channel: Channel) -> tuple[str, ...]:
+    async def _declare(self, channel: Channel, *, makes_room: bool = False) -> tuple[str, ...]:
         """Declare what the run needs; what was there once and was missing, see :func:`declare_again`."""
         gone: tuple[str, ...] = ()
         if self._has_declared:
-            gone = await declare_again(channel, self._topology, self._config, self._model_bytes)
+            gone = await declare_again(channel, self._topology, self._config, self._model_bytes, makes_room=makes_room)
         else:
-            await declare(channel, self._topology, self._config, self._model_bytes)
+            await declare(channel, self._topology, self._config, self._model_bytes, makes_room=makes_room)
         self._has_declared = True
         for worker in sorted(self._admitted):
             await declare_outbox(channel, self._topology, self._config, worker, self._model_bytes)
@@ -227,7 +227,9 @@ class AmqpAggregatorTransport(Side):
         self._admitted.add(worker)
         if self._channel is not None:
             channel = self._channel
-            self._keep(declare_outbox(channel, self._topology, self._config, worker, self._model_bytes))
+            self._keep(
+                declare_outbox(channel, self._topology, self._config, worker, self._model_bytes, makes_room=True)
+            )
 
     def _keep(self, deed: Coroutine[Any, Any, None]) -> None:
         """Do it beside everything else; if it fails, the channel ends, and all is declared again on the next."""

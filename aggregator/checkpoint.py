@@ -19,10 +19,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
 
-from aggregator.checkpointfile import ForeignCheckpoint, contents, read_checkpoint, read_head, write_tensors
+from aggregator.checkpointfile import ForeignCheckpoint, contents, read_checkpoint, read_head, row_files, write_tensors
 from aggregator.core.snapshot import Snapshot, SnapshotHead, rolled_back
 from aggregator.disk import make_folder, sync_folder
 from aggregator.optimizers import OptimizerState
+from aggregator.rowfile import RowPart, StoredRows, copy_rows
 from aggregator.strategies.base import Accumulator
 from broker.errors import (
     CheckpointCorrupt,
@@ -58,6 +59,7 @@ class CheckpointStore:
         self.folder = folder
         self.run = run
         self._keep = max(KEEP, keep)
+        self._row_files: dict[Path, frozenset[str]] = {}
 
     # --------------------------------------------------------------------------------------------- reading
 
@@ -198,6 +200,7 @@ class CheckpointStore:
             claimed = max(known, epoch) + 1
             self._store_epoch(claimed)
             self._remove_torsos()
+            self._row_files.clear()
         snapshot = replace(snapshot, epoch=claimed)
         if version > snapshot.version:
             level = logging.WARNING if accept_older else logging.ERROR
@@ -285,8 +288,32 @@ class CheckpointStore:
         first: Callable[[], None] | None = None,
         copied: Callable[[], None] | None = None,
     ) -> None:
-        arrays, metadata = contents(snapshot)
+        rows = self._keep_rows(snapshot, target)
+        arrays, metadata = contents(snapshot, rows)
         self._replace(target, lambda file: write_tensors(file, arrays, metadata, copied), epoch=epoch, first=first)
+        self._row_files[target] = frozenset(part.file for part in rows or ())
+
+    def _keep_rows(self, snapshot: Snapshot, target: Path) -> tuple[RowPart, ...] | None:
+        """Make the rows of the open round, if there are any, durable; how ``target`` is to refer to them."""
+        rows = snapshot.accumulator.rows
+        if rows is None:
+            return None
+        if not isinstance(rows, StoredRows):
+            raise TypeError(f"a checkpoint refers to rows on disk, and these are {type(rows).__name__}")
+        if target.parent != self.folder:
+            return copy_rows(rows, target.with_suffix(".rows"))
+        rows.sync()
+        return rows.refer()
+
+    def needed_rows(self) -> frozenset[str] | None:
+        """Names of the files of rows that the checkpoints refer to; None if one of these cannot be read now."""
+        known = self._row_files
+        try:
+            # What was written or read before does not change.
+            self._row_files = {file: known[file] if file in known else row_files(file) for file in self.files()}
+        except CheckpointError:
+            return None
+        return frozenset().union(*self._row_files.values())
 
     def _next_file(self) -> Path:
         number = max(map(_number, self.files()), default=0) + 1

@@ -6,6 +6,9 @@ covers that JSON and the bytes of the tensors, ``layout`` their dtypes and shape
 
 ``head`` covers the JSON alone, for those who do not read the tensors.
 
+A strategy that needs all updates of a round keeps them beside the checkpoints (:mod:`aggregator.rowfile`); the JSON
+names the files, and has a checksum for each update. One that is missing or damaged counts as damage of the checkpoint.
+
 We write the format ourselves, since the library's ``save_file`` neither syncs nor streams (it would hold a second
 copy of the model). The library checks what is read; the tensors we read ourselves, straight to where they stay, since
 it would copy them out of a mapping of the file, and have each of them in memory twice.
@@ -30,11 +33,12 @@ from safetensors import SafetensorError, safe_open
 from aggregator.core.snapshot import Entry, Folds, Snapshot, SnapshotHead, VersionRecord
 from aggregator.core.standing import Standing
 from aggregator.optimizers import OptimizerState
+from aggregator.rowfile import RowPart, StoredRows, open_rows
 from aggregator.strategies.base import Accumulator
 from broker.errors import CheckpointCorrupt, CheckpointError, CheckpointNotWritten
 from broker.messages import DTYPES, Array, ModelSpec, Scalar, Tensors, as_bytes
 
-__all__ = ["ForeignCheckpoint", "contents", "read_checkpoint", "read_head", "write_tensors"]
+__all__ = ["ForeignCheckpoint", "contents", "read_checkpoint", "read_head", "row_files", "write_tensors"]
 
 FORMAT = "fedmq-checkpoint-1"
 FORMATS = r"fedmq-checkpoint-\d+"
@@ -105,6 +109,8 @@ class _State:
     recent: tuple[str, ...] = ()
     norms: tuple[float, ...] = ()
     standings: dict[str, Standing] = field(default_factory=dict)
+    rows: tuple[RowPart, ...] | None = None
+    """Updates of the open round, in files beside this one; None if their sums are all that is kept."""
 
 
 _ADAPTER: TypeAdapter[_State] = TypeAdapter(_State)
@@ -115,7 +121,7 @@ def read_checkpoint(file: Path) -> Snapshot:
     """What stands in ``file``, checked. Takes the memory of the arrays that it returns, once.
 
     Raises:
-        CheckpointCorrupt: torn, truncated or altered.
+        CheckpointCorrupt: torn, truncated or altered, or updates that it refers to are.
         ForeignCheckpoint: of a newer release.
         CheckpointError: the disk, or a right, does not let it be read; or it is not there any more.
     """
@@ -127,7 +133,7 @@ def read_checkpoint(file: Path) -> Snapshot:
     wanted = {f"parameters/{t.name}": (_SAFETENSORS_DTYPES[t.dtype], tuple(t.shape)) for t in state.model.tensors}
     if wanted != {name: kind for name, kind in layout.items() if name.startswith("parameters/")}:
         raise CheckpointCorrupt(f"{file}: its parameters are not those of its model, the file was altered or damaged")
-    return _snapshot(state, arrays)
+    return _snapshot(state, arrays, _rows(file, state))
 
 
 def read_head(file: Path) -> SnapshotHead:
@@ -136,10 +142,33 @@ def read_head(file: Path) -> SnapshotHead:
     What it returns has its own checksum; a checkpoint of before that is taken as it is. Raises as
     :func:`read_checkpoint`.
     """
+    state = _read_state(file)
+    return SnapshotHead(**{name: getattr(state, name) for name in _SHARED})
+
+
+def row_files(file: Path) -> frozenset[str]:
+    """Names of the files beside ``file`` whose rows it refers to. Raises as :func:`read_checkpoint`."""
+    return frozenset(part.file for part in _read_state(file).rows or ())
+
+
+def _read_state(file: Path) -> _State:
     with _clear_errors(file):
         metadata, layout = _described(file)
-    state = _checked_state(file, metadata, layout, is_whole="state" in metadata)
-    return SnapshotHead(**{name: getattr(state, name) for name in _SHARED})
+    return _checked_state(file, metadata, layout, is_whole="state" in metadata)
+
+
+def _rows(file: Path, state: _State) -> StoredRows | None:
+    if state.rows is None:
+        return None
+    weights = [entry.weight for entry in state.entries]
+    workers = [entry.id.worker for entry in state.entries]
+    try:
+        return open_rows(file.parent, state.model, state.rows, weights, workers)
+    except FileNotFoundError as error:
+        if file.exists():
+            raise CheckpointCorrupt(f"{file}: {error.filename}, which it refers to, is missing") from None
+        # Deleted with its rows since it was opened, as each newer one makes the oldest be.
+        raise CheckpointError(f"{file} cannot be read: it was deleted meanwhile") from None
 
 
 @contextmanager
@@ -196,10 +225,13 @@ def _checked_state(file: Path, metadata: Mapping[str, str], layout: _Layout, *, 
         ) from None
 
 
-def contents(snapshot: Snapshot) -> tuple[dict[str, Array], dict[str, str]]:
-    """The arrays and the metadata of ``snapshot``'s file, for :func:`write_tensors`. Arrays are borrowed."""
+def contents(snapshot: Snapshot, rows: tuple[RowPart, ...] | None = None) -> tuple[dict[str, Array], dict[str, str]]:
+    """The arrays and the metadata of ``snapshot``'s file, for :func:`write_tensors`. Arrays are borrowed.
+
+    ``rows`` is how the file refers to those of the open round, which are durable.
+    """
     arrays = _arrays(snapshot)
-    state = _ADAPTER.dump_json(_state(snapshot)).decode()
+    state = _ADAPTER.dump_json(_state(snapshot, rows)).decode()
     layout = {name: (_SAFETENSORS_DTYPES[a.dtype.name], a.shape) for name, a in arrays.items()}
     sums = {"checksum": _checksum(state, arrays), "layout": _layout_sum(layout), "head": _sum_of(state)}
     return arrays, {"format": FORMAT, "state": state, **sums}
@@ -272,7 +304,7 @@ def _arrays(snapshot: Snapshot) -> dict[str, Array]:
     return arrays
 
 
-def _state(snapshot: Snapshot) -> _State:
+def _state(snapshot: Snapshot, rows: tuple[RowPart, ...] | None) -> _State:
     return _State(
         **{name: getattr(snapshot, name) for name in _SHARED},
         optimizer_step=snapshot.optimizer.step,
@@ -281,10 +313,11 @@ def _state(snapshot: Snapshot) -> _State:
         accumulator_weight=snapshot.accumulator.weight,
         accumulator_count=snapshot.accumulator.count,
         accumulator_effort=snapshot.accumulator.effort,
+        rows=rows,
     )
 
 
-def _snapshot(state: _State, arrays: Mapping[str, Array]) -> Snapshot:
+def _snapshot(state: _State, arrays: Mapping[str, Array], rows: StoredRows | None) -> Snapshot:
     def under(prefix: str) -> dict[str, Array]:
         return {n.removeprefix(prefix): a for n, a in arrays.items() if n.startswith(prefix)}
 
@@ -303,6 +336,7 @@ def _snapshot(state: _State, arrays: Mapping[str, Array]) -> Snapshot:
             weight=state.accumulator_weight,
             count=state.accumulator_count,
             effort=state.accumulator_effort,
+            rows=rows,
         ),
         sketches=tuple(arrays[_SKETCHES]) if _SKETCHES in arrays else (),
     )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -19,8 +19,8 @@ from aggregator.optimizers import OPTIMIZERS, default_rate, optimizer_of
 from aggregator.recipe import Recipe
 from aggregator.schedules import SCHEDULES, schedule_of
 from aggregator.staleness import STALENESSES, weight_of
-from aggregator.strategies import STRATEGIES, strategy_of
-from aggregator.strategies.base import scaled
+from aggregator.strategies import STRATEGIES, Gather, strategy_of
+from aggregator.strategies.base import gathers, scaled
 from broker.codecs import codec_of
 from broker.errors import ConfigError, first_problem
 from broker.messages import Mode, Rounds, Scalar, Work
@@ -132,7 +132,8 @@ class AggregatorConfig(Table):
 
     strategy: Annotated[str, AfterValidator(Name(STRATEGIES))] = "mean"
     """How updates become one: their weighted ``mean``; ``fednova``, the mean per local step, for workers that make
-    different numbers of them; or that of another package. See docs/algorithms.md, docs/extending.md."""
+    different numbers of them; ``median``, of each number by itself; or that of another package. See
+    docs/algorithms.md, docs/extending.md."""
     weighting: Literal["examples", "uniform"] | None = None
     """By number of examples or all the same; if not set, uniform for buffered rounds (FedBuff) and by examples
     for synchronous ones (FedAvg)."""
@@ -267,11 +268,14 @@ class AggregatorConfig(Table):
             raise ValueError("control_variates and proximal correct the same drift twice: set one of them")
         self._check_schedule()
         try:
-            scaled(strategy_of(self.recipe()), 1.0 if self.fairness == "none" else 0.5)
+            strategy = strategy_of(self.recipe())
+            scaled(strategy, 1.0 if self.fairness == "none" else 0.5)
             optimizer_of(self.recipe())
             schedule_of(self.recipe())
         except ConfigError as error:
             raise ValueError(str(error)) from None
+        if isinstance(strategy, Gather):
+            self._require_enough(strategy.rule.least())
         return self
 
     def _require_deltas(self) -> None:
@@ -304,6 +308,21 @@ class AggregatorConfig(Table):
         if self.schedule == "cosine" and length is not None and length <= self.warmup_rounds:
             raise ValueError(f"the cosine ends at version {length}, which is within the warm-up; raise schedule_rounds")
 
+    def _require_enough(self, least: int) -> None:
+        """Raise :class:`ValueError` if a rule over all updates of a round could be given fewer than ``least``."""
+        if self.weighting == "examples":
+            raise ValueError(
+                f"strategy {self.strategy!r} does not go with weighting 'examples', which workers could lie about: "
+                "leave it out, or say 'uniform'"
+            )
+        if self.rounds is Rounds.BUFFERED and self.buffer_size < least:
+            raise ValueError(f"strategy {self.strategy!r} is of no use below {least} updates: raise buffer_size")
+        if (self.rounds is Rounds.SYNCHRONOUS or self.deadline is not None) and self.minimum_updates < least:
+            raise ValueError(
+                f"strategy {self.strategy!r} is of no use below {least} updates, and a round could close with "
+                f"{self.minimum_updates}: raise minimum_updates"
+            )
+
     @property
     def effective_schedule_rounds(self) -> int | None:
         """The schedule's length, after defaults."""
@@ -323,7 +342,10 @@ class AggregatorConfig(Table):
             "schedule_rounds": self.effective_schedule_rounds,
         }
         named = {field.name: getattr(self, field.name) for field in fields(Recipe)}
-        return Recipe(**named | computed)
+        recipe = Recipe(**named | computed)
+        if self.weighting is None and gathers(strategy_of(recipe)):
+            return replace(recipe, weighting="uniform")
+        return recipe
 
     def round_rule(self) -> RoundRule:
         """The kind of round."""

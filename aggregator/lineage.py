@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import logging
+import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +22,7 @@ from aggregator.coalitions import PlayedRound, played_rounds
 from aggregator.core.snapshot import Entry, SnapshotHead, VersionRecord
 from aggregator.history import scan_history, version_record
 from aggregator.replay import Link, Rebuild, distance, needed, rebuild
+from aggregator.spool import DiskSpool
 from broker.errors import CheckpointCorrupt, LineageError, WireError
 from broker.messages import Update, UpdateId
 from broker.wire import decode
@@ -277,9 +279,14 @@ class Replay:
         Raises :class:`LineageError` at the first difference to what the history tells.
         """
         try:
-            for record in rebuild(self.lineage.links(self._ahead), self.lineage.fetch, *self._rebuilds):
-                self.workers.update(entry.id.worker for entry in (*record.updates, *record.dropped))
-                yield record.version
+            # The updates of a round at a time, of a strategy that needs them all: not in the run's folder, which is
+            # only read here.
+            with tempfile.TemporaryDirectory(prefix="fedmq-replay-") as scratch:
+                spool, links = DiskSpool(Path(scratch), 0), self.lineage.links(self._ahead)
+                for record in rebuild(links, self.lineage.fetch, *self._rebuilds, spool=spool):
+                    self.workers.update(entry.id.worker for entry in (*record.updates, *record.dropped))
+                    spool.sweep(frozenset)
+                    yield record.version
         finally:
             self.lineage.kept.close()
 

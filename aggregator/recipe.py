@@ -48,6 +48,8 @@ class Recipe:
     schedule_decay: float = 0.1
     schedule_floor: float = 0.0
     warmup_rounds: int = 0
+    seed: int = 0
+    """Rules over all updates of a round may draw from it."""
     options: str = ""
     """What a part of another package is told."""
 

@@ -14,11 +14,16 @@ from aggregator.core.machine import RoundMachine
 from aggregator.core.rules import Rules
 from aggregator.core.snapshot import Changes, Snapshot, SnapshotHead
 from aggregator.history import History
+from aggregator.optimizers import optimizer_of
+from aggregator.recipe import Recipe
 from aggregator.results import is_written
+from aggregator.schedules import schedule_of
+from aggregator.spool import DiskSpool
+from aggregator.strategies import strategy_of
 from broker.errors import CheckpointNotWritten, ConfigError
 from broker.messages import Scalar
 
-__all__ = ["Reign", "claim", "rules_of", "shown"]
+__all__ = ["Reign", "claim", "rules_of", "rules_to_begin", "shown"]
 
 log = logging.getLogger("fedmq.aggregator")
 
@@ -27,11 +32,16 @@ BASE_EVERY = 64
 
 
 class Reign:
-    """The round machine of an aggregator that leads, and the archive of its updates if they are kept."""
+    """The round machine of an aggregator that leads, and where its updates go."""
 
-    def __init__(self, machine: RoundMachine, snapshot: Snapshot, archive: UpdateArchive | None) -> None:
+    def __init__(
+        self, machine: RoundMachine, snapshot: Snapshot, archive: UpdateArchive | None, spool: DiskSpool
+    ) -> None:
         self.machine = machine
         self.archive = archive
+        """All updates, if they are kept."""
+        self.spool = spool
+        """Those of the open round, if the strategy needs them all."""
         self.epoch = snapshot.epoch
         self.started = snapshot.started
         self.trainers = snapshot.trainers
@@ -100,18 +110,18 @@ def claim(
     latest = max([snapshot.started, history.last_time, *(record.time for record in snapshot.records)])
     if now < latest - 60:
         log.warning("the clock says %.0f s before the run's last version: times in the history fall", latest - now)
-    rules = rules_of(config, snapshot, snapshot.changes)
-    pending = None if snapshot.pending is None else rules_of(config, snapshot, snapshot.pending)
+    snapshot, rules, pending = rules_to_begin(config, snapshot)
     if config.keep_updates:
         snapshot = _keep_base(snapshot, store, folder / "updates")
     else:
         snapshot = replace(snapshot, kept_from=None)
     if snapshot.done and is_written(folder):
         snapshot = replace(snapshot, trainers=())  # whoever led to the end has waited for them
-    machine = RoundMachine(rules, snapshot, now, pending=pending)
+    spool = DiskSpool(store.folder, snapshot.epoch)
+    machine = RoundMachine(rules, snapshot, now, pending=pending, spool=spool)
     history.open(snapshot.records, epoch=snapshot.epoch, version=snapshot.version, now=now)
     archive = UpdateArchive(folder / "updates", snapshot.epoch) if config.keep_updates else None
-    return Reign(machine, snapshot, archive)
+    return Reign(machine, snapshot, archive, spool)
 
 
 def _keep_base(snapshot: Snapshot, store: CheckpointStore, folder: Path) -> Snapshot:
@@ -124,6 +134,34 @@ def _keep_base(snapshot: Snapshot, store: CheckpointStore, folder: Path) -> Snap
     store.save(snapshot, base_file(folder, snapshot.version))
     log.info("keeping every update that is applied from now on in %s", folder)
     return replace(snapshot, kept_from=snapshot.version)
+
+
+def rules_to_begin(config: AggregatorConfig, snapshot: Snapshot) -> tuple[Snapshot, Rules, Rules | None]:
+    """The rules that are in force at first, and those from the next round on; and ``snapshot``, which may tell of them.
+
+    A round that was begun with another strategy goes on as it was begun: what one has in the checkpoint is of no use to
+    another. Then ``config`` is in force from the next round on.
+
+    Raises as :func:`rules_of`.
+    """
+    rules = rules_of(config, snapshot, snapshot.changes)
+    pending = None if snapshot.pending is None else rules_of(config, snapshot, snapshot.pending)
+    # A checkpoint of 0.1 does not tell the settings; there was one strategy.
+    mean = replace(config.changed(snapshot.changes).recipe(), strategy="mean").settings()
+    settings = snapshot.folds[-1][1] if snapshot.folds else {**rules.settings, **mean}
+    if not snapshot.entries or settings["strategy"] == rules.settings["strategy"]:
+        return snapshot, rules, pending
+    begun = Recipe.of(settings)
+    until = replace(
+        rules,
+        strategy=strategy_of(begun),
+        optimizer=optimizer_of(begun),
+        schedule=schedule_of(begun),
+        settings=settings,
+    )
+    log.info("the open round goes on with strategy %s; the settings of now are for the next one", begun.strategy)
+    newest = snapshot.changes if snapshot.pending is None else snapshot.pending
+    return replace(snapshot, pending=newest), until, pending or rules
 
 
 def rules_of(config: AggregatorConfig, snapshot: SnapshotHead, changes: Changes) -> Rules:

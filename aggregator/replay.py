@@ -24,7 +24,9 @@ from aggregator.optimizers import optimizer_of
 from aggregator.recipe import Recipe
 from aggregator.schedules import factor_at, schedule_of
 from aggregator.strategies import Accumulator, strategy_of
-from aggregator.strategies.base import scaled
+from aggregator.strategies.base import begin, resume, scaled
+from aggregator.strategies.rows import MemorySpool, Spool
+from aggregator.strategies.rules.base import Occasion
 from broker.errors import ConfigError, LineageError, StrategyError, first_problem
 from broker.messages import Scalar, Tensors, Update, parameters_digest
 
@@ -92,8 +94,12 @@ class Rebuild:
         other._leave_out = leave_out  # noqa: SLF001 (its own)
         return other
 
-    def open(self, link: Link) -> None:
-        """Begin what made ``link``'s version: a round, or parameters that were there before."""
+    def open(self, link: Link, spool: Spool | None = None) -> None:
+        """Begin what made ``link``'s version: a round, or parameters that were there before.
+
+        ``spool`` keeps the round's updates if its strategy needs them all, memory by default.
+        """
+        spool = spool or MemorySpool()
         record, absent = link.record, self._leave_out | link.without
         self._record, self._is_altered = record, bool(absent)
         self._entries = _entries(record, absent)
@@ -106,8 +112,8 @@ class Rebuild:
         self._strategies = [one for n, settings in folds for one in [strategy_of(_recipe(record, settings))] * n]
         if len(self._strategies) != len(self._entries):
             raise LineageError(f"version {record.version}: its line tells of more or fewer updates than were folded")
-        self._accumulator = self._strategies[0].init(self.model)
-        done = self._go_on_with_partial()
+        self._accumulator = begin(self._strategies[0], self.model, spool)
+        done = self._go_on_with_partial(spool)
         self.left_out[record.version] += sum(entry.id.worker in self._leave_out for entry in self._entries[done:])
 
     def wants(self, index: int) -> bool:
@@ -139,14 +145,16 @@ class Rebuild:
         """The version is there: after a step, if it had updates."""
         record = self._record
         self.version = record.version
-        if not self._accumulator.count:
+        accumulator, self._accumulator = self._accumulator, Accumulator()
+        if not accumulator.count:
             return
         recipe = _recipe(record, record.settings)
         optimizer, schedule = optimizer_of(recipe), schedule_of(recipe)
         fresh = optimizer.init()
+        accumulator.occasion = Occasion(recipe.seed, record.version - 1)
         begins_anew = record.step == 0 or self.optimizer.slots.keys() != fresh.slots.keys()
         try:
-            aggregate = strategy_of(recipe).finish(self._accumulator, self.model)
+            aggregate = strategy_of(recipe).finish(accumulator, self.model)
             if not self._is_altered:
                 self._marked = self._sketches.marked(self._entries, aggregate)
             self.parameters, self.optimizer = next_parameters(
@@ -156,7 +164,7 @@ class Rebuild:
                 mode=recipe.mode,
                 optimizer=optimizer.scaled(factor_at(schedule, record.version - 1)),
                 state=fresh if begins_anew else self.optimizer,
-                pull=self._accumulator.pull,
+                pull=accumulator.pull,
             )
         except StrategyError as error:
             if not self._is_altered:
@@ -181,31 +189,34 @@ class Rebuild:
                     f"{told.cosine}, and the rebuild finds {found.cosine}: the line was altered"
                 )
 
-    def _go_on_with_partial(self) -> int:
+    def _go_on_with_partial(self, spool: Spool) -> int:
         """Begin with the base's partial round, if it became this one; the number of updates in it."""
         (ids, accumulator, sketches), self._partial = self._partial, ((), Accumulator(), ())
         done = len(ids)
         if not done or tuple(entry.id for entry in self._entries[:done]) != ids:
             return 0
-        self._accumulator = accumulator.copy()
+        self._accumulator = resume(accumulator.copy(), spool)
         self._sketches = Sketches(self._sketcher, sketches, done)
         self._wanted[:done] = [False] * done
         self.stuck[self._record.version] += sum(update_id.worker in self._leave_out for update_id in ids)
         return done
 
 
-def rebuild(links: Iterable[Link], fetch: Fetch, original: Rebuild, *others: Rebuild) -> Iterator[VersionRecord]:
+def rebuild(
+    links: Iterable[Link], fetch: Fetch, original: Rebuild, *others: Rebuild, spool: Spool | None = None
+) -> Iterator[VersionRecord]:
     """Move all rebuilds along ``links``, and give each version's record when they have reached it.
 
     Each update is read once, and one at a time. ``original`` leaves nobody out; it is checked against the digests
-    that the history has.
+    that the history has. ``spool`` keeps the updates of a round whose strategy needs them all, memory by default; it
+    must be able to go on from those of the partial round that a rebuild begins with.
 
     Raises :class:`LineageError` at the first difference.
     """
     rebuilds = (original, *others)
     for link in links:
         for one in rebuilds:
-            one.open(link)
+            one.open(link, spool)
         for index, entry in enumerate(link.record.updates or link.record.dropped):
             wanting = [one for one in rebuilds if one.wants(index)]
             if wanting:

@@ -123,6 +123,8 @@ class AggregatorService:
         self._claim_again: tuple[float, Connected] | None = None
         self._early: list[Delivery] = []
         self._to_fetch: deque[Delivery] = deque()
+        self._parked: deque[tuple[Delivery, on.Arrived]] = deque()
+        self._park_until = 0.0
 
     def stop(self) -> None:
         """Ask the service to commit what is folded and to leave. May be called from any thread, or a signal."""
@@ -176,6 +178,9 @@ class AggregatorService:
 
     def _take(self, item: Incoming | on.Happening) -> None:
         self._show_life()
+        if self._led is not None and self._parked:
+            self._take_parked(self._led.machine)
+            self._delivery = self._arrival = None
         if self._claim_again is not None and time.monotonic() > self._claim_again[0]:
             self._inbox.put(item)
             item = self._claim_again[1]
@@ -186,15 +191,39 @@ class AggregatorService:
             if isinstance(event, on.StopRequested):
                 self._finish = "stopped"
             return
-        if isinstance(event, on.Arrived):
-            self._await_disk(self._led.machine)
-        self._fetch_next(item)
-        self._handle(event, self._led.machine)
+        if isinstance(event, on.Arrived) and isinstance(item, Delivery):
+            self._parked.append((item, event))
+            self._take_parked(self._led.machine)
+        else:
+            self._fetch_next(item)
+            self._handle(event, self._led.machine)
         self._delivery = self._arrival = None
 
+    def _take_parked(self, machine: RoundMachine) -> None:
+        """Take in the updates that are here, unless there is no room for the first; they wait for that.
+
+        The next is not fetched while they do, so that memory stays bounded.
+        """
+        while self._parked and time.monotonic() >= self._park_until:
+            item, event = self._delivery, self._arrival = self._parked[0]
+            self._await_disk(machine)
+            self._fetch_next(item)
+            try:
+                effects = machine.handle(event, self._now())
+            except CheckpointNotWritten as error:
+                self._park_until = time.monotonic() + RETRY_SECONDS
+                warning = do.Warn(f"no room for an update ({error}); nothing was acknowledged; trying again")
+                self._reporter.record(warning, machine.version)
+                return
+            self._parked.popleft()
+            self._perform_all(effects)
+
     def _handle(self, event: on.Happening, machine: RoundMachine) -> None:
+        self._perform_all(machine.handle(event, self._now()))
+
+    def _perform_all(self, effects: list[do.Effect]) -> None:
         self._wake_at = None  # the machine says it anew, if there is anything that time alone will change
-        for effect in machine.handle(event, self._now()):
+        for effect in effects:
             self._perform(effect)
 
     def _await_disk(self, machine: RoundMachine) -> None:
@@ -269,6 +298,7 @@ class AggregatorService:
                 self._claim_again = None
                 self._early.clear()
                 self._to_fetch.clear()
+                self._parked.clear()
                 log.warning("connection to the broker lost (%s); connecting again", error)
                 return on.LinkLost(generation)
             case Failed(error):
@@ -394,7 +424,7 @@ class AggregatorService:
                 self._transport.reject(token, reason, detail, self._delivery)
             case do.WriteCheckpoint(commit, snapshot):
                 self._announcer.prepare(snapshot)
-                self._writing = self._writer.write(commit, snapshot, beside=self._sync, after=self._keep_base)
+                self._writing = self._writer.write(commit, snapshot, beside=self._sync, after=self._tidy_up)
             case do.Broadcast():
                 self._announcer.broadcast(effect)
             case do.Tell(worker, reason, detail, update):
@@ -421,9 +451,10 @@ class AggregatorService:
         if self._led is not None and self._led.archive is not None:
             self._led.archive.sync()
 
-    def _keep_base(self, snapshot: Snapshot) -> None:
+    def _tidy_up(self, snapshot: Snapshot) -> None:
         if self._led is not None:
             self._led.keep_another_base(self._store, snapshot)
+            self._led.spool.sweep(self._store.needed_rows)
 
     # ---------------------------------------------------------------------------------------- the results
 

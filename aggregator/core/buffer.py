@@ -11,7 +11,8 @@ from aggregator.core.ledger import Ledger, PlainLedger
 from aggregator.core.rules import Rules
 from aggregator.core.sketch import Sketcher, Sketches
 from aggregator.core.snapshot import Entry, Folds, Snapshot
-from aggregator.strategies.base import Accumulator, scaled
+from aggregator.strategies.base import Accumulator, begin, resume, scaled
+from aggregator.strategies.rows import Spool
 from broker.messages import ModelSpec, Update
 
 __all__ = ["Buffer"]
@@ -20,9 +21,12 @@ __all__ = ["Buffer"]
 class Buffer:
     """Updates that will make the next version."""
 
-    def __init__(self, snapshot: Snapshot, rules: Rules, make_ledger: Callable[[PlainLedger], Ledger]) -> None:
-        """As ``snapshot`` has it, whose accumulator is this buffer's from here on."""
-        self.accumulator = snapshot.accumulator
+    def __init__(
+        self, snapshot: Snapshot, rules: Rules, make_ledger: Callable[[PlainLedger], Ledger], spool: Spool
+    ) -> None:
+        """As ``snapshot`` has it, whose accumulator is this buffer's from here on; ``spool`` keeps rows."""
+        self.accumulator = resume(snapshot.accumulator, spool)
+        self._spool = spool
         self.entries = list(snapshot.entries)
         # A checkpoint of 0.1 does not know under which settings its partial round was folded.
         unknown: Folds = ((len(self.entries), rules.settings),) if self.entries else ()
@@ -45,10 +49,13 @@ class Buffer:
         norm: float | None = None,
         is_lent: bool,
     ) -> Entry:
-        """Take ``update`` in, which counts nowhere yet; ``is_lent``: a checkpoint still reads the accumulator."""
+        """Take ``update`` in, which counts nowhere yet; ``is_lent``: a checkpoint still reads the accumulator.
+
+        Raises :class:`CheckpointNotWritten` if the strategy keeps updates and there is no room; nothing has changed.
+        """
         if not self.entries:
             # Not before, so that it can have the memory of parameters that have been replaced meanwhile.
-            self.accumulator = rules.strategy.init(model)
+            self.accumulator = begin(rules.strategy, model, self._spool)
         elif is_lent:
             self.accumulator = self.accumulator.copy()
         watched = self.sketches.watch(update.tensors)

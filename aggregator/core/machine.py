@@ -37,6 +37,7 @@ from aggregator.core.screen import refusal
 from aggregator.core.screening import Screening
 from aggregator.core.snapshot import Snapshot
 from aggregator.core.versions import Versions
+from aggregator.strategies.rows import MemorySpool, Spool
 from broker.messages import (
     Action,
     ModelSpec,
@@ -67,6 +68,7 @@ class RoundMachine:
         *,
         pending: Rules | None = None,
         make_ledger: Callable[[PlainLedger], Ledger] = Ledger,
+        spool: Spool | None = None,
     ) -> None:
         """Start from ``snapshot``, which is durable, under the epoch that it holds.
 
@@ -76,6 +78,7 @@ class RoundMachine:
             now: seconds; never falls from here on.
             pending: the rules that ``snapshot.pending`` makes, if it is not None.
             make_ledger: what keeps the ids, from those of ``snapshot``.
+            spool: where updates are kept, if the strategy needs all of a round; memory by default.
 
         Raises:
             ConfigError: the run has been going on with another mode, or other control variates, than ``rules`` say.
@@ -92,7 +95,7 @@ class RoundMachine:
         self._void = snapshot.void
         self._run, self._started = snapshot.run, snapshot.started
         self._versions = Versions(snapshot, rules.optimizer)
-        self._buffer = Buffer(snapshot, rules, make_ledger)
+        self._buffer = Buffer(snapshot, rules, make_ledger, spool or MemorySpool())
         self._round = Round(self.version, now, self._plan(0), entries=self._buffer.entries)
         self._kept_from = snapshot.kept_from
         self._round.plan = replace(self._round.plan, answered=self._answered())
@@ -146,7 +149,13 @@ class RoundMachine:
         return len(self._buffer)
 
     def handle(self, event: on.Happening, now: float) -> list[do.Effect]:  # noqa: PLR0912 - one branch a kind of event
-        """Take ``event`` in at time ``now`` (seconds, never falling) and say what is to be done, in order."""
+        """Take ``event`` in at time ``now`` (seconds, never falling) and say what is to be done, in order.
+
+        Raises:
+            StrategyError: one round after the other gives no version.
+            CheckpointNotWritten: there is no room for the update that arrived; say so again later.
+            CheckpointError: rows of this round cannot be read.
+        """
         effects: list[do.Effect] = []
         match event:
             case on.Arrived():
@@ -220,16 +229,20 @@ class RoundMachine:
 
     def _arrived(self, event: on.Arrived, now: float) -> list[do.Effect]:
         update, token = event.update, event.token
-        others = self._fetching.pop(update.id, [])
-        if (known := self._known(update.id, token, now)) is not None:
-            return known + [effect for other in others for effect in self._known(update.id, other, now) or []]
-        if self._stopping:
-            return []
-        judged = self._refusal(update, update.model, now) or self.screening.judge(update)
-        if isinstance(judged, tuple):
-            return [*(do.Ack(other) for other in others), *self._refuse(update, token, judged, now)]
-        effects = [self._fold(update, token, event.nbytes, judged, now)]
-        self._commits.repeat(update.id, others)
+        others = self._fetching.get(update.id, [])
+        if (effects := self._known(update.id, token, now)) is not None:
+            effects += [effect for other in others for effect in self._known(update.id, other, now) or []]
+        elif self._stopping:
+            effects = []
+        else:
+            judged = self._refusal(update, update.model, now) or self.screening.judge(update)
+            if isinstance(judged, tuple):
+                effects = [*(do.Ack(other) for other in others), *self._refuse(update, token, judged, now)]
+            else:
+                effects = [self._fold(update, token, event.nbytes, judged, now)]
+                self._commits.repeat(update.id, others)
+        # Not before: if there was no room for it, it arrives again.
+        self._fetching.pop(update.id, None)
         return effects
 
     def _known(self, update: UpdateId, token: Token, now: float) -> list[do.Effect] | None:

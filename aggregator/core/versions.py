@@ -14,6 +14,7 @@ from aggregator.core.snapshot import Entry, Folds, Snapshot, VersionRecord
 from aggregator.core.step import next_parameters
 from aggregator.optimizers import Optimizer, OptimizerState
 from aggregator.strategies.base import Accumulator
+from aggregator.strategies.rules.base import Occasion
 from broker.errors import StrategyError
 from broker.messages import Plan, parameters_digest
 
@@ -79,6 +80,7 @@ class Versions:
         """
         before, step, updates = self.digest, self.memory.step, tuple(entries)
         problem: StrategyError | None = None
+        accumulator.occasion = Occasion(rules.seed, self.newest)
         try:
             aggregate = rules.strategy.finish(accumulator, self.model)
             marked = sketches.marked(entries, aggregate)

@@ -2,6 +2,9 @@
 
 It is pure: no I/O, clock or randomness. It owns the accumulator and may write into it; it never writes into an
 update. The accumulator is part of every checkpoint, so all that a strategy knows must stand in it.
+
+A strategy that needs all updates of a round has an attribute ``gathers`` that is true. Its accumulator comes with
+``rows``, to which :meth:`Strategy.fold` adds one for each update (:mod:`aggregator.strategies.gather`).
 """
 
 from __future__ import annotations
@@ -11,10 +14,12 @@ from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 
+from aggregator.strategies.rows import GrowingRows, Rows, Spool
+from aggregator.strategies.rules.base import Occasion
 from broker.errors import ConfigError
 from broker.messages import Array, ModelSpec, TensorRole, Update
 
-__all__ = ["Accumulator", "Scalable", "Strategy", "accumulator_dtype", "scaled"]
+__all__ = ["Accumulator", "Scalable", "Strategy", "accumulator_dtype", "begin", "gathers", "resume", "scaled"]
 
 
 @dataclass(slots=True)
@@ -31,6 +36,10 @@ class Accumulator:
     """Updates folded."""
     effort: float = 0.0
     """Sum of the updates' efforts, each times its share, where the strategy goes by them."""
+    rows: Rows | None = None
+    """The updates themselves, for a strategy that needs them all; those of a round that is open can grow."""
+    occasion: Occasion = field(default_factory=Occasion)
+    """What else a rule may go by; it is said when the round closes."""
 
     @property
     def pull(self) -> float:
@@ -38,11 +47,15 @@ class Accumulator:
         return self.weight / self.share if self.share else 1.0
 
     def lend(self) -> Accumulator:
-        """This accumulator as it is now, with the same arrays: whoever has it sees what is written into them."""
-        return replace(self, tensors=dict(self.tensors))
+        """This accumulator as it is now, with the same arrays: whoever has it sees what is written into them.
+
+        Rows are never written into, and those that come later are not seen.
+        """
+        rows = self.rows.lend() if isinstance(self.rows, GrowingRows) else self.rows
+        return replace(self, tensors=dict(self.tensors), rows=rows)
 
     def copy(self) -> Accumulator:
-        """An accumulator that shares no array with this one."""
+        """An accumulator that shares no array with this one, but its rows."""
         return replace(self, tensors={name: array.copy() for name, array in self.tensors.items()})
 
 
@@ -82,6 +95,25 @@ def scaled(strategy: Strategy, factor: float) -> Strategy:
             "this strategy cannot weigh updates by their workers' rates: set aggregator.fairness = 'none'"
         )
     return strategy.scaled(factor)
+
+
+def gathers(strategy: Strategy) -> bool:
+    """Whether ``strategy`` needs all updates of a round."""
+    return bool(getattr(strategy, "gathers", False))
+
+
+def begin(strategy: Strategy, model: ModelSpec, spool: Spool) -> Accumulator:
+    """What ``strategy`` folds a round's first update into; rows, if it needs any, are kept in ``spool``."""
+    accumulator = strategy.init(model)
+    if gathers(strategy):
+        accumulator.rows = spool.begin(model)
+    return accumulator
+
+
+def resume(accumulator: Accumulator, spool: Spool) -> Accumulator:
+    """``accumulator`` as a checkpoint has it, to go on with. It shares the arrays."""
+    rows = accumulator.rows
+    return accumulator if rows is None else replace(accumulator, rows=spool.resume(rows))
 
 
 def accumulator_dtype(dtype: str, role: TensorRole) -> np.dtype[Any]:

@@ -56,12 +56,13 @@ class Mean:
         return Accumulator({t.name: np.zeros(t.shape, accumulator_dtype(t.dtype, t.role)) for t in model.tensors})
 
     def fold(self, accumulator: Accumulator, update: Update, staleness: int) -> float:
-        """Add the weighted update."""
+        """Add the weighted update: the tensors that ``accumulator`` has sums of."""
         share = float(update.examples) if self.weighting == "examples" else 1.0
         weight = share * self.staleness_weight(staleness)
-        for tensor in update.model.tensors:
-            factor = 1.0 if tensor.role is TensorRole.VARIATE else weight
-            add_scaled(accumulator.tensors[tensor.name].reshape(-1), pieces(update.tensors[tensor.name]), factor)
+        roles = {tensor.name: tensor.role for tensor in update.model.tensors}
+        for name, total in accumulator.tensors.items():
+            factor = 1.0 if roles[name] is TensorRole.VARIATE else weight
+            add_scaled(total.reshape(-1), pieces(update.tensors[name]), factor)
         accumulator.share += share
         accumulator.weight += weight
         accumulator.count += 1

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 
@@ -57,6 +57,7 @@ class Rows(Protocol):
         """One whole row, weighted: shape (size,), the caller's own. It takes the memory of a model. Raises likewise."""
 
 
+@runtime_checkable
 class GrowingRows(Rows, Protocol):
     """The rows of a round that is open."""
 

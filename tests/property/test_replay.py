@@ -12,11 +12,12 @@ import ml_dtypes
 import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from pydantic import ValidationError
 
+from aggregator.config import AggregatorConfig
 from aggregator.lineage import Replay
 from aggregator.rollback import adopt, find_checkpoint, open_lineage, roll_back
-from broker.errors import StrategyError
-from broker.messages import Mode
+from broker.errors import ConfigError, StrategyError
 from tests.support.ondisk import OnDisk
 
 WORKERS = ("w0", "w1", "w2")
@@ -26,7 +27,8 @@ DTYPES = (np.float16, np.float32, np.float64, ml_dtypes.bfloat16)
 CHANGES = st.fixed_dictionaries(
     {},
     optional={
-        "buffer_size": st.integers(1, 3),
+        "buffer_size": st.integers(1, 4),
+        "strategy": st.sampled_from(["mean", "median"]),
         "weighting": st.sampled_from(["uniform", "examples"]),
         "staleness": st.sampled_from(["polynomial", "constant", "hinge", "exponential", "cutoff"]),
         "staleness_exponent": st.sampled_from([0.0, 0.5, 1.7]),
@@ -64,7 +66,7 @@ STEPS = st.one_of(
 class Life:
     """A run that is changed, killed, taken back and rebuilt."""
 
-    def __init__(self, folder: Path, dtype: Any, mode: str, commit: int) -> None:
+    def __init__(self, folder: Path, dtype: Any, mode: str, commit: int, strategy: str) -> None:
         self.folder = folder
         tensors = {
             "weight": np.random.default_rng(7).standard_normal((3, 2)).astype(dtype),
@@ -74,7 +76,15 @@ class Life:
         }
         buffers = ("variance", "batches")
         self.run = OnDisk(
-            folder, tensors, buffers=buffers, mode=mode, commit_count=commit, max_staleness=1000, schedule_rounds=5
+            folder,
+            tensors,
+            buffers=buffers,
+            mode=mode,
+            commit_count=commit,
+            max_staleness=1000,
+            strategy="mean" if mode == "parameters" else strategy,
+            buffer_size=3,
+            schedule_rounds=5,
         )
         self.seed = 0
 
@@ -87,18 +97,25 @@ class Life:
             case ("explode", worker):
                 for _ in range(5):
                     self.update(worker, self.run.random(0, 1e30), 0, 1, keeps_up=True)
-            case ("order", changes):
-                self.run.order(**self.legal(changes))
-            case ("restart", changes):
-                self.run.restart(**self.legal(changes))
+            case ("order", changes) if self.go_together({}, changes):
+                self.run.order(**changes)
+            case ("restart", changes) if self.go_together(changes, {}):
+                self.run.restart(**changes)
             case ("roll back", by, from_file):
                 self.roll_back(by, from_file)
             case ("leave out", worker, back):
                 self.leave_out(worker, back)
 
-    def legal(self, changes: dict[str, Any]) -> dict[str, Any]:
-        """Without what parameters do not go with."""
-        return changes | ({"normalize_staleness": False} if self.run.config.mode is Mode.PARAMETERS else {})
+    def go_together(self, settings: dict[str, Any], changes: dict[str, Any]) -> bool:
+        """Whether these settings at a restart, or these changes, are accepted; whoever gives them is told if not."""
+        controls = self.run.machine.controls
+        try:
+            config = AggregatorConfig.model_validate({**self.run.config.model_dump(exclude_unset=True), **settings})
+            for earlier in (controls.changes, controls.newest):
+                config.changed({**earlier, **changes})
+        except (ConfigError, ValidationError):
+            return False
+        return True
 
     def update(self, worker: str, tensors: Any, lag: int, examples: int, keeps_up: bool) -> None:
         self.run.publish(worker, tensors, lag=lag, examples=examples)
@@ -157,14 +174,15 @@ class Life:
     dtype=st.sampled_from(DTYPES),
     mode=st.sampled_from(["delta", "gradient", "parameters"]),
     commit=st.integers(1, 3),
+    strategy=st.sampled_from(["mean", "median"]),
     steps=st.lists(STEPS, min_size=5, max_size=20),
 )
 def test_every_version_can_be_rebuilt_bit_for_bit(
-    dtype: Any, mode: str, commit: int, steps: list[tuple[Any, ...]]
+    dtype: Any, mode: str, commit: int, strategy: str, steps: list[tuple[Any, ...]]
 ) -> None:
     # What the disk has is not lost here, so nothing needs to be synced.
     with tempfile.TemporaryDirectory() as folder, mock.patch.object(os, "fsync"):
-        life = Life(Path(folder), dtype, mode, commit)
+        life = Life(Path(folder), dtype, mode, commit, strategy)
         try:
             for step in steps:
                 life.do(step)

@@ -20,6 +20,8 @@ from aggregator.core.controls import Order
 from aggregator.core.machine import RoundMachine
 from aggregator.core.snapshot import Snapshot
 from aggregator.history import History
+from aggregator.reign import rules_to_begin
+from aggregator.spool import DiskSpool
 from broker.messages import Action, Array, Mode, Reason, Scalar, Update
 from broker.transport import Token
 from broker.wire import decode, encode
@@ -61,8 +63,9 @@ class OnDisk:
         history = History(self.folder / "history.jsonl")
         history.mend()
         snapshot = self._keep_base(self.store.claim(version=history.last_version))
-        rules = [self.config.changed(changes or {}).rules() for changes in (snapshot.changes, snapshot.pending)]
-        self.machine = RoundMachine(rules[0], snapshot, self._now, pending=rules[1])
+        snapshot, rules, pending = rules_to_begin(self.config, snapshot)
+        self.spool = DiskSpool(self.store.folder, snapshot.epoch)
+        self.machine = RoundMachine(rules, snapshot, self._now, pending=pending, spool=self.spool)
         history.open(snapshot.records, epoch=snapshot.epoch, version=snapshot.version, now=self._now)
         keeps = self.config.keep_updates
         self._archive = UpdateArchive(self.folder / "updates", snapshot.epoch) if keeps else None
@@ -117,6 +120,7 @@ class OnDisk:
         if self._archive is not None:
             self._archive.sync()
         self.store.write(flight.snapshot)
+        self.spool.sweep(self.store.needed_rows)
         self._send(on.CheckpointWritten(flight.commit))
         return True
 

@@ -11,6 +11,7 @@ from aggregator.strategies.rules.bucketing import Bucketing
 from aggregator.strategies.rules.centered_clipping import CenteredClipping
 from aggregator.strategies.rules.geometric_median import GeometricMedian
 from aggregator.strategies.rules.krum import Krum, MultiKrum
+from aggregator.strategies.rules.median import Median
 from aggregator.strategies.rules.nearest_neighbours import NearestNeighbours
 from aggregator.strategies.rules.norm_clipping import NormClipping
 from aggregator.strategies.rules.trimmed_mean import TrimmedMean
@@ -44,6 +45,7 @@ RULES: Mapping[str, Callable[[RuleSettings], Rule]] = {
     "centered-clipping": lambda s: CenteredClipping(s.byzantine, s.clip_radius, s.clip_iterations),
     "geometric-median": lambda s: GeometricMedian(s.byzantine),
     "krum": lambda s: Krum(s.byzantine),
+    "median": lambda _: Median(),
     "multi-krum": lambda s: MultiKrum(s.byzantine),
     "norm-clipping": lambda s: NormClipping(s.byzantine, s.clip_radius),
     "trimmed-mean": lambda s: TrimmedMean(s.byzantine),

@@ -282,7 +282,7 @@ def test_a_damaged_line_is_said_to_be_missing(make: Callable[..., OnDisk]) -> No
         (lambda line: line["updates"].reverse(), None),
         (lambda line: line.update(settings={}), "does not say how it was made .settings.mode: Field required"),
         (
-            lambda line: line["settings"].update(strategy="median"),
+            lambda line: line["settings"].update(strategy="middle"),
             "no strategy is called .*: use the release that made the run",
         ),
         (lambda line: line.pop("updates"), "came out otherwise"),
@@ -491,7 +491,7 @@ def test_a_later_base_spares_replays_a_damaged_record(make: Callable[..., OnDisk
 
 def test_an_aggregator_keeps_another_base_when_much_was_kept_and_no_round_is_open(make: Callable[..., OnDisk]) -> None:
     run = make()
-    reign = Reign(run.machine, run.store.load(), run._archive)
+    reign = Reign(run.machine, run.store.load(), run._archive, run.spool)
     versions = []
     for _ in range(40):
         run.round("a", "b", "a")

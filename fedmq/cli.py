@@ -35,6 +35,7 @@ from fedmq.contribution import register as register_contribution
 from fedmq.control import register as register_controls
 from fedmq.lineage import register as register_lineage
 from fedmq.simulate import register as register_simulate
+from fedmq.workers import register as register_workers
 from worker_client.cli import TaskOption, evaluate, worker
 from worker_client.config import WorkerConfig
 
@@ -200,6 +201,7 @@ register_controls(app)
 register_lineage(app)
 register_compress(app)
 register_contribution(app)
+register_workers(app)
 register_simulate(app)
 app.add_typer(checkpoint_app, name="checkpoint")
 app.add_typer(dead_app, name="dead")

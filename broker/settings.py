@@ -9,8 +9,9 @@ from __future__ import annotations
 import difflib
 import os
 import re
+import sys
 import tomllib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
@@ -40,6 +41,8 @@ DEFAULT_FILE = "fedmq.toml"
 #: Measured on loopback for 100 MB: 1 MiB 2.0 s a round, 4 MiB 1.7 s, 8 MiB 2.5 s.
 CHUNK_BYTES = 4 * 2**20
 PREFIX = "FEDMQ_"
+#: ``package.module:attribute``.
+_PATH = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_][\w.]*")
 
 _NUMBER, _WHOLE, _BOOL = "a number is wanted", "a whole number is wanted", "true or false is wanted"
 #: What pydantic calls an error, in our words.
@@ -215,6 +218,7 @@ def load(
             values[key] = value
     for key in values:
         _check_key(key, origins[key], kinds)
+    _make_importable(values.values())
     run = check_name(f"run (from {origins['run']})" if "run" in origins else "run", str(values.pop("run", "default")))
     tables = {}
     for name, kind in kinds.items():
@@ -245,6 +249,13 @@ def load_tables(kinds: Mapping[str, type[Table]], *, file: Path, flags: Sequence
         own = {key.partition(".")[2]: value for key, value in values.items() if key.startswith(f"{name}.")}
         tables[name] = _validated(name, kind, own, origins)
     return tables
+
+
+def _make_importable(values: Iterable[Any]) -> None:
+    """If a value names a module, the working directory is importable, after all that is installed."""
+    here = str(Path.cwd())
+    if here not in sys.path and any(isinstance(value, str) and _PATH.fullmatch(value) for value in values):
+        sys.path.append(here)
 
 
 def _from_file(file: Path | None) -> list[tuple[str, Any, Origin]]:

@@ -51,7 +51,8 @@ class WorkerConfig(Table):
     name: Annotated[str, AfterValidator(_checked_name)] = Field(default_factory=host_name)
     """The worker's name, one for each worker of a run; the host's name if not set."""
     task: str = "worker_client.tasks.digits:Digits"
-    """What is trained, as ``package.module:attribute``; the working directory is importable."""
+    """What is trained, as ``package.module:attribute`` (the working directory is importable), or as an installed
+    package calls it."""
     shard: Annotated[str, AfterValidator(_checked_shard)] = "0/1"
     """Which part of the task's data is this worker's: ``2/4`` (index from 0), or ``auto/4`` (by the name)."""
     folder: Path | None = None

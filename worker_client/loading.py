@@ -1,4 +1,7 @@
-"""From ``package.module:attribute`` to a task, with an error that says what is wrong if it is none."""
+"""From a name to a task, with an error that says what is wrong if it is none.
+
+The name is ``package.module:attribute``, or what an installed package calls it (entry points ``fedmq.tasks``).
+"""
 
 from __future__ import annotations
 
@@ -6,14 +9,18 @@ import difflib
 import importlib
 import pkgutil
 import sys
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from types import ModuleType
 
-from broker.errors import FedmqError, TaskError
+from broker.errors import ConfigError, FedmqError, TaskError
+from broker.parts import Parts, names_of, part_of
 from worker_client.task import Task, place_of
 
-__all__ = ["load_task"]
+__all__ = ["TASKS", "load_task"]
+
+#: Tasks of other packages. Ours are named by their paths.
+TASKS: Parts[Callable[[], Task]] = Parts("task", "fedmq.tasks", {})
 
 
 def load_task(name: str) -> Task:
@@ -21,14 +28,7 @@ def load_task(name: str) -> Task:
 
     The working directory is importable. Raises :class:`TaskError`.
     """
-    module_name, colon, attribute = name.partition(":")
-    if not colon or not module_name or not attribute:
-        raise TaskError(f"task {name!r}: name it as package.module:attribute, like worker_client.tasks.digits:Digits")
-    found: object = _import(module_name, name)
-    for part in attribute.split("."):
-        if not hasattr(found, part):
-            raise TaskError(f"task {name!r}: {module_name} has no attribute {part!r}{_nearest(part, dir(found))}")
-        found = getattr(found, part)
+    found = _found(name)
     if isinstance(found, Task):
         return found
     if not callable(found):
@@ -42,6 +42,26 @@ def load_task(name: str) -> Task:
     if not isinstance(task, Task):
         raise TaskError(f"task {name!r} gave a {type(task).__name__}; it must give a Task")
     return task
+
+
+def _found(name: str) -> object:
+    module_name, colon, attribute = name.partition(":")
+    if name in names_of(TASKS):
+        try:
+            return part_of(TASKS, name)
+        except ConfigError as error:
+            raise TaskError(str(error)) from error
+    if not colon or not module_name or not attribute:
+        installed = f", or by its name: {', '.join(names_of(TASKS))}" if names_of(TASKS) else ""
+        raise TaskError(
+            f"task {name!r}: name it as package.module:attribute, like worker_client.tasks.digits:Digits{installed}"
+        )
+    found: object = _import(module_name, name)
+    for part in attribute.split("."):
+        if not hasattr(found, part):
+            raise TaskError(f"task {name!r}: {module_name} has no attribute {part!r}{_nearest(part, dir(found))}")
+        found = getattr(found, part)
+    return found
 
 
 def _import(module: str, name: str) -> ModuleType:

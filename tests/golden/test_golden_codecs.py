@@ -72,5 +72,5 @@ def test_several_blocks_are_decoded_to_the_same_bits(name: str) -> None:
 
 
 def test_every_codec_has_golden_planes() -> None:
-    assert {name.partition(":")[0] for name in DECODED} == set(CODECS)
+    assert {name.partition(":")[0] for name in DECODED} == set(CODECS.own)
     assert sorted(path.stem for path in BYTES.iterdir()) == sorted(name.replace(":", "-") for name in DECODED)

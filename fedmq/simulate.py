@@ -44,6 +44,10 @@ def simulate(
         Path | None,
         typer.Option("--out", "-o", metavar="FOLDER", help="For tables and report; results/NAME for a sweep."),
     ] = None,
+    trace: Annotated[
+        Path | None,
+        typer.Option("--trace", metavar="FOLDER", help="A run's folder: its workers train when they did there."),
+    ] = None,
     jobs: Annotated[int | None, typer.Option("--jobs", "-j", min=1, help="Processes; all cores.")] = None,
     no_figures: Annotated[bool, typer.Option("--no-figures", help="Tables alone, without matplotlib.")] = False,
     settings: SetOption = None,
@@ -59,7 +63,7 @@ def simulate(
     """
     with guard():
         set_up_logging(verbose)
-        sweep = load_sweep(scenario, parse_flags(settings or []))
+        sweep = load_sweep(scenario, parse_flags(settings or [], population__trace=trace))
         if not sweep.is_sweep and out is None:
             result, _, took = run_with_split(sweep.cells[0].scenario)
             outcome = Outcome(sweep.name, result.seed, result.plain(), None, took)

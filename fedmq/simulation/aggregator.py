@@ -47,9 +47,6 @@ class Observer(Protocol):
     def record(self, fact: do.Fact) -> None:
         """Something happened."""
 
-    def tell(self, effect: do.Tell) -> None:
-        """A worker's update was rejected."""
-
     def finish(self) -> None:
         """The aggregator leaves."""
 
@@ -92,16 +89,18 @@ class SimulatedAggregator:
         self._is_delivering = False
         self._ledger = JournaledLedger()
         self._machine: RoundMachine | None = None
+        self._last: RoundMachine | None = None
+        self._control: deque[on.Happening] = deque()
         self.wake_at = NEVER
         """When to call :meth:`wake` at the latest."""
         self.crashes = 0
 
     @property
     def machine(self) -> RoundMachine:
-        """The one that leads. Raises :class:`FedmqError` while there is none."""
-        if self._machine is None:
-            raise FedmqError("the simulated aggregator is down")
-        return self._machine
+        """The one that leads, or that led last. Raises :class:`FedmqError` before the first."""
+        if self._last is None:
+            raise FedmqError("the simulated aggregator was not started")
+        return self._last
 
     @property
     def is_up(self) -> bool:
@@ -125,18 +124,26 @@ class SimulatedAggregator:
         self._durable = replace(self._durable, epoch=self._durable.epoch + 1)
         accumulator = self._durable.accumulator.copy()
         own = replace(self._durable, accumulator=accumulator)
-        self._machine = RoundMachine(self._rules, own, seconds_of(now), make_ledger=self._make_ledger)
+        self._last = self._machine = RoundMachine(self._rules, own, seconds_of(now), make_ledger=self._make_ledger)
         self.handle(on.LinkUp(self._generation), now)
+        while self._control:
+            self.handle(self._control.popleft(), now)
         self._deliver(now)
 
-    def crash(self, now: int) -> None:
+    def crash(self) -> None:
         """Forget everything that is not durable; the broker delivers again what was not acknowledged."""
-        del now
         self.crashes += 1
         self._machine = None
         self.wake_at = NEVER
         self._queue.extendleft(reversed(self._unacked.values()))
         self._unacked.clear()
+
+    def control(self, event: on.Happening, now: int) -> None:
+        """A worker says hello or goodbye; in a queue that keeps it until there is one that leads."""
+        if self._machine is None:
+            self._control.append(event)
+        else:
+            self.handle(event, now)
 
     def arrive(self, letter: Letter, now: int) -> None:
         """An update has come to the queue."""
@@ -183,7 +190,7 @@ class SimulatedAggregator:
             case do.Broadcast():
                 self._observer.broadcast(effect)
             case do.Tell():
-                self._observer.tell(effect)
+                pass  # a worker whose update was refused takes the newest version in any case
             case do.Finish():
                 self._observer.finish()
             case _:

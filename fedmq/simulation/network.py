@@ -21,7 +21,7 @@ MOST_DOUBLINGS = 6
 
 
 class Mailbox(Protocol):
-    """Who takes what arrives."""
+    """Whoever takes what arrives."""
 
     def schedule(self, time: int, what: Callable[[int], None]) -> None:
         """Call ``what`` with the time at ``time``."""

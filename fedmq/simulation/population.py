@@ -96,14 +96,13 @@ class Availability:
     def first_change(self, worker: int) -> int:
         """When ``worker`` comes or goes for the first time."""
         if self._table.availability == "on-off":
-            return self.next_change(worker, 0, is_on=self.is_on_at_start(worker))
+            return self.next_change(0, is_on=self.is_on_at_start(worker))
         phase = float(self._phases[worker])
         until = self._share - phase if phase < self._share else 1.0 - phase
         return max(1, ticks(until * self._table.day_seconds))
 
-    def next_change(self, worker: int, now: int, *, is_on: bool) -> int:
-        """When ``worker``, which has just come (``is_on``) or gone, does the other."""
-        del worker
+    def next_change(self, now: int, *, is_on: bool) -> int:
+        """When a worker that has just come (``is_on``) or gone does the other."""
         table = self._table
         if table.availability == "on-off":
             mean = table.on_seconds if is_on else table.off_seconds

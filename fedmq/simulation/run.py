@@ -5,15 +5,17 @@ from __future__ import annotations
 import time
 from importlib import import_module
 
-from broker.errors import TaskError
+from broker.errors import ConfigError, TaskError
+from broker.messages import Rounds
 from fedmq.simulation.objectives import Objective
 from fedmq.simulation.population import names_of
 from fedmq.simulation.quadratic import Quadratic
 from fedmq.simulation.record import Result
 from fedmq.simulation.scenario import Scenario
+from fedmq.simulation.traces import Trace, load_trace
 from fedmq.simulation.world import World
 
-__all__ = ["objective_of", "run_with_split", "simulate"]
+__all__ = ["objective_of", "run_with_split", "simulate", "trace_of"]
 
 
 def objective_of(scenario: Scenario) -> Objective:
@@ -25,13 +27,35 @@ def objective_of(scenario: Scenario) -> Objective:
         _require_torch()
         from fedmq.simulation.tasks import TaskObjective  # noqa: PLC0415 (needs torch)
 
-        return TaskObjective(scenario, names_of(scenario.population.workers))
+        return TaskObjective(scenario, _names(scenario))
     return Quadratic(
         scenario.objective,
-        workers=scenario.population.workers,
+        workers=len(_names(scenario)),
         mode=scenario.aggregator.mode,
         seed=scenario.run.seed,
     )
+
+
+def trace_of(scenario: Scenario) -> Trace | None:
+    """The trace that ``scenario`` names. Raises :class:`ConfigError`."""
+    path = scenario.population.trace
+    return None if path is None else load_trace(path)
+
+
+def _names(scenario: Scenario) -> list[str]:
+    trace = trace_of(scenario)
+    return names_of(scenario.population.workers) if trace is None else trace.names
+
+
+def _world(scenario: Scenario) -> World:
+    trace = trace_of(scenario)
+    if trace is not None and scenario.aggregator.rounds is Rounds.BUFFERED:
+        size = scenario.aggregator.buffer_size
+        if len(trace.jobs) < size:
+            raise ConfigError(
+                f"aggregator.buffer_size = {size} can never be reached: the trace has {len(trace.jobs)} updates"
+            )
+    return World(scenario, objective_of(scenario), trace)
 
 
 def _require_torch() -> None:
@@ -50,14 +74,14 @@ def simulate(scenario: Scenario) -> Result:
         ConfigError: it comes to a standstill, or measures something that is not there.
         FedmqError: what would have ended the aggregator or a worker.
     """
-    return World(scenario, objective_of(scenario)).run()
+    return _world(scenario).run()
 
 
 def run_with_split(scenario: Scenario) -> tuple[Result, list[list[int]] | None, float]:
     """As :func:`simulate`; also the examples by worker and class, if there are any, and the seconds that it took."""
     started = time.monotonic()
-    objective = objective_of(scenario)
-    result = World(scenario, objective).run()
+    world = _world(scenario)
+    result = world.run()
     took = time.monotonic() - started
-    counts = objective.counts()
+    counts = world.objective.counts()
     return result, None if counts is None else counts.tolist(), took

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field
 
 from aggregator.config import AggregatorConfig
 from broker.errors import ConfigError
@@ -65,12 +65,6 @@ class RunTable(Table):
     wire: bool = True
     """Whether updates become bytes and are read again, as over RabbitMQ, in their codec. Without, it is faster."""
 
-    @model_validator(mode="after")
-    def _ends(self) -> RunTable:
-        if (self.updates, self.versions, self.seconds) == (None, None, None):
-            raise ValueError("nothing ends it: set updates, versions or seconds (target alone may never come)")
-        return self
-
 
 class PopulationTable(Table):
     """``[population]``: how many workers there are, how fast, and when they are there."""
@@ -107,7 +101,8 @@ class PopulationTable(Table):
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
     """Probability that a worker disappears for ever during a training, without a goodbye."""
     trace: Path | None = None
-    """A file of trainings instead of all that: CSV with the columns worker, start and end, in seconds."""
+    """Trainings that have happened, instead of all that: a run's folder (``--trace``), or a CSV file with the columns
+    worker, start and end, in seconds."""
 
 
 class NetworkTable(Table):
@@ -213,7 +208,18 @@ class Scenario:
         """SHA-256 over all settings: whether a result is of this scenario."""
         tables = {name: getattr(self, name).model_dump(mode="json") for name in KINDS}
         tables["worker"]["name"] = ""  # the host's, and of no meaning here
+        trace = self.population.trace
+        if trace is not None:
+            tables["trace"] = _digest_of(trace / "history.jsonl" if trace.is_dir() else trace)
         return hashlib.sha256(json.dumps(tables, sort_keys=True).encode()).hexdigest()
+
+
+def _digest_of(file: Path) -> str:
+    """Of what is in ``file``; of nothing, if it cannot be read."""
+    try:
+        return hashlib.sha256(file.read_bytes()).hexdigest()
+    except OSError:
+        return ""
 
 
 def load_scenario(file: Path, flags: Sequence[Flag] = ()) -> Scenario:
@@ -232,6 +238,9 @@ def scenario_from(tables: Mapping[str, Table]) -> Scenario:
 
 
 def _check(scenario: Scenario) -> None:
+    run = scenario.run
+    if (run.updates, run.versions, run.seconds, scenario.population.trace) == (None, None, None, None):
+        raise ConfigError("nothing ends this scenario: set run.updates, versions or seconds (a target may never come)")
     attack_of(scenario.attack.kind)
     if scenario.objective.kind == "quadratic":
         _check_quadratic(scenario)

@@ -1,19 +1,12 @@
-"""Virtual time: workers that train, publish and come and go around a simulated aggregator.
+"""Virtual time: workers, network and faults around a simulated aggregator, one thing after the other.
 
-What a worker does is what ``worker_client.core.machine`` makes a real one do, in arrays instead of objects: it trains
-from the newest version that has reached it, as often as the plan allows, publishes, and goes on; in synchronous rounds
-once, if it was drawn. A version that comes in mid-training does not stop the training. Left out: rests after
-rejections, evaluators, and chunks.
-
-Two heaps: the ends of trainings, each one number, and everything else, which is seldom. At the same time the rest
-comes first, then trainings by the workers' numbers: nothing is left to chance.
+At the same time what is seldom comes first, then what the aggregator wanted to be woken for, then the ends of
+trainings, by the workers' numbers: nothing is left to chance.
 """
 
 from __future__ import annotations
 
 import heapq
-from array import array
-from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
 
@@ -23,73 +16,53 @@ from aggregator.core.snapshot import Snapshot
 from aggregator.optimizers import OptimizerState
 from aggregator.strategies.base import Accumulator
 from broker.errors import ConfigError, FedmqError
-from broker.messages import (
-    Goodbye,
-    Hello,
-    Parameters,
-    Rounds,
-    Update,
-    UpdateId,
-    parameters_digest,
-)
+from broker.messages import Parameters, Tensors, parameters_digest
 from broker.wire import decode, encode
 from fedmq.simulation.aggregator import Letter, SimulatedAggregator
-from fedmq.simulation.attackers import Attackers
+from fedmq.simulation.author import Author
 from fedmq.simulation.clock import NEVER, seconds_of, ticks
-from fedmq.simulation.coding import Coders
+from fedmq.simulation.crew import Crew, Workers
 from fedmq.simulation.network import Network
 from fedmq.simulation.objectives import GROWS, Objective
-from fedmq.simulation.population import Availability, Speeds, names_of
+from fedmq.simulation.population import names_of
 from fedmq.simulation.randomness import drawn, stream
 from fedmq.simulation.record import Point, Result
 from fedmq.simulation.scenario import Scenario
+from fedmq.simulation.traces import Trace, TraceCrew
 
 __all__ = ["World"]
 
-#: Incarnation of all workers: none starts twice.
-LIFE = "s"
 #: So many things in a row that bring no update forward, for each worker, are a standstill.
 PATIENCE = 1000
 
 
 class World:
-    """One scenario from its beginning to its end. See the module."""
+    """One scenario from its beginning to its end. See the module.
 
-    def __init__(self, scenario: Scenario, objective: Objective) -> None:
-        run, count = scenario.run, scenario.population.workers
+    Args:
+        scenario: what happens.
+        objective: what is learned.
+        trace: when the workers train, if that is given.
+    """
+
+    def __init__(self, scenario: Scenario, objective: Objective, trace: Trace | None = None) -> None:
+        run = scenario.run
         self.scenario = scenario
         self.objective = objective
-        self.names = names_of(count)
-        metric = run.metric or objective.metric
-        self.result = Result(name=run.name, seed=run.seed, metric=metric, target=run.target)
-        self._speeds = Speeds(scenario.population, run.seed)
-        self._availability = Availability(scenario.population, run.seed)
+        self.result = Result(name=run.name, seed=run.seed, metric=run.metric or objective.metric, target=run.target)
+        self.now = 0
         self._network = Network(scenario.network, run.seed)
-        self._attackers = Attackers(scenario.attack, count, objective.model, run.seed)
-        self._coders = Coders(objective.model, self.names, LIFE)
         self._down_bytes = objective.model.nbytes
-        chance = stream(run.seed, "dropout")
-        self._dropout = drawn(chance.random)
-        # The workers, by number.
-        self._sequence = array("q", bytes(8 * count))
-        self._base = array("q", [-1]) * count  # the version that it trains from; -1: it does not train
-        self._due = array("q", [NEVER]) * count
-        self._told = array("q", [-1]) * count  # the version that it was counted for, and how often
-        self._told_asked = array("q", bytes(8 * count))
-        self._sent = array("q", bytes(8 * count))
-        self._is_here = bytearray(count)
-        self._waits = bytearray(count)
-        self._trainings: list[int] = []
         self._agenda: list[tuple[int, int, Callable[[int], None]]] = []
         self._order = 0
-        self._versions: dict[int, Parameters] = {}
-        self._users: Counter[int] = Counter()
-        self._newest: Parameters | None = None
-        self._waiting: list[int] = []
-        self._idle_events = 0
-        self._count = count
+        self._idle = 0
         self._is_over = False
-        self.now = 0
+        names = names_of(scenario.population.workers) if trace is None else trace.names
+        self.author = Author(scenario, objective, names)
+        self._workers: Workers = (
+            Crew(scenario, self.author, self) if trace is None else TraceCrew(scenario, trace, self.author, self)
+        )
+        self._most_idle = PATIENCE * (len(names) + 10)
         self.aggregator = self._new_aggregator()
 
     def _new_aggregator(self) -> SimulatedAggregator:
@@ -122,11 +95,6 @@ class World:
 
     # ------------------------------------------------------------------------------------------- the clock
 
-    def schedule(self, time: int, what: Callable[[int], None]) -> None:
-        """Call ``what`` at ``time``; what was scheduled first comes first."""
-        self._order += 1
-        heapq.heappush(self._agenda, (time, self._order, what))
-
     def run(self) -> Result:
         """Until the scenario ends.
 
@@ -134,53 +102,45 @@ class World:
             ConfigError: it has come to a standstill.
             FedmqError: what ended the aggregator.
         """
-        self._begin()
+        self.aggregator.start(0)
+        self._workers.begin()
+        self._plan_crashes()
         limit = ticks(self.scenario.run.seconds) if self.scenario.run.seconds is not None else NEVER
-        trainings, agenda, count, aggregator = self._trainings, self._agenda, self._count, self.aggregator
-        result = self.result
+        agenda, workers, aggregator, result = self._agenda, self._workers, self.aggregator, self.result
         while not self._is_over:
-            training = trainings[0] // count if trainings else NEVER
             other = agenda[0][0] if agenda else NEVER
-            wake = aggregator.wake_at
-            time = min(training, other, wake)
+            time = min(workers.due, other, aggregator.wake_at)
             if time > limit:
                 self._end("seconds", limit)
                 break
-            if time >= NEVER or self._idle_events > PATIENCE * (count + 10):
-                raise ConfigError(self._standstill())
+            if time >= NEVER or self._idle > self._most_idle:
+                self._stand_still()
+                break
             self.now = time
             result.events += 1
-            self._idle_events += 1
+            self._idle += 1
             if other == time:
                 heapq.heappop(agenda)[2](time)
-            elif wake == time:
+            elif aggregator.wake_at == time:
                 aggregator.wake(time)
             else:
-                self._trained(heapq.heappop(trainings) % count, time)
+                workers.step(time)
         return self._closed()
 
-    def _begin(self) -> None:
-        self.aggregator.start(0)
-        for worker in range(self._count):
-            if self._availability.is_on_at_start(worker):
-                self._come(worker, 0)
-            if self._availability.changes:
-                self.schedule(self._availability.first_change(worker), self._changer(worker))
-        faults = self.scenario.faults
-        for time in faults.crash_times:
-            self.schedule(ticks(time), self._crash)
-        if faults.crash_every is not None:
-            chance = stream(self.scenario.run.seed, "crashes")
-            self._crash_pauses = drawn(lambda count: chance.exponential(faults.crash_every or 1.0, count))
-            self._plan_crash(0)
+    def schedule(self, time: int, what: Callable[[int], None]) -> None:
+        """Call ``what`` at ``time``; what was scheduled first comes first."""
+        self._order += 1
+        heapq.heappush(self._agenda, (time, self._order, what))
 
-    def _standstill(self) -> str:
+    def _stand_still(self) -> None:
+        if self._workers.is_over:
+            self._end("trace", self.now)
+            return
         machine = self.aggregator.machine
-        here = sum(self._is_here)
-        return (
+        raise ConfigError(
             f"the scenario comes to a standstill at {seconds_of(self.now):g} s: version {machine.version} has "
-            f"{machine.fill} updates and waits for more, with {here} of {self._count} workers there; take a smaller "
-            "aggregator.buffer_size or minimum_updates, a longer deadline, or let more workers stay"
+            f"{machine.fill} updates and waits for more, with {self._workers.here} of {len(self.author.names)} workers "
+            "there; take a smaller aggregator.buffer_size or minimum_updates, or let more workers stay"
         )
 
     def _end(self, why: str, now: int) -> None:
@@ -199,153 +159,49 @@ class World:
             self._evaluate(machine.version, machine.parameters)
         return result
 
-    # ---------------------------------------------------------------------------------------------- workers
+    # ---------------------------------------------------------------------------------------- the workers' host
 
-    def published(self) -> list[tuple[str, int]]:
-        """Each worker, and how many updates it has made."""
-        return list(zip(self.names, self._sequence, strict=True))
+    def tell(self, event: on.Happening, now: int) -> None:
+        """As :class:`Host`."""
+        self.aggregator.control(event, now)
 
-    def _come(self, worker: int, now: int) -> None:
-        self._is_here[worker] = True
-        hello = Hello(run=self.scenario.run.name, worker=self.names[worker], incarnation=LIFE)
-        self.aggregator.handle(on.Joined(hello), now)
-        self._begin_training(worker, now)
-
-    def _go(self, worker: int, now: int, reason: str) -> None:
-        self._give_up(worker)
-        self._is_here[worker] = False
-        goodbye = Goodbye(run=self.scenario.run.name, worker=self.names[worker], incarnation=LIFE, reason=reason)
-        self.aggregator.handle(on.Left(goodbye), now)
-
-    def _give_up(self, worker: int) -> None:
-        self._due[worker] = NEVER
-        if self._base[worker] >= 0:
-            self._let_go(self._base[worker])
-            self._base[worker] = -1
-
-    def _changer(self, worker: int) -> Callable[[int], None]:
-        def change(now: int) -> None:
-            is_on = not self._is_here[worker]
-            if is_on:
-                self._come(worker, now)
-            else:
-                self._go(worker, now, "away")
-            self.schedule(self._availability.next_change(worker, now, is_on=is_on), change)
-
-        return change
-
-    def _begin_training(self, worker: int, now: int) -> None:
-        """From the newest version, if there is one that the plan lets ``worker`` train from; it waits otherwise."""
-        base = self._newest
-        if base is None or not self._is_here[worker] or self._base[worker] >= 0:
-            return
-        plan, version = base.plan, base.version
-        if not self._is_asked(worker, base):
-            if not self._waits[worker]:
-                self._waits[worker] = True
-                self._waiting.append(worker)
-            return
-        if self._told[worker] != version or self._told_asked[worker] != plan.asked:
-            self._told[worker], self._told_asked[worker], self._sent[worker] = version, plan.asked, 0
-            self.result.bytes_down += self._down_bytes
-        self._sent[worker] += 1
-        self._base[worker] = version
-        self._users[version] += 1
-        due = now + self._speeds.next(worker) + self._network.download(self._down_bytes)
-        self._due[worker] = due
-        heapq.heappush(self._trainings, due * self._count + worker)
-
-    def _is_asked(self, worker: int, base: Parameters) -> bool:
-        plan = base.plan
-        if plan.paused or plan.done:
-            return False
-        if plan.rounds is Rounds.SYNCHRONOUS and not plan.is_sampled(self.names[worker], base.version):
-            return False
-        is_new = self._told[worker] != base.version or self._told_asked[worker] != plan.asked
-        return is_new or self._sent[worker] < plan.updates_per_version
-
-    def _trained(self, worker: int, now: int) -> None:
-        if self._due[worker] != now:
-            return  # it left meanwhile
-        self._due[worker] = NEVER
-        version, self._base[worker] = self._base[worker], -1
-        base = self._versions[version]
-        dropout = self.scenario.population.dropout
-        if dropout and next(self._dropout) < dropout:
-            self._let_go(version)
-            self._disappear(worker, now)
-            return
-        letter = self._letter(worker, base)
-        self._let_go(version)
+    def publish(self, letter: Letter, now: int) -> None:
+        """As :class:`Host`."""
         self.result.published += 1
         self._network.send(letter, now, self)
-        self._begin_training(worker, now)
 
-    def _disappear(self, worker: int, now: int) -> None:
-        """Without a goodbye: the aggregator notices when no heartbeat has come for some time."""
-        self._is_here[worker] = False
+    def download(self) -> int:
+        """As :class:`Host`."""
+        self.result.bytes_down += self._down_bytes
+        return self._network.download(self._down_bytes)
+
+    def lose(self) -> None:
+        """As :class:`Host`."""
         self.result.left += 1
-        silence = ticks(self.scenario.aggregator.worker_timeout)
-        goodbye = Goodbye(run=self.scenario.run.name, worker=self.names[worker], incarnation=LIFE, reason="silent")
-        self.schedule(now + silence, lambda then: self.aggregator.handle(on.Left(goodbye), then))
 
-    def _letter(self, worker: int, base: Parameters) -> Letter:
-        ordinal = self._sent_before(worker, base)
-        work = self.objective.train(worker, base, ordinal)
-        if self._attackers:
-            work = replace(work, tensors=self._attackers.sent(worker, work.tensors))
-        work = self._coders.coded(worker, work, base, ordinal)
-        sequence = self._sequence[worker]
-        self._sequence[worker] = sequence + 1
-        name = self.names[worker]
-        update = Update(
-            run=base.run,
-            id=UpdateId(name, LIFE, sequence),
-            base_version=base.version,
-            base_epoch=base.epoch,
-            mode=base.plan.mode,
-            examples=work.examples,
-            metrics=dict(work.metrics),
-            model=base.model,
-            tensors=work.tensors,
-            codec=work.codec,
-            seed=work.seed,
-        )
-        if not self.scenario.run.wire:
-            return Letter(update, base.model.nbytes, name)
-        body = encode(update)
-        return Letter(body, len(body), name)
-
-    def _sent_before(self, worker: int, base: Parameters) -> int:
-        """Which of its trainings from this version that is, from 0."""
-        is_this = self._told[worker] == base.version
-        return self._sent[worker] - 1 if is_this else 0
+    def sent(self, nbytes: int) -> None:
+        """As :class:`Mailbox`."""
+        self.result.bytes_up += nbytes
 
     def arrived(self, letter: Letter, now: int) -> None:
-        """The broker has ``letter``."""
+        """As :class:`Mailbox`."""
         self.result.deliveries += 1
         self.aggregator.arrive(letter, now)
 
-    def sent(self, nbytes: int) -> None:
-        """A worker has sent so much, whether it arrives or not."""
-        self.result.bytes_up += nbytes
-
-    # ------------------------------------------------------------------------------------------- aggregator
+    # --------------------------------------------------------------------------------- the aggregator's observer
 
     def broadcast(self, effect: do.Broadcast) -> None:
         """As :class:`Observer`."""
-        base = self._parameters(effect)
+        base = self._as_told(effect)
         if effect.plan.done:
-            self._reach(base)
             self._end("versions", self.now)
-            return
-        delay = self._network.delay
-        if delay:
-            self.schedule(self.now + delay, lambda now: self._reach(base, now))
+        elif self._network.delay:
+            self.schedule(self.now + self._network.delay, lambda then: self._workers.reach(base, then))
         else:
-            self._reach(base)
+            self._workers.reach(base, self.now)
 
-    def _parameters(self, effect: do.Broadcast) -> Parameters:
+    def _as_told(self, effect: do.Broadcast) -> Parameters:
+        """What workers get: of bytes that were written and read again, if there is a wire."""
         parameters = Parameters(
             run=self.scenario.run.name,
             epoch=effect.epoch,
@@ -364,64 +220,37 @@ class World:
             raise FedmqError("a version that was encoded is none when it is decoded")
         return message
 
-    def _reach(self, base: Parameters, now: int | None = None) -> None:
-        """``base`` is with all workers; those that wait begin."""
-        now = self.now if now is None else now
-        before = self._newest
-        self._newest = base
-        self._versions[base.version] = base
-        if before is not None and before.version != base.version and not self._users[before.version]:
-            del self._users[before.version]
-            self._versions.pop(before.version, None)
-        waiting, self._waiting = self._waiting, []
-        for worker in waiting:
-            self._waits[worker] = False
-        if before is None:
-            waiting = list(range(self._count))
-        for worker in waiting:
-            self._begin_training(worker, now)
-
-    def _let_go(self, version: int) -> None:
-        self._users[version] -= 1
-        if not self._users[version]:
-            del self._users[version]
-            if self._newest is None or version != self._newest.version:
-                self._versions.pop(version, None)
-
     def record(self, fact: do.Fact) -> None:
         """As :class:`Observer`."""
-        kind = type(fact)
-        if kind is do.Folded:
-            self._idle_events = 0
-            self.result.staleness[fact.entry.staleness] += 1  # type: ignore[union-attr]
-            limit = self.scenario.run.updates
-            if limit is not None and self.aggregator.machine.applied >= limit:
-                self._end("updates", self.now)
-        elif kind is do.Rejected:
-            self.result.rejected[fact.reason.value] += 1  # type: ignore[union-attr]
-        elif kind is do.Repeated:
-            self.result.repeated += 1
-        elif kind is do.Warn:
-            self.result.warnings[fact.text] += 1  # type: ignore[union-attr]
-        elif kind is do.VersionMade:
-            version = fact.record.version  # type: ignore[union-attr]
-            if version % self.scenario.run.evaluate_every == 0:
-                self._evaluate(version, self.aggregator.machine.parameters)
-
-    def tell(self, effect: do.Tell) -> None:
-        """As :class:`Observer`; a worker that was refused takes the newest version in any case."""
+        match fact:
+            case do.Folded(entry):
+                self._idle = 0
+                self.result.staleness[entry.staleness] += 1
+                limit = self.scenario.run.updates
+                if limit is not None and self.aggregator.machine.applied >= limit:
+                    self._end("updates", self.now)
+            case do.Rejected(_, reason):
+                self.result.rejected[reason.value] += 1
+            case do.Repeated():
+                self.result.repeated += 1
+            case do.Warn(text):
+                self.result.warnings[text] += 1
+            case do.VersionMade(record):
+                if record.version % self.scenario.run.evaluate_every == 0:
+                    self._evaluate(record.version, self.aggregator.machine.parameters)
+            case _:
+                pass
 
     def finish(self) -> None:
         """As :class:`Observer`."""
         self._is_over = True
 
-    def _evaluate(self, version: int, parameters: object) -> None:
+    def _evaluate(self, version: int, parameters: Tensors) -> None:
         result, run = self.result, self.scenario.run
-        metrics = self.objective.score(parameters)  # type: ignore[arg-type]
+        metrics = self.objective.score(parameters)
         if result.metric not in metrics:
-            raise ConfigError(
-                f"run.metric = {result.metric!r} is not measured here; there are {', '.join(sorted(metrics))}"
-            )
+            known = ", ".join(sorted(metrics))
+            raise ConfigError(f"run.metric = {result.metric!r} is not measured here; there are {known}")
         point = Point(
             seconds=seconds_of(self.now),
             version=version,
@@ -440,14 +269,21 @@ class World:
 
     # ----------------------------------------------------------------------------------------------- faults
 
+    def _plan_crashes(self) -> None:
+        faults = self.scenario.faults
+        for time in faults.crash_times:
+            self.schedule(ticks(time), self._crash)
+        if faults.crash_every is not None:
+            mean, chance = faults.crash_every, stream(self.scenario.run.seed, "crashes")
+            pauses = drawn(lambda count: chance.exponential(mean, count))
+
+            def crash(now: int) -> None:
+                self._crash(now)
+                self.schedule(now + max(1, ticks(next(pauses))), crash)
+
+            self.schedule(max(1, ticks(next(pauses))), crash)
+
     def _crash(self, now: int) -> None:
         if self.aggregator.is_up:
-            self.aggregator.crash(now)
+            self.aggregator.crash()
             self.schedule(now + ticks(self.scenario.faults.downtime), self.aggregator.start)
-
-    def _plan_crash(self, now: int) -> None:
-        def crash(then: int) -> None:
-            self._crash(then)
-            self._plan_crash(then)
-
-        self.schedule(now + max(1, ticks(next(self._crash_pauses))), crash)

@@ -15,7 +15,7 @@ from tests.support.scenarios import scenario_of, written
 @pytest.mark.parametrize(
     ("changes", "complaint"),
     [
-        ({"run.updates": None}, "nothing ends it"),
+        ({"run.updates": None}, "nothing ends this scenario"),
         ({"run.sed": 1}, r"unknown key 'run.sed' \(did you mean 'seed'\?\)"),
         ({"populaton.workers": 1}, r"unknown key 'populaton.workers' \(did you mean 'population'\?\)"),
         ({"population.speed": "lognormel"}, "population.speed = 'lognormel': .*'lognormal'"),

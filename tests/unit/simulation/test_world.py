@@ -79,7 +79,7 @@ def test_a_crash_of_the_aggregator_loses_nothing_and_repeats_nothing(tmp_path: P
     assert not result.rejected
     applied = sorted(world.aggregator.ledger)
     assert len(applied) == len(set(applied)) == result.updates
-    published = {(name, seq) for name, count in world.published() for seq in range(count)}
+    published = {(name, seq) for name, count in world.author.published() for seq in range(count)}
     waiting = world.aggregator.waiting_ids()
     assert {(one.worker, one.seq) for one in applied} | {(one.worker, one.seq) for one in waiting} == published
 
@@ -158,3 +158,17 @@ def test_everybody_gone_is_a_standstill_and_says_so(tmp_path: Path) -> None:
 def test_a_metric_that_is_not_measured_is_named_with_those_that_are(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"run\.metric = 'accuracy' is not measured here; there are gap, loss"):
         run(tmp_path, run__metric="accuracy")
+
+
+def test_a_deadline_that_nobody_can_meet_is_refused(tmp_path: Path) -> None:
+    late = {"population__speed": "constant", "population__seconds": 3.0, "network__latency": 0.5}
+
+    with pytest.raises(ConfigError, match=r"deadline = 3\.9, but the fastest worker takes 4 s to answer"):
+        run(tmp_path, **late, aggregator__rounds="synchronous", aggregator__deadline=3.9)
+    assert run(tmp_path, **late, aggregator__rounds="synchronous", aggregator__deadline=4.1).ended == "updates"
+
+
+def test_a_scenario_can_end_while_the_aggregator_is_down(tmp_path: Path) -> None:
+    result = run(tmp_path, run__updates=None, run__seconds=5.0, faults__crash_times=[4.0], faults__downtime=10.0)
+
+    assert (result.ended, result.seconds, result.crashes) == ("seconds", 5.0, 1)

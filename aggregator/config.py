@@ -46,6 +46,7 @@ LIVE = frozenset(
         "buffer_size",
         "deadline",
         "epsilon",
+        "evaluate_every",
         "fairness",
         "fairness_window",
         "fraction",
@@ -61,6 +62,7 @@ LIVE = frozenset(
         "one_per_worker",
         "optimizer",
         "options",
+        "personalise_steps",
         "proximal",
         "quarantine_score",
         "quarantine_seconds",
@@ -218,6 +220,13 @@ class AggregatorConfig(Table):
     worker_momentum: Annotated[float, Field(ge=0, lt=1)] = 0.0
     """Workers send an exponential average of their own updates: the share that those before have in it."""
 
+    evaluate_every: Annotated[int, Field(ge=0, le=MAX)] = 0
+    """Workers that hold data out (``worker.validation_fraction``) evaluate a version on them whenever so many have
+    passed, and the last one; 0 for never. Their figures are put together by examples, with the spread over workers."""
+    personalise_steps: Annotated[int, Field(ge=0, le=10_000_000)] = 0
+    """And once more after so many local steps from there, as ``personal/…``: what the version is worth to each worker
+    as a place to start from."""
+
     control_variates: bool = False
     """Deltas: workers correct their local steps by how their own gradients differ from everybody's (SCAFFOLD). Updates
     and versions take twice the bytes. Must be the same from ``fedmq init`` on."""
@@ -262,6 +271,8 @@ class AggregatorConfig(Table):
             raise ValueError("adagrad has no momentum; take yogi, or leave momentum at 0")
         if self.mode is Mode.GRADIENT:
             self._require_deltas()
+        if self.personalise_steps and not self.evaluate_every:
+            raise ValueError("personalise_steps is part of what evaluate_every asks for: set that, too")
         if self.control_variates and self.strategy not in WITH_VARIATES:
             raise ValueError(f"control_variates goes with strategy {' or '.join(WITH_VARIATES)}, which add them up")
         if self.control_variates and self.proximal:
@@ -393,7 +404,12 @@ class AggregatorConfig(Table):
             optimizer=optimizer_of(recipe),
             schedule=schedule_of(recipe),
             seed=self.seed,
-            work=Work(proximal=self.proximal, momentum=self.worker_momentum),
+            work=Work(
+                proximal=self.proximal,
+                momentum=self.worker_momentum,
+                evaluate_every=self.evaluate_every,
+                personalise_steps=self.personalise_steps,
+            ),
             control_variates=self.control_variates,
             codec=self.update_codec,
             stop_after_rounds=self.stop_after_rounds,

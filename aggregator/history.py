@@ -18,6 +18,7 @@ from typing import Any
 from pydantic import TypeAdapter, ValidationError
 
 from aggregator.core.effects import EvaluationRecord, Quarantined, Released
+from aggregator.core.federated import Federated
 from aggregator.core.snapshot import Entry, VersionRecord
 from aggregator.disk import sync_folder, write_all
 from broker.errors import CheckpointCorrupt, CheckpointError, CheckpointNotWritten, first_problem
@@ -107,6 +108,24 @@ class History:
                 "time": round(now, 3),
                 # JSON has no NaN, and a model that diverged is no reason for a file that cannot be read.
                 "metrics": {name: value if math.isfinite(value) else None for name, value in record.metrics.items()},
+            }
+        )
+
+    def federated(self, figures: Federated, now: float) -> None:
+        """Workers have reported on versions, by data that they hold out."""
+        metrics = {
+            name: {"mean": s.mean, "min": s.minimum, "median": s.median, "max": s.maximum, "std": s.std}
+            for name, s in figures.metrics.items()
+        }
+        self._append(
+            {
+                "kind": "federated",
+                "version": figures.version,
+                "versions": list(figures.versions),
+                "workers": figures.workers,
+                "examples": figures.examples,
+                "time": round(now, 3),
+                "metrics": metrics,
             }
         )
 

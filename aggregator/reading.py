@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 
 from aggregator.core import events as on
 from broker.errors import UnknownFormat, WireError
@@ -16,6 +17,7 @@ from broker.messages import (
     Manifest,
     Reason,
     Role,
+    Scalar,
     Update,
     UpdateHead,
     evaluation_metrics,
@@ -102,4 +104,16 @@ def _happening(message: Message, newest: int) -> on.Happening | None:
             version = data.get("version")
             if isinstance(version, int) and not isinstance(version, bool) and 0 <= version <= newest:
                 return on.Evaluated(source, version, evaluation_metrics(message))
+        case Event(kind=EventKind.CHECK, source=source, data=data):
+            return _checked(source, data.get("version"), data.get("examples"), newest, evaluation_metrics(message))
     return None
+
+
+def _checked(
+    source: str, version: Scalar, examples: Scalar, newest: int, metrics: Mapping[str, float]
+) -> on.Checked | None:
+    are_whole = all(isinstance(value, int) and not isinstance(value, bool) for value in (version, examples))
+    if not (are_whole and isinstance(version, int) and isinstance(examples, int)):
+        return None
+    is_sensible = 0 <= version <= newest and examples >= 1
+    return on.Checked(source, version, min(examples, 2**53), metrics) if is_sensible else None

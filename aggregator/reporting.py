@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Callable, Mapping
 
 from aggregator.core import effects as do
+from aggregator.core.federated import Federated
 from aggregator.core.snapshot import VersionRecord
 from aggregator.history import History
 from broker.messages import Event, EventKind, Reason, Scalar, UpdateId
@@ -25,6 +26,9 @@ FOLDED_SECONDS = 0.05
 #: Updates that one such event names.
 MOST_NAMED = 200
 
+#: Metrics of workers that an event of progress holds.
+SHOWN_METRICS = 50
+
 
 class Reporter:
     """Tells what the round machine wants recorded."""
@@ -33,6 +37,8 @@ class Reporter:
         """``now`` gives seconds since 1970."""
         self.metrics: tuple[int, Mapping[str, float]] = (-1, {})
         """Version and figures of the newest evaluation."""
+        self.federated: Federated | None = None
+        """The newest that workers have reported."""
         self._run = run
         self._transport = transport
         self._history = history
@@ -103,11 +109,8 @@ class Reporter:
                     max(staleness, default=0),
                     record.seconds,
                 )
-            case do.EvaluationRecord(worker, evaluated, metrics):
-                self._history.evaluation(fact, self._now())
-                if evaluated >= self.metrics[0]:
-                    self.metrics = evaluated, metrics
-                log.info("version %d evaluated by %s: %s", evaluated, worker, _figures(metrics))
+            case do.EvaluationRecord() | Federated():
+                self._evaluated(fact, version)
             case do.Rejected(worker, reason, detail, update):
                 self.progress("rejected", version, worker=worker, reason=reason.value)
                 # What was on its way when the last round closed is the end of every healthy run.
@@ -133,6 +136,21 @@ class Reporter:
             case do.Warn(text):
                 log.warning("%s", text)
 
+    def _evaluated(self, fact: do.EvaluationRecord | Federated, version: int) -> None:
+        if isinstance(fact, do.EvaluationRecord):
+            self._history.evaluation(fact, self._now())
+            if fact.version >= self.metrics[0]:
+                self.metrics = fact.version, fact.metrics
+            log.info("version %d evaluated by %s: %s", fact.version, fact.worker, _figures(fact.metrics))
+            return
+        self.federated = fact
+        self._history.federated(fact, self._now())
+        means = {name: spread.mean for name, spread in list(fact.metrics.items())[:SHOWN_METRICS]}
+        self.progress("federated", version, of=fact.version, workers=fact.workers, examples=fact.examples, **means)
+        first, last = fact.versions
+        which = f"version {last}" if first == last else f"versions {first} to {last}"
+        log.info("%s by %d workers on data of their own: %s", which, fact.workers, _spreads(fact))
+
     def _standing(self, fact: do.Quarantined | do.Released) -> None:
         self._history.standing(fact, self._now())
         if isinstance(fact, do.Quarantined):
@@ -150,6 +168,10 @@ def _senders(record: VersionRecord) -> str:
     names = [f"{name} ({n})" if n > 1 else name for name, n in sorted(counts.items())]
     shown = ", ".join(names[:SHOWN_NAMES]) + (f" and {len(names) - SHOWN_NAMES} more" if names[SHOWN_NAMES:] else "")
     return f"{len(record.updates)} update{'s' * (len(record.updates) != 1)} of {shown}"
+
+
+def _spreads(figures: Federated) -> str:
+    return ", ".join(f"{n} {s.mean:.4f} ({s.minimum:.4f} to {s.maximum:.4f})" for n, s in figures.metrics.items())
 
 
 def _figures(metrics: Mapping[str, float]) -> str:

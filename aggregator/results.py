@@ -14,6 +14,7 @@ from typing import BinaryIO
 
 from aggregator.ancestry import Ancestry
 from aggregator.checkpoint import write_tensors
+from aggregator.core.federated import Federated
 from broker.errors import CheckpointError, CheckpointNotWritten
 from broker.messages import Tensors
 from broker.variates import without_variates
@@ -37,6 +38,8 @@ class Outcome:
     """The newest evaluation's."""
     evaluated: int = -1
     """The version that was evaluated last; -1 for none."""
+    federated: Federated | None = None
+    """What workers have reported last, by data that they hold out."""
     buffered: int = 0
     """Updates of those applied that are in the open round yet."""
 
@@ -64,6 +67,9 @@ def write_results(folder: Path, run: str, outcome: Outcome, parameters: Tensors,
         "evaluated_version": outcome.evaluated if outcome.evaluated >= 0 else None,
         "evaluation": {name: value if math.isfinite(value) else None for name, value in outcome.metrics.items()},
     }
+    if (figures := outcome.federated) is not None:
+        means = {name: spread.mean for name, spread in figures.metrics.items()}
+        summary["federated"] = {"versions": list(figures.versions), "workers": figures.workers, "metrics": means}
     try:
         text = (json.dumps(summary, indent=2) + "\n").encode()
         replace_file(folder / "summary.json", lambda file: file.write(text))

@@ -471,6 +471,7 @@ class AggregatorService:
             confirmed=sum(sum(counts.values()) for counts in machine.roster.confirmed().values()),
             metrics=self._reporter.metrics[1],
             evaluated=self._reporter.metrics[0],
+            federated=self._reporter.federated,
             buffered=machine.fill,
         )
         log.info("run %s %s at version %d; results in %s", self.run_name, outcome.reason, outcome.version, self.folder)

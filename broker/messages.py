@@ -161,6 +161,8 @@ class EventKind(StrEnum):
     HEARTBEAT = "heartbeat"
     PROGRESS = "progress"
     EVALUATION = "evaluation"
+    CHECK = "check"
+    """A worker's figures for a version, on data that it holds out."""
     NOTICE = "notice"
 
 
@@ -239,6 +241,10 @@ class Work:
     """How hard each local step is pulled back to the version (FedProx's mu)."""
     momentum: Annotated[float, Field(strict=True, ge=0, lt=1)] = 0.0
     """Share of the worker's updates before in what it sends: an exponential average of its own updates."""
+    evaluate_every: Count = 0
+    """Workers that hold data out evaluate a version whenever so many have passed, and the last; 0 for never."""
+    personalise_steps: Annotated[int, Strict(), Field(ge=0, le=10_000_000)] = 0
+    """They do that once more after so many local steps from it."""
 
 
 @strict
@@ -411,7 +417,7 @@ EVALUATION_FACTS = frozenset({"version", "epoch", "examples", "seconds"})
 
 
 def evaluation_metrics(event: Event) -> dict[str, float]:
-    """The metrics in an event of kind ``evaluation``."""
+    """The metrics in an event of kind ``evaluation`` or ``check``."""
     return {
         key: float(value)
         for key, value in event.data.items()

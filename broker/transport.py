@@ -108,7 +108,7 @@ class Failed:
 
 
 #: Kinds of events that reach the aggregator; the others are for people who watch.
-HEARD = ("heartbeat", "evaluation")
+HEARD = ("heartbeat", "evaluation", "check")
 
 Incoming = Delivery | Connected | Standby | Disconnected | Failed
 Sink = Callable[[Incoming], None]

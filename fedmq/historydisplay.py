@@ -141,7 +141,16 @@ def _note(line: Line) -> str:
     return f"taken back to version {line['source']}{without}; {dropped} dropped"
 
 
-def _event(line: Line) -> str:
+def _spreads(metrics: Any) -> str:
+    figures = metrics.items() if isinstance(metrics, Mapping) else ()
+    return ", ".join(
+        f"{name} {_number(of.get('mean'))} ({_number(of.get('min'))} to {_number(of.get('max'))})"
+        for name, of in figures
+        if isinstance(of, Mapping)
+    )
+
+
+def _event(line: Line) -> str:  # noqa: PLR0911 - one a kind of line
     match line.get("kind"):
         case "start":
             return f"an aggregator took up the run: epoch {line.get('epoch')}"
@@ -156,6 +165,8 @@ def _event(line: Line) -> str:
             metrics = line.get("metrics")
             figures = metrics.items() if isinstance(metrics, Mapping) else ()
             return f"{line.get('worker')}: " + ", ".join(f"{name} {_number(value)}" for name, value in figures)
+        case "federated":
+            return f"{line.get('workers')} workers on their own data: {_spreads(line.get('metrics'))}"
     return str(line.get("kind"))
 
 

@@ -44,8 +44,12 @@ def run_worker(
     """
     trainer = Trainer(task, config)
     examples = trainer.load_data()
-    log.info("worker %s: %d examples in %s", config.name, examples, trainer.shard)
+    held = f", and {trainer.held_out} held out" if trainer.held_out else ""
+    log.info("worker %s: %d examples%s in %s", config.name, examples, held, trainer.shard)
     outbox = Outbox.open(config.folder, run, config.name)
+    machine = WorkerMachine(
+        config.name, outbox.incarnation, max_updates=config.max_updates, can_check=trainer.held_out > 0
+    )
     try:
         return Session(
             config,
@@ -53,7 +57,7 @@ def run_worker(
             transport=transport,
             trainer=trainer,
             outbox=outbox,
-            machine=WorkerMachine(config.name, outbox.incarnation, max_updates=config.max_updates),
+            machine=machine,
             role=Role.TRAINER,
             chunk_bytes=chunk_bytes,
             pack_chunks=pack_chunks,

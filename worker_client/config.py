@@ -57,6 +57,9 @@ class WorkerConfig(Table):
     """Which part of the task's data is this worker's: ``2/4`` (index from 0), or ``auto/4`` (by the name)."""
     folder: Path | None = None
     """Where identity and sequence are kept; ``runs/<run>/workers/<name>`` from the command line."""
+    validation_fraction: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """Share of this worker's data that it does not train on but evaluates versions with, in runs that ask for it
+    (``aggregator.evaluate_every``)."""
     local_epochs: Annotated[int, Field(ge=1, le=10_000)] = 1
     """Passes over the shard for one delta."""
     local_steps: Annotated[int, Field(ge=1, le=10_000_000)] | None = None

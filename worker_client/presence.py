@@ -78,10 +78,10 @@ class Presence:
             },
         )
 
-    def tell(self, evaluation: Evaluation, of: ParametersHead) -> None:
-        """What the evaluation of a version has given."""
+    def tell(self, kind: EventKind, evaluation: Evaluation, of: ParametersHead) -> None:
+        """What the evaluation of a version has given, as an event of this ``kind``."""
         facts = {"version": of.version, "epoch": of.epoch, "examples": evaluation.examples}
-        self._event(EventKind.EVALUATION, {**evaluation.metrics, **facts, "seconds": evaluation.seconds})
+        self._event(kind, {**evaluation.metrics, **facts, "seconds": evaluation.seconds})
 
     def say_goodbye(self, reason: str, *, wait: bool) -> None:
         """Say goodbye; with ``wait``, give it a second to get out."""

@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 from typing import Any, Protocol, assert_never
 
 from broker.errors import BrokerError, FedmqError, MessageTooLarge, TaskError, Unroutable, WireError
-from broker.messages import Event, ModelSpec, Parameters, ParametersHead, Reason, Role, UpdateId
+from broker.messages import Event, EventKind, ModelSpec, Parameters, ParametersHead, Reason, Role, UpdateId
 from broker.seldom import Seldom
 from broker.transport import Connected, Delivery, Disconnected, Failed, Standby, WorkerTransport
 from broker.variates import like
@@ -268,7 +268,8 @@ class Session:
         elif error is not None:
             self._fail(error)
         elif result is not None:
-            self._metrics, self._seconds = result.metrics, result.seconds
+            if isinstance(result, Trained) or self._role is Role.EVALUATOR:
+                self._metrics, self._seconds = result.metrics, result.seconds
             if isinstance(result, Trained) and self._base is not None:
                 self._trained = self._base, result
                 self._tell(ev.TrainingDone())
@@ -366,7 +367,8 @@ class Session:
 
     def _evaluate(self, head: ParametersHead) -> None:
         base, self._base = self._shelf.take(head), head
-        self._bench.start(lambda abandon: self._trainer.evaluate(base, abandon.is_set))
+        evaluate = self._trainer.evaluate if self._role is Role.EVALUATOR else self._trainer.check
+        self._bench.start(lambda abandon: evaluate(base, abandon.is_set))
 
     def _publish(self) -> None:
         if self._trained is None:
@@ -388,7 +390,8 @@ class Session:
         if base is None:
             raise RuntimeError("no evaluation was asked for")
         log.info("version %d: %s", base.version, {k: round(v, 4) for k, v in evaluation.metrics.items()})
-        self._presence.tell(evaluation, base)
+        kind = EventKind.EVALUATION if self._role is Role.EVALUATOR else EventKind.CHECK
+        self._presence.tell(kind, evaluation, base)
 
     def _beat(self) -> None:
         state, loss = str(self._machine.state), self._metrics.get("loss")

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import operator
-import re
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,20 +16,23 @@ import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
-from torch.utils.data import default_collate
 
 from broker.errors import ModelMismatch, TaskError
 from broker.messages import DTYPES, Array, Mode, ModelSpec, Parameters, Tensors, Values
 from worker_client.adjustment import Adjustment
-from worker_client.batches import Examples, index_batches
+from worker_client.batches import Examples
 from worker_client.config import WorkerConfig, shard_of
 from worker_client.context import TrainingContext, TrainingResult
+from worker_client.evaluating import Evaluation, checked_metrics, collate_of, evaluate
 from worker_client.modelstate import ModelState, as_array
+from worker_client.splitting import split, usable
 from worker_client.steps import effort as effort_of
-from worker_client.steps import loss_of
 from worker_client.task import Shard, Task, blamed
 
 __all__ = ["Evaluation", "Trained", "Trainer", "build_model", "evaluate", "initial_parameters", "load_model"]
+
+#: The ordinal of local steps that only an evaluation sees.
+FINE_TUNING = -1
 
 # torch's global random state belongs to the process: two models built at once would mix theirs up.
 _building = threading.Lock()
@@ -56,15 +58,6 @@ class Trained:
     """What ``tensors`` fit, if that is more than the trainer's ``spec``."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Evaluation:
-    """What a version is worth on the held-out data: ``loss`` and the task's own metrics."""
-
-    metrics: Mapping[str, float]
-    examples: int
-    seconds: float
-
-
 class Trainer:
     """A task, its model and its shard of the data, as one worker has them.
 
@@ -84,6 +77,7 @@ class Trainer:
         index, count = shard_of(config.shard, config.name)
         self.shard = Shard(config.name, index, count)
         self._data: Examples | None = None
+        self._held_out: Examples | None = None
         self._test_data: Examples | None = None
 
     @property
@@ -101,7 +95,10 @@ class Trainer:
         if self._data is None:
             with blamed(self._task, "data"):
                 data = self._task.data(self.shard)
-            self._data = _with_examples(data, f"{type(self._task).__name__}.data gave nothing usable for {self.shard}")
+            self._data = usable(data, f"{self.task_name}.data gave nothing usable for {self.shard}")
+            if self._config.validation_fraction:
+                key = f"{self._task.seed} {self.shard.index} of {self.shard.count}"
+                self._data, self._held_out = split(self._data, self._config.validation_fraction, key)
         return len(self._data)
 
     def load_test_data(self) -> int:
@@ -111,7 +108,7 @@ class Trainer:
                 data = self._task.test_data()
             if data is None:
                 raise TaskError(f"{type(self._task).__name__} has no test_data: an evaluator needs held-out data")
-            self._test_data = _with_examples(data, f"{type(self._task).__name__}.test_data gave nothing usable")
+            self._test_data = usable(data, f"{type(self._task).__name__}.test_data gave nothing usable")
         return len(self._test_data)
 
     def train(
@@ -137,25 +134,11 @@ class Trainer:
         started = time.monotonic()
         self._state.load(parameters.tensors)
         self._model.zero_grad(set_to_none=True)
-        seed = derived_seed(
-            self._task.seed, self._config.name, (parameters.epoch, parameters.version, parameters.plan.asked), ordinal
-        )
-        context = TrainingContext(
-            mode=parameters.plan.mode,
-            settings=self._config,
-            worker=self._config.name,
-            base_version=parameters.version,
-            ordinal=ordinal,
-            device=self._device,
-            generator=torch.Generator().manual_seed(seed),
-            collate=_collate_of(self._task),
-            should_stop=should_stop,
-            adjustment=self._adjustment(parameters, shift),
-        )
+        context, seed = self._context(parameters, ordinal, should_stop, self._adjustment(parameters, shift))
         with _seeded(seed, self._device), blamed(self._task, "train"):
             result = self._task.train(self._model, self._data, context)
         tensors = self._collect(result, parameters)
-        metrics = _checked_metrics(result.metrics)
+        metrics = checked_metrics(result.metrics)
         examples = _checked_examples(result.examples, self.task_name)
         steps, effort = self._steps(result, context)
         self._model.zero_grad(set_to_none=True)
@@ -175,10 +158,36 @@ class Trainer:
         torch.set_num_threads(self._config.threads)
         started = time.monotonic()
         self._state.load(parameters.tensors)
-        metrics = evaluate(
-            self._task, self._model, self._test_data, batch_size=self._config.batch_size, should_stop=should_stop
-        )
+        metrics = self._evaluate(self._test_data, should_stop)
         return Evaluation(metrics=metrics, examples=len(self._test_data), seconds=time.monotonic() - started)
+
+    def _evaluate(self, data: Examples, should_stop: Callable[[], bool]) -> dict[str, float]:
+        return evaluate(self._task, self._model, data, batch_size=self._config.batch_size, should_stop=should_stop)
+
+    def _context(
+        self,
+        base: Parameters,
+        ordinal: int,
+        should_stop: Callable[[], bool],
+        adjustment: Adjustment,
+        settings: WorkerConfig | None = None,
+    ) -> tuple[TrainingContext, int]:
+        """What a training from ``base`` is told, and its seed."""
+        name = self._config.name
+        seed = derived_seed(self._task.seed, name, (base.epoch, base.version, base.plan.asked), ordinal)
+        context = TrainingContext(
+            mode=base.plan.mode,
+            settings=settings or self._config,
+            worker=name,
+            base_version=base.version,
+            ordinal=ordinal,
+            device=self._device,
+            generator=torch.Generator().manual_seed(seed),
+            collate=collate_of(self._task),
+            should_stop=should_stop,
+            adjustment=adjustment,
+        )
+        return context, seed
 
     def _adjustment(self, parameters: Parameters, shift: Tensors | None) -> Adjustment:
         if parameters.plan.mode is Mode.GRADIENT:  # which is taken where the proximal term is 0
@@ -202,6 +211,38 @@ class Trainer:
         if result.effort is not None or not steps:
             return steps, result.effort or 0.0
         return steps, effort_of(steps, self._config, context.adjustment.proximal)
+
+    @property
+    def held_out(self) -> int:
+        """Examples that this worker evaluates with and does not train on; known once data are loaded."""
+        return len(self._held_out) if self._held_out is not None else 0
+
+    def check(self, parameters: Parameters, should_stop: Callable[[], bool] = lambda: False) -> Evaluation:
+        """Loss and metrics of ``parameters`` on the examples that this worker holds out.
+
+        Where the plan asks for it, once more as ``personal/…`` after some local steps from there, without what the
+        run adds to steps. Raises as :meth:`train`.
+        """
+        self.load_data()
+        assert self._data is not None  # noqa: S101 - load_data has set it
+        assert self._held_out is not None  # noqa: S101 - nobody else is asked
+        torch.set_num_threads(self._config.threads)
+        started = time.monotonic()
+        self._state.load(parameters.tensors)
+        metrics = self._evaluate(self._held_out, should_stop)
+        if steps := parameters.plan.work.personalise_steps:
+            settings = self._config.model_copy(update={"local_steps": steps})
+            plan = replace(parameters.plan, mode=Mode.DELTA)
+            adapted = replace(parameters, plan=plan)
+            context, seed = self._context(adapted, FINE_TUNING, should_stop, Adjustment(), settings)
+            with _seeded(seed, self._device), blamed(self._task, "train"):
+                self._task.train(self._model, self._data, context)
+            personal = self._evaluate(self._held_out, should_stop)
+            metrics |= {f"personal/{name}": value for name, value in personal.items()}
+            self._model.zero_grad(set_to_none=True)
+        return Evaluation(
+            metrics=checked_metrics(metrics), examples=len(self._held_out), seconds=time.monotonic() - started
+        )
 
     def _collect(self, result: TrainingResult, base: Parameters) -> dict[str, Array]:
         if not isinstance(result, TrainingResult):
@@ -279,50 +320,6 @@ def load_model(task: Task, file: Path | str) -> nn.Module:
     return model
 
 
-def evaluate(
-    task: Task,
-    model: nn.Module,
-    dataset: Examples,
-    *,
-    batch_size: int = 256,
-    should_stop: Callable[[], bool] = lambda: False,
-) -> dict[str, float]:
-    """The task's summary of its mean loss and metrics over ``dataset``, in eval mode; the model's mode is restored.
-
-    Raises :class:`TaskError` if the task raises, :class:`Abandoned` if ``should_stop`` says so.
-    """
-    device = next((tensor.device for tensor in model.parameters()), torch.device("cpu"))
-    context = TrainingContext(
-        mode=Mode.DELTA,
-        settings=WorkerConfig(name="evaluation"),
-        worker="evaluation",
-        base_version=0,
-        ordinal=0,
-        device=device,
-        generator=torch.Generator(),
-        collate=_collate_of(task),
-        should_stop=should_stop,
-    )
-    sums: dict[str, float] = {}
-    was_training = {module: module.training for module in model.modules()}
-    model.eval()
-    try:
-        with torch.no_grad():
-            for batch, size in context.load(dataset, index_batches(len(dataset), batch_size, None)):
-                with blamed(task, "loss"):
-                    values = {"loss": loss_of(task, model, batch).item()}
-                with blamed(task, "metrics"):
-                    values |= task.metrics(model, batch)
-                for name, value in values.items():
-                    sums[name] = sums.get(name, 0.0) + float(value) * size
-    finally:
-        for module, training in was_training.items():
-            module.training = training
-    with blamed(task, "summary"):
-        summary = task.summary({name: total / len(dataset) for name, total in sums.items()})
-    return _checked_metrics(summary)
-
-
 def pick_device(name: str) -> torch.device:
     """The device that ``[worker] device`` means. Raises :class:`TaskError` if this machine lacks it."""
     cuda, mps = torch.cuda.is_available(), torch.backends.mps.is_available()
@@ -347,11 +344,6 @@ def _seeded(seed: int, device: torch.device) -> Iterator[None]:
         yield
 
 
-def _collate_of(task: Task) -> Callable[[list[Any]], Any]:
-    # By its own name, so that batches of a TensorDataset can take the short way.
-    return default_collate if type(task).collate is Task.collate else task.collate
-
-
 def _checked_examples(examples: Any, who: str) -> int:
     try:
         number = operator.index(examples)
@@ -360,23 +352,3 @@ def _checked_examples(examples: Any, who: str) -> int:
     if not 1 <= number <= 2**53:
         raise TaskError(f"{who}.train returned examples = {number}; an update needs at least one example")
     return number
-
-
-def _with_examples(data: Any, complaint: str) -> Examples:
-    if not hasattr(data, "__len__") or not hasattr(data, "__getitem__"):
-        raise TaskError(f"{complaint}: a {type(data).__name__}; it must have a length and indices (map-style)")
-    if len(data) == 0:
-        raise TaskError(f"{complaint}: no examples; is the shard's index right, and are there enough for all shards?")
-    return data  # type: ignore[no-any-return]
-
-
-def _checked_metrics(metrics: Mapping[str, float]) -> dict[str, float]:
-    """Names that the wire format takes. A wrong one is told here, where the user can see it, not by the peer."""
-    for name, value in metrics.items():
-        if not isinstance(name, str) or not re.fullmatch(r"[A-Za-z0-9_./:-]{1,64}", name):
-            raise TaskError(f"metric {name!r}: a name has 1 to 64 letters, digits and _ . / : -")
-        if not isinstance(value, int | float):
-            raise TaskError(f"metric {name!r} is a {type(value).__name__}; it must be a number (tensor.item())")
-    if len(metrics) > 50:
-        raise TaskError(f"{len(metrics)} metrics are too many; 50 travel")
-    return {name: float(value) for name, value in metrics.items()}

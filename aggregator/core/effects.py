@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from aggregator.core.federated import Federated
 from aggregator.core.snapshot import Entry, Snapshot, VersionRecord
 from broker.messages import ModelSpec, Plan, Reason, Role, Tensors, UpdateId
 from broker.transport import Token
@@ -220,6 +221,7 @@ Fact = (
     | Repeated
     | VersionMade
     | EvaluationRecord
+    | Federated
     | Executed
     | Quarantined
     | Released

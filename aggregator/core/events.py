@@ -12,6 +12,7 @@ from broker.transport import Token
 __all__ = [
     "Announced",
     "Arrived",
+    "Checked",
     "CheckpointCopied",
     "CheckpointFailed",
     "CheckpointWritten",
@@ -108,6 +109,16 @@ class Evaluated:
 
 
 @dataclass(frozen=True, slots=True)
+class Checked:
+    """A worker reports on a version, by data that it holds out."""
+
+    worker: str
+    version: int
+    examples: int
+    metrics: Mapping[str, float]
+
+
+@dataclass(frozen=True, slots=True)
 class CheckpointCopied:
     """Commit number ``commit`` is not durable yet, but nobody reads its snapshot's accumulator any more."""
 
@@ -162,6 +173,7 @@ Happening = (
     | Seen
     | Ordered
     | Evaluated
+    | Checked
     | CheckpointCopied
     | CheckpointWritten
     | CheckpointFailed

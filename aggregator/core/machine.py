@@ -29,6 +29,7 @@ from aggregator.core import events as on
 from aggregator.core.buffer import Buffer
 from aggregator.core.commits import Commits
 from aggregator.core.controls import Controls, Order
+from aggregator.core.federated import Checks
 from aggregator.core.ledger import Ledger, PlainLedger
 from aggregator.core.roster import Roster
 from aggregator.core.rounds import Round
@@ -40,6 +41,7 @@ from aggregator.core.versions import Versions
 from aggregator.strategies.rows import MemorySpool, Spool
 from broker.messages import (
     Action,
+    Goodbye,
     ModelSpec,
     Plan,
     Reason,
@@ -55,6 +57,9 @@ __all__ = ["RoundMachine"]
 
 #: Names that a plan lists; workers beyond them train once more than needed, and their second update is refused.
 MAX_ANSWERED = 1000
+
+#: Seconds that a run which is done waits, after a worker's goodbye, for what the worker has evaluated.
+LAST_FIGURES = 2.0
 
 
 class RoundMachine:
@@ -106,7 +111,8 @@ class RoundMachine:
         self._ask_again_at: float | None = None
         self._gave_up = False
         self._stopping = self._finished = self._announced = self._linked = False
-        self._done_at = now
+        self._done_at = self._left_at = now
+        self._checks = Checks()
         self._set_done(now)
 
     @property
@@ -171,9 +177,7 @@ class RoundMachine:
             case on.Joined(hello):
                 self.roster.see(hello.worker, now, hello.role)
             case on.Left(goodbye):
-                self.roster.see(goodbye.worker, now, goodbye.role)
-                self.roster.confirm(goodbye.worker, goodbye.incarnation, goodbye.confirmed)
-                self.roster.leave(goodbye.worker, now, goodbye.reason)
+                self._left(goodbye, now)
             case on.Seen(worker, incarnation, role, confirmed, waiting):
                 self.roster.see(worker, now, role)
                 self.roster.wait(worker, waiting, now)
@@ -188,6 +192,8 @@ class RoundMachine:
             case on.Evaluated(worker, version, metrics):
                 self.roster.evaluated(worker, version, now)
                 effects.append(do.Record(do.EvaluationRecord(worker, version, metrics)))
+            case on.Checked():
+                self._checked(event, now)
             case on.CheckpointCopied(commit):
                 self._commits.give_back(commit)
             case on.CheckpointWritten(commit):
@@ -209,6 +215,16 @@ class RoundMachine:
                 pass
         effects += self._advance(now)
         return effects
+
+    def _left(self, goodbye: Goodbye, now: float) -> None:
+        self.roster.see(goodbye.worker, now, goodbye.role)
+        self.roster.confirm(goodbye.worker, goodbye.incarnation, goodbye.confirmed)
+        self.roster.leave(goodbye.worker, now, goodbye.reason)
+        self._left_at = now
+
+    def _checked(self, event: on.Checked, now: float) -> None:
+        self.roster.note(event.worker, now)
+        self._checks.add(event.worker, event.version, event.examples, event.metrics, self.rules.work.evaluate_every)
 
     # -------------------------------------------------------------------------------------------- updates
 
@@ -364,8 +380,10 @@ class RoundMachine:
             commit = self._commits.start(snapshot, self.controls.held, lent=self._buffer.accumulator)
             self.screening.has_news = False
             effects.append(do.WriteCheckpoint(commit, snapshot))
+        every = self.rules.work.evaluate_every
+        effects += [do.Record(figures) for figures in self._checks.close(self.version, self._trainers(now), every)]
         if (finish := self._finish(now)) is not None:
-            effects.append(finish)
+            effects += [*(do.Record(figures) for figures in self._checks.end()), finish]
         elif (wake := self._next_wake(now)) is not None:
             effects.append(do.WakeAt(wake))
         return effects
@@ -531,7 +549,9 @@ class RoundMachine:
         reason = None
         if self.done:
             waited = now - self._done_at >= self.rules.linger_seconds
-            alone = not self._trainers(now) and not self.roster.missing_evaluation(self.version, now)
+            # A worker's last figures come beside its goodbye, and may be later.
+            told = not self._checks.missing(self.version) or now >= self._left_at + LAST_FIGURES
+            alone = told and not self._trainers(now) and not self.roster.missing_evaluation(self.version, now)
             # Not before the last version was sent out under this epoch, which takes a connection.
             reason = "done" if self._stopping or (self._announced and (waited or alone)) else None
         elif self._stopping:
@@ -547,7 +567,7 @@ class RoundMachine:
         if self.rules.rounds.deadline is not None and not self.done and not self.controls.paused:
             times.append(self._round.opened + self.rules.rounds.deadline)
         if self.done:
-            times.append(self._done_at + self.rules.linger_seconds)
+            times += [self._done_at + self.rules.linger_seconds, self._left_at + LAST_FIGURES]
         if (expiry := self.roster.next_expiry(now)) is not None:
             times.append(expiry)
         if (release := self.screening.standings.next_release()) is not None:

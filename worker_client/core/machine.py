@@ -2,6 +2,7 @@
 
     WAITING ──Download──▶ DOWNLOADING ──arrived──▶ WAITING
     WAITING ──Train──▶ TRAINING ──an update, or abandoned──▶ WAITING
+    WAITING ──Evaluate──▶ EVALUATING ──done, or abandoned──▶ WAITING
     WAITING ──Rest──▶ RESTING ──its time is over──▶ WAITING            any state ──Exit──▶ GONE
 
 and beside it, with an update in hand:
@@ -23,6 +24,9 @@ A newer version that is offered in mid-training does not stop the training: that
 that waits downloads the newest rather than train from an older one; but what arrives while it waits it trains from
 at once, even if it was overtaken on its way, or a slow worker would only ever download.
 
+Where the plan asks for it, a worker that holds data out evaluates a version before it trains from it, and the run's
+last version before it leaves.
+
 Memory, in sizes M of the model: the model M, its gradients M while it trains, the version that it trains from M, and
 what is published M. So a download, which takes M as well, runs beside a training only if nothing is published, and
 beside an update that is published only if nothing is trained; and nothing is trained while two updates are in hand.
@@ -37,6 +41,7 @@ from enum import StrEnum
 
 from broker.messages import ParametersHead, Reason, Rounds, UpdateId
 from worker_client.core import events as ev
+from worker_client.core.checks import Checks
 from worker_client.core.rejections import Rejections
 from worker_client.core.versions import Versions
 
@@ -63,6 +68,10 @@ class State(StrEnum):
     GONE = "gone"
 
 
+#: States in which the thread that trains has something to do.
+BUSY = frozenset({State.TRAINING, State.EVALUATING})
+
+
 class WorkerMachine:
     """Decides what a training worker does next.
 
@@ -70,14 +79,18 @@ class WorkerMachine:
         worker: the worker's name, by which synchronous rounds sample it.
         incarnation: this life of the worker, to tell its own rejected updates from a predecessor's.
         max_updates: leave after so many confirmed updates.
+        can_check: whether it holds data out to evaluate versions with.
     """
 
-    def __init__(self, worker: str, incarnation: str, *, max_updates: int | None = None) -> None:
+    def __init__(
+        self, worker: str, incarnation: str, *, max_updates: int | None = None, can_check: bool = False
+    ) -> None:
         self.versions = Versions()
         self.confirmed = 0
         self._worker = worker
         self._incarnation = incarnation
         self._max_updates = max_updates
+        self._checks = Checks(can=can_check)
         self._work = State.WAITING
         self._sending: State | None = None
         self._waits_behind = False
@@ -110,6 +123,9 @@ class WorkerMachine:
             case ev.Offered(head) | ev.ParametersArrived(head):
                 return self._told(head, is_here=isinstance(event, ev.ParametersArrived))
             case ev.DownloadFailed(head):
+                if self._leaving:
+                    self._checks.stop()
+                    return self._settle(self._leaving)
                 return [*self.versions.fail(head), *self._go_on()]
             case ev.DownloadDue():
                 self.versions.end_pause()
@@ -117,8 +133,12 @@ class WorkerMachine:
             case ev.TrainingDone():
                 self._expect(State.TRAINING, event)
                 return self._trained()
+            case ev.EvaluationDone():
+                self._expect(State.EVALUATING, event)
+                self._work = State.WAITING
+                return self._settle(self._leaving) if self._leaving else self._go_on()
             case ev.Abandoned():
-                self._expect(State.TRAINING, event)
+                self._expect(self._work if self._work in BUSY else State.TRAINING, event)
                 self._work = State.WAITING
                 self._leaving = self._leaving or "stopped"
                 return self._settle(self._leaving)
@@ -136,6 +156,7 @@ class WorkerMachine:
                 ours = (update.worker, update.incarnation) == (self._worker, self._incarnation)
                 return self._rejected(reason, update) if ours else []
             case ev.StopRequested():
+                self._checks.stop()
                 return self._leave("stopped")
             case ev.GraceOver():
                 return self._exit(self._leaving) if self._leaving else []
@@ -154,7 +175,7 @@ class WorkerMachine:
     def _told(self, head: ParametersHead, *, is_here: bool) -> list[ev.Effect]:
         is_of_use = (self.versions.arrive if is_here else self.versions.offer)(head)
         if is_of_use and head.plan.done:
-            return self._leave("done")
+            return self._settle("done") if self._leaving == "done" else self._leave("done")
         return self._go_on(arrived=is_of_use and is_here)
 
     # ---------------------------------------------------------------------------------------------- training
@@ -162,7 +183,7 @@ class WorkerMachine:
     def _go_on(self, *, arrived: bool = False) -> list[ev.Effect]:
         """Rest, download or train, if anything of that is next; ``arrived``: a version just did."""
         newest = self.versions.newest
-        if self._leaving or self._waits_behind or self._work is State.RESTING:
+        if self._leaving or self._waits_behind or self._work in {State.RESTING, State.EVALUATING}:
             return []
         if self._rest_owed and self._work is State.WAITING:
             self._rest_owed, self._work = False, State.RESTING
@@ -183,7 +204,12 @@ class WorkerMachine:
             return self.versions.download()
         if self._sending and (head.plan.rounds is Rounds.SYNCHRONOUS or self.versions.coming):
             return []
-        return self._train(head)
+        return self._check(head) if self._checks.is_due(head) else self._train(head)
+
+    def _check(self, head: ParametersHead) -> list[ev.Effect]:
+        self._checks.begin(head)
+        self._work, self._base = State.EVALUATING, head
+        return [ev.Evaluate(head)]
 
     def _look_ahead(self, newest: ParametersHead) -> list[ev.Effect]:
         """Download one version beside the training, if nothing is published."""
@@ -284,13 +310,17 @@ class WorkerMachine:
         if self._leaving == "done":
             self._waits_behind = False
             self._sending = None if self._sending is State.BACKING_OFF else self._sending
-        abandon: list[ev.Effect] = [ev.Abandon()] if self._work is State.TRAINING else []
+        abandon: list[ev.Effect] = [ev.Abandon()] if self._work in BUSY else []
         return abandon + self._settle(self._leaving)
 
     def _settle(self, reason: str) -> list[ev.Effect]:
-        """Exit, once nothing is in hand."""
-        is_busy = self._work is State.TRAINING or self._sending
-        return [] if is_busy else self._exit(reason)
+        """Exit, once nothing is in hand, and the run's last version is evaluated if that is asked for."""
+        if self._work in BUSY or self._sending:
+            return []
+        newest = self.versions.newest
+        if reason == "done" and newest is not None and newest.plan.done and self._checks.is_due(newest):
+            return self._check(newest) if self.versions.here is newest else self.versions.download()
+        return self._exit(reason)
 
     def _fail(self, detail: str) -> list[ev.Effect]:
         self._work = State.GONE

@@ -269,14 +269,7 @@ class AggregatorConfig(Table):
             raise ValueError("nesterov is for optimizer = 'sgd' with a momentum")
         if self.optimizer == "adagrad" and self.momentum:
             raise ValueError("adagrad has no momentum; take yogi, or leave momentum at 0")
-        if self.mode is Mode.GRADIENT:
-            self._require_deltas()
-        if self.personalise_steps and not self.evaluate_every:
-            raise ValueError("personalise_steps is part of what evaluate_every asks for: set that, too")
-        if self.control_variates and self.strategy not in WITH_VARIATES:
-            raise ValueError(f"control_variates goes with strategy {' or '.join(WITH_VARIATES)}, which add them up")
-        if self.control_variates and self.proximal:
-            raise ValueError("control_variates and proximal correct the same drift twice: set one of them")
+        self._check_work()
         self._check_schedule()
         try:
             strategy = strategy_of(self.recipe())
@@ -288,6 +281,16 @@ class AggregatorConfig(Table):
         if isinstance(strategy, Gather):
             self._require_enough(strategy.rule.least())
         return self
+
+    def _check_work(self) -> None:
+        if self.mode is Mode.GRADIENT:
+            self._require_deltas()
+        if self.personalise_steps and not self.evaluate_every:
+            raise ValueError("personalise_steps is part of what evaluate_every asks for: set that, too")
+        if self.control_variates and self.strategy not in WITH_VARIATES:
+            raise ValueError(f"control_variates goes with strategy {' or '.join(WITH_VARIATES)}, which add them up")
+        if self.control_variates and self.proximal:
+            raise ValueError("control_variates and proximal correct the same drift twice: set one of them")
 
     def _require_deltas(self) -> None:
         if self.strategy == "fednova":

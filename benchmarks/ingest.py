@@ -93,13 +93,17 @@ def publishers(url: str, run: str, nbytes: int, counts: list[int], *more: str) -
             process.wait()
 
 
-def serve_fedmq(url: str, run: str, nbytes: int, count: int, buffer_size: int = BUFFER) -> float:
+def serve_fedmq(
+    url: str, run: str, nbytes: int, count: int, buffer_size: int = BUFFER, *, strategy: str = "mean"
+) -> float:
     """Seconds for so many updates."""
     model = model_of(nbytes)
     with tempfile.TemporaryDirectory() as folder:
         store = CheckpointStore(Path(folder) / "checkpoints", run)
         store.create(model, {t.name: np.zeros(t.shape, np.float32) for t in model.tensors}, now=0.0)
-        settings = AggregatorConfig(buffer_size=buffer_size, max_staleness=10**9, staleness="constant", linger=0.0)
+        settings = AggregatorConfig(
+            buffer_size=buffer_size, strategy=strategy, max_staleness=10**9, staleness="constant", linger=0.0
+        )
         service = AggregatorService(folder=Path(folder), run=run, config=settings, store=store)
         transport = Watched(
             BrokerConfig(url=SecretStr(url)),

@@ -15,11 +15,11 @@ from aggregator.core.rules import CommitPolicy, Rules
 from aggregator.core.screen import NormLimits
 from aggregator.core.snapshot import Changes
 from aggregator.core.standing import QuarantinePolicy
-from aggregator.optimizers import OPTIMIZERS, default_rate, optimizer_of
+from aggregator.optimizers import OPTIMIZERS, default_rate
 from aggregator.recipe import Recipe
 from aggregator.schedules import SCHEDULES, schedule_of
 from aggregator.staleness import STALENESSES, weight_of
-from aggregator.strategies import STRATEGIES, Gather, strategy_of
+from aggregator.strategies import STRATEGIES, Gather, Strategy, stepping, strategy_of
 from aggregator.strategies.base import gathers, scaled
 from broker.codecs import codec_of
 from broker.errors import ConfigError, first_problem
@@ -44,6 +44,9 @@ LIVE = frozenset(
     {
         "beta2",
         "buffer_size",
+        "byzantine",
+        "clip_iterations",
+        "clip_radius",
         "deadline",
         "epsilon",
         "evaluate_every",
@@ -64,6 +67,7 @@ LIVE = frozenset(
         "options",
         "personalise_steps",
         "proximal",
+        "pre_aggregation",
         "quarantine_score",
         "quarantine_seconds",
         "schedule",
@@ -134,8 +138,9 @@ class AggregatorConfig(Table):
 
     strategy: Annotated[str, AfterValidator(Name(STRATEGIES))] = "mean"
     """How updates become one: their weighted ``mean``; ``fednova``, the mean per local step, for workers that make
-    different numbers of them; ``median``, of each number by itself; or that of another package. See
-    docs/algorithms.md, docs/extending.md."""
+    different numbers of them; a robust rule over all updates of a round (``median``, ``trimmed-mean``, ``krum``,
+    ``multi-krum``, ``geometric-median``, ``centered-clipping``, ``norm-clipping``); or that of another package. See
+    docs/algorithms.md, docs/robustness.md, docs/extending.md."""
     weighting: Literal["examples", "uniform"] | None = None
     """By number of examples or all the same; if not set, uniform for buffered rounds (FedBuff) and by examples
     for synchronous ones (FedAvg)."""
@@ -161,6 +166,16 @@ class AggregatorConfig(Table):
     fairness_window: Annotated[int, Field(ge=2, le=10_000)] = 100
     """``inverse-rate``: by how many of the last updates rates are told."""
 
+    byzantine: Annotated[int, Field(ge=0, le=MAX)] = 1
+    """Robust strategies: bad updates that a round may have. It decides how many are cut off, and how many a round must
+    have at least."""
+    pre_aggregation: str = ""
+    """What goes before a robust strategy: ``nnm`` (each update becomes the mean of those nearest to it),
+    ``bucketing:2`` (the means of random groups of two), or both, as ``bucketing:2,nnm``."""
+    clip_radius: Annotated[float, Field(gt=0)] | None = None
+    """``centered-clipping``, ``norm-clipping``: how far an update counts; if not set, the median of the round."""
+    clip_iterations: Annotated[int, Field(ge=1, le=100)] = 3
+    """``centered-clipping``: iterations in a round."""
     max_norm: Annotated[float, Field(gt=0)] | None = None
     """The longest update that is taken: the Euclidean norm of all its parameters together; without it, any."""
     norm_factor: Annotated[float, Field(gt=1)] | None = None
@@ -171,7 +186,8 @@ class AggregatorConfig(Table):
     ``buffer_size`` workers."""
     quarantine_score: Annotated[float, Field(gt=0)] | None = None
     """Updates of a worker whose score is above this are rejected for ``quarantine_seconds``; without it, never. Each
-    update that is rejected for what it holds is one point. See docs/operating.md."""
+    update that is rejected for what it holds is one point, and with a robust strategy one that points against its
+    round's aggregate is up to one. See docs/operating.md."""
     quarantine_seconds: Seconds = 3600.0
     """How long a worker is in quarantine, unless ``fedmq release`` ends it."""
     score_half_life: Positive = 20
@@ -274,12 +290,11 @@ class AggregatorConfig(Table):
         try:
             strategy = strategy_of(self.recipe())
             scaled(strategy, 1.0 if self.fairness == "none" else 0.5)
-            optimizer_of(self.recipe())
+            stepping(self.recipe())
             schedule_of(self.recipe())
         except ConfigError as error:
             raise ValueError(str(error)) from None
-        if isinstance(strategy, Gather):
-            self._require_enough(strategy.rule.least())
+        self._check_strategy(strategy)
         return self
 
     def _check_work(self) -> None:
@@ -322,6 +337,12 @@ class AggregatorConfig(Table):
         if self.schedule == "cosine" and length is not None and length <= self.warmup_rounds:
             raise ValueError(f"the cosine ends at version {length}, which is within the warm-up; raise schedule_rounds")
 
+    def _check_strategy(self, strategy: Strategy) -> None:
+        if isinstance(strategy, Gather):
+            self._require_enough(strategy.rule.least())
+        elif self.pre_aggregation and self.strategy in STRATEGIES.own:
+            raise ValueError(f"pre_aggregation goes before a robust rule, and strategy = {self.strategy!r} is none")
+
     def _require_enough(self, least: int) -> None:
         """Raise :class:`ValueError` if a rule over all updates of a round could be given fewer than ``least``."""
         if self.weighting == "examples":
@@ -329,13 +350,14 @@ class AggregatorConfig(Table):
                 f"strategy {self.strategy!r} does not go with weighting 'examples', which workers could lie about: "
                 "leave it out, or say 'uniform'"
             )
+        before = f" and pre_aggregation = {self.pre_aggregation!r}" if self.pre_aggregation else ""
+        what = (
+            f"with byzantine = {self.byzantine}{before}, strategy {self.strategy!r} is of no use below {least} updates"
+        )
         if self.rounds is Rounds.BUFFERED and self.buffer_size < least:
-            raise ValueError(f"strategy {self.strategy!r} is of no use below {least} updates: raise buffer_size")
+            raise ValueError(f"{what}: raise buffer_size")
         if (self.rounds is Rounds.SYNCHRONOUS or self.deadline is not None) and self.minimum_updates < least:
-            raise ValueError(
-                f"strategy {self.strategy!r} is of no use below {least} updates, and a round could close with "
-                f"{self.minimum_updates}: raise minimum_updates"
-            )
+            raise ValueError(f"{what}, and a round could close with {self.minimum_updates}: raise minimum_updates")
 
     @property
     def effective_schedule_rounds(self) -> int | None:
@@ -404,7 +426,7 @@ class AggregatorConfig(Table):
             mode=self.mode,
             rounds=self.round_rule(),
             strategy=strategy_of(recipe),
-            optimizer=optimizer_of(recipe),
+            optimizer=stepping(recipe),
             schedule=schedule_of(recipe),
             seed=self.seed,
             work=Work(

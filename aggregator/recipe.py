@@ -48,6 +48,11 @@ class Recipe:
     schedule_decay: float = 0.1
     schedule_floor: float = 0.0
     warmup_rounds: int = 0
+    byzantine: int = 1
+    pre_aggregation: str = ""
+    clip_radius: float | None = None
+    """None for the median of the round."""
+    clip_iterations: int = 3
     seed: int = 0
     """Rules over all updates of a round may draw from it."""
     options: str = ""

@@ -14,12 +14,11 @@ from aggregator.core.machine import RoundMachine
 from aggregator.core.rules import Rules
 from aggregator.core.snapshot import Changes, Snapshot, SnapshotHead
 from aggregator.history import History
-from aggregator.optimizers import optimizer_of
 from aggregator.recipe import Recipe
 from aggregator.results import is_written
 from aggregator.schedules import schedule_of
 from aggregator.spool import DiskSpool
-from aggregator.strategies import strategy_of
+from aggregator.strategies import stepping, strategy_of
 from broker.errors import CheckpointNotWritten, ConfigError
 from broker.messages import Scalar
 
@@ -155,7 +154,7 @@ def rules_to_begin(config: AggregatorConfig, snapshot: Snapshot) -> tuple[Snapsh
     until = replace(
         rules,
         strategy=strategy_of(begun),
-        optimizer=optimizer_of(begun),
+        optimizer=stepping(begun),
         schedule=schedule_of(begun),
         settings=settings,
     )

@@ -20,10 +20,10 @@ from pydantic import ValidationError
 from aggregator.core.sketch import Sketcher, Sketches
 from aggregator.core.snapshot import Entry, Snapshot, VersionRecord
 from aggregator.core.step import next_parameters
-from aggregator.optimizers import optimizer_of
+from aggregator.optimizers.remembering import Remembering
 from aggregator.recipe import Recipe
 from aggregator.schedules import factor_at, schedule_of
-from aggregator.strategies import Accumulator, strategy_of
+from aggregator.strategies import Accumulator, stepping, strategy_of
 from aggregator.strategies.base import begin, resume, scaled
 from aggregator.strategies.rows import MemorySpool, Spool
 from aggregator.strategies.rules.base import Occasion
@@ -149,10 +149,12 @@ class Rebuild:
         if not accumulator.count:
             return
         recipe = _recipe(record, record.settings)
-        optimizer, schedule = optimizer_of(recipe), schedule_of(recipe)
+        optimizer, schedule = stepping(recipe), schedule_of(recipe)
         fresh = optimizer.init()
-        accumulator.occasion = Occasion(recipe.seed, record.version - 1)
         begins_anew = record.step == 0 or self.optimizer.slots.keys() != fresh.slots.keys()
+        state = fresh if begins_anew else self.optimizer
+        previous = Remembering.last(state, self.model, recipe.mode)
+        accumulator.occasion = Occasion(recipe.seed, record.version - 1, previous)
         try:
             aggregate = strategy_of(recipe).finish(accumulator, self.model)
             if not self._is_altered:
@@ -163,7 +165,7 @@ class Rebuild:
                 aggregate,
                 mode=recipe.mode,
                 optimizer=optimizer.scaled(factor_at(schedule, record.version - 1)),
-                state=fresh if begins_anew else self.optimizer,
+                state=state,
                 pull=accumulator.pull,
             )
         except StrategyError as error:
@@ -265,8 +267,7 @@ def _recipe(record: VersionRecord, settings: Mapping[str, Scalar]) -> Recipe:
     """What made the version, if this release knows all of it."""
     try:
         recipe = Recipe.of(settings)
-        strategy_of(recipe)
-        optimizer_of(recipe)
+        stepping(recipe)
         schedule_of(recipe)
     except ValidationError as error:
         where, what = first_problem(error)

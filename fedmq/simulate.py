@@ -54,9 +54,9 @@ def simulate(
     as_json: JsonOption = False,
     verbose: VerboseOption = 0,
 ) -> None:
-    """Let a federation happen in virtual time: the real aggregation code, with workers and faults that are made up.
+    r"""Let a federation happen in virtual time: the real aggregation code, with workers and faults that are made up.
 
-    With a table [sweep], all its variants and seeds, in parallel processes. What has been computed is kept in FOLDER
+    With a table \[sweep], all its variants and seeds, in parallel processes. What has been computed is kept in FOLDER
     and not computed again.
 
     Example: fedmq simulate examples/simulation/quadratic.toml --set run.seed=1

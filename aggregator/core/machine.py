@@ -38,6 +38,7 @@ from aggregator.core.screen import refusal
 from aggregator.core.screening import Screening
 from aggregator.core.snapshot import Snapshot
 from aggregator.core.versions import Versions
+from aggregator.strategies.base import gathers
 from aggregator.strategies.rows import MemorySpool, Spool
 from broker.messages import (
     Action,
@@ -435,12 +436,24 @@ class RoundMachine:
 
     def _close(self, now: float) -> list[do.Effect]:
         """The averaged update becomes the next version; see :meth:`Versions.step`, which may raise."""
-        taken = self._buffer.take(is_lent=self.lends)
-        problem = self._versions.step(self.rules, *taken, opened=self._round.opened, now=now)
+        taken, rules = self._buffer.take(is_lent=self.lends), self.rules
+        problem = self._versions.step(rules, *taken, opened=self._round.opened, now=now)
         self._take_up(now)
         self._set_done(now)
         self._round = Round(self.version, now, self._plan(0), entries=self._buffer.entries)
-        return [] if problem is None else [do.Record(do.Warn(problem))]
+        effects: list[do.Effect] = [] if problem is None else [do.Record(do.Warn(problem))]
+        return effects + self._look_back(rules, now)
+
+    def _look_back(self, rules: Rules, now: float) -> list[do.Effect]:
+        """Hold against workers what their updates have against the round that was made of all.
+
+        Only where a rule has withstood the bad ones: a mean is where they have drawn it.
+        """
+        if not gathers(rules.strategy):
+            return []
+        updates = self._versions.records[-1].updates
+        points = [(entry.id.worker, -entry.cosine) for entry in updates if entry.cosine is not None]
+        return [effect for who, much in points for effect in self.screening.blame(who, much, self.version, now)]
 
     def _set_done(self, now: float) -> None:
         limit = self.rules.stop_after_rounds

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field, replace
 
 from broker.messages import Reason
 
-__all__ = ["BLAMED", "QuarantinePolicy", "Standing", "Standings", "suspicion"]
+__all__ = ["BLAMED", "QuarantinePolicy", "Standing", "Standings"]
 
 #: Rejections that lie in what a worker sent, and not in when, or in the network between.
 BLAMED = frozenset(
@@ -30,9 +30,6 @@ LEAST_SCORE = 0.01
 
 #: Workers of whom something is known; beyond, who has been known longest is forgotten, unless it is in quarantine.
 MOST = 10_000
-
-#: So many times the median distance of its round's updates from the aggregate an update may be.
-FAR = 3.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -136,14 +133,3 @@ class Standings:
             for name, standing in sorted(self._standings.items())
             if standing.rejected or standing.until is not None or self.score(name, version) >= LEAST_SCORE
         }
-
-
-def suspicion(cosine: float, distance: float, usual: float) -> float:
-    """Points for an update that was taken, from 0 to 2.
-
-    Args:
-        cosine: of the angle between it and its round's aggregate; what points the other way counts, by how much.
-        distance: of it from the aggregate.
-        usual: the median of its round's distances; more than three times that is one point.
-    """
-    return max(0.0, -cosine) + (1.0 if distance > FAR * usual > 0 else 0.0)

@@ -13,6 +13,7 @@ from aggregator.core.sketch import Sketches
 from aggregator.core.snapshot import Entry, Folds, Snapshot, VersionRecord
 from aggregator.core.step import next_parameters
 from aggregator.optimizers import Optimizer, OptimizerState
+from aggregator.optimizers.remembering import Remembering
 from aggregator.strategies.base import Accumulator
 from aggregator.strategies.rules.base import Occasion
 from broker.errors import StrategyError
@@ -80,7 +81,8 @@ class Versions:
         """
         before, step, updates = self.digest, self.memory.step, tuple(entries)
         problem: StrategyError | None = None
-        accumulator.occasion = Occasion(rules.seed, self.newest)
+        previous = Remembering.last(self.memory, self.model, rules.mode)
+        accumulator.occasion = Occasion(rules.seed, self.newest, previous)
         try:
             aggregate = rules.strategy.finish(accumulator, self.model)
             marked = sketches.marked(entries, aggregate)

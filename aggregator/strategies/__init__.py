@@ -2,21 +2,29 @@
 
 from collections.abc import Callable
 
+from aggregator.optimizers import Optimizer, optimizer_of
+from aggregator.optimizers.remembering import Remembering
 from aggregator.recipe import Recipe
 from aggregator.staleness import weight_of
 from aggregator.strategies.base import Accumulator, Strategy
 from aggregator.strategies.fednova import FedNova
 from aggregator.strategies.gather import Gather
 from aggregator.strategies.mean import Mean
-from aggregator.strategies.rules import RULES, Rule, RuleSettings
+from aggregator.strategies.rules import RULES, Chain, Rule, RuleSettings, pre_aggregations_of
 from broker.parts import Parts, made
 
-__all__ = ["STRATEGIES", "Accumulator", "FedNova", "Gather", "Mean", "Strategy", "strategy_of"]
+__all__ = ["STRATEGIES", "Accumulator", "FedNova", "Gather", "Mean", "Strategy", "stepping", "strategy_of"]
 
 
 def _over(rule: Callable[[RuleSettings], Rule]) -> Callable[[Recipe], Strategy]:
-    """The strategy of a rule over all updates of a round."""
-    return lambda recipe: Gather(rule(RuleSettings()), weight_of(recipe))
+    """The strategy of a rule over all updates of a round, behind what the recipe has go before it."""
+
+    def make(recipe: Recipe) -> Strategy:
+        settings = RuleSettings(recipe.byzantine, recipe.clip_radius, recipe.clip_iterations)
+        before = pre_aggregations_of(recipe.pre_aggregation, settings)
+        return Gather(Chain(before, rule(settings)) if before else rule(settings), weight_of(recipe))
+
+    return make
 
 
 #: Name in the configuration, and what makes the strategy from a recipe.
@@ -26,7 +34,7 @@ STRATEGIES: Parts[Callable[[Recipe], Strategy]] = Parts(
     {
         "mean": Mean.of,
         "fednova": FedNova.of,
-        "median": _over(RULES["median"]),
+        **{name: _over(rule) for name, rule in RULES.items()},
     },
 )
 
@@ -34,3 +42,12 @@ STRATEGIES: Parts[Callable[[Recipe], Strategy]] = Parts(
 def strategy_of(recipe: Recipe) -> Strategy:
     """The strategy that ``recipe`` names. Raises :class:`ConfigError`."""
     return made(STRATEGIES, recipe.strategy, recipe)
+
+
+def stepping(recipe: Recipe) -> Optimizer:
+    """The optimiser that ``recipe`` names, which keeps the last aggregate if the strategy's rule begins with it.
+
+    Raises :class:`ConfigError`.
+    """
+    strategy, optimizer = strategy_of(recipe), optimizer_of(recipe)
+    return Remembering(optimizer) if isinstance(strategy, Gather) and strategy.rule.remembers else optimizer

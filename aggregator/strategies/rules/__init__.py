@@ -45,7 +45,7 @@ RULES: Mapping[str, Callable[[RuleSettings], Rule]] = {
     "centered-clipping": lambda s: CenteredClipping(s.byzantine, s.clip_radius, s.clip_iterations),
     "geometric-median": lambda s: GeometricMedian(s.byzantine),
     "krum": lambda s: Krum(s.byzantine),
-    "median": lambda _: Median(),
+    "median": lambda s: Median(s.byzantine),
     "multi-krum": lambda s: MultiKrum(s.byzantine),
     "norm-clipping": lambda s: NormClipping(s.byzantine, s.clip_radius),
     "trimmed-mean": lambda s: TrimmedMean(s.byzantine),

@@ -16,7 +16,7 @@ from aggregator.core import events as on
 from aggregator.core.norms import LEAST, LONGEST, NormWindow
 from aggregator.core.rounds import Buffered, Synchronous
 from aggregator.core.screen import NormLimits, measured
-from aggregator.core.standing import MOST, QuarantinePolicy, Standing, Standings, suspicion
+from aggregator.core.standing import MOST, QuarantinePolicy, Standing, Standings
 from broker.messages import Action, Reason, Values
 from broker.transport import Token
 from tests.support.builders import rules_of, snapshot_of, update_of, vector
@@ -294,13 +294,3 @@ def test_what_is_known_of_workers_has_a_limit_and_quarantines_stay() -> None:
     assert len(known) <= MOST + 1
     assert "bad" in known
     assert f"w{MOST + 9}" in known
-
-
-@pytest.mark.parametrize(
-    ("cosine", "distance", "usual", "points"),
-    [(0.5, 1.0, 1.0, 0.0), (-0.25, 1.0, 1.0, 0.25), (0.1, 3.1, 1.0, 1.0), (-1.0, 4.0, 1.0, 2.0), (0.5, 1.0, 0.0, 0.0)],
-)
-def test_what_makes_an_update_that_was_taken_suspicious(
-    cosine: float, distance: float, usual: float, points: float
-) -> None:
-    assert suspicion(cosine, distance, usual) == points

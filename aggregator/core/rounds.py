@@ -119,8 +119,8 @@ class Buffered:
             return Reason.SECOND_IN_ROUND, f"{text} {self.size} workers to fill it"
         if self.weight is not None and not self.weight(staleness):
             return Reason.TOO_STALE, f"staleness {staleness}, to which aggregator.staleness gives no weight"
-        if round_.count(head.id.worker) >= self._most:
-            most = f"{self._most} of {self.size} updates in the buffer are {head.id.worker}'s"
+        if self.most_per_worker is not None and round_.count(head.id.worker) >= self.most_per_worker:
+            most = f"{self.most_per_worker} of {self.size} updates in the buffer are {head.id.worker}'s"
             return Reason.WORKER_SHARE, f"{most}; aggregator.worker_share allows no more"
         return None
 

@@ -19,7 +19,7 @@ from pydantic import ValidationError
 
 from aggregator.core.sketch import Sketcher, Sketches
 from aggregator.core.snapshot import Entry, Snapshot, VersionRecord
-from aggregator.core.step import next_parameters
+from aggregator.core.step import aggregate_of, next_parameters
 from aggregator.optimizers.remembering import Remembering
 from aggregator.recipe import Recipe
 from aggregator.schedules import factor_at, schedule_of
@@ -156,7 +156,7 @@ class Rebuild:
         previous = Remembering.last(state, self.model, recipe.mode)
         accumulator.occasion = Occasion(recipe.seed, record.version - 1, previous)
         try:
-            aggregate = strategy_of(recipe).finish(accumulator, self.model)
+            aggregate = aggregate_of(strategy_of(recipe), accumulator, self.model)
             if not self._is_altered:
                 self._marked = self._sketches.marked(self._entries, aggregate)
             self.parameters, self.optimizer = next_parameters(

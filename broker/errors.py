@@ -24,6 +24,7 @@
     │   ├── WrongRun                the folder belongs to another run
     │   └── StaleEpoch              another aggregator has taken over this run
     └── StrategyError               aggregation gave something that must not become a version
+        └── StrategyBroken          a strategy or an optimiser does not what one does: its author's mistake
 
 Errors of pika, the operating system, msgpack and pydantic are translated into these at the edge where they
 arise (one table each); nothing else of theirs crosses a room's border.
@@ -50,6 +51,7 @@ __all__ = [
     "ModelMismatch",
     "PublishRefused",
     "StaleEpoch",
+    "StrategyBroken",
     "StrategyError",
     "TaskError",
     "TopologyMismatch",
@@ -177,6 +179,10 @@ class StaleEpoch(CheckpointError):
 
 class StrategyError(FedmqError):
     """A strategy or an optimiser produced parameters that must not become a version."""
+
+
+class StrategyBroken(StrategyError):
+    """A strategy or an optimiser raised, or gave other tensors than the model's; no further round would do better."""
 
 
 def first_problem(error: ValidationError) -> tuple[str, str]:

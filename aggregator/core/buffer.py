@@ -11,8 +11,10 @@ from aggregator.core.ledger import Ledger, PlainLedger
 from aggregator.core.rules import Rules
 from aggregator.core.sketch import Sketcher, Sketches
 from aggregator.core.snapshot import Entry, Folds, Snapshot
+from aggregator.core.step import broken
 from aggregator.strategies.base import Accumulator, begin, resume, scaled
 from aggregator.strategies.rows import Spool
+from broker.errors import FedmqError
 from broker.messages import ModelSpec, Update
 
 __all__ = ["Buffer"]
@@ -61,8 +63,14 @@ class Buffer:
         watched = self.sketches.watch(update.tensors)
         if watched is not update.tensors:
             update = replace(update, tensors=watched)
-        factor = self.rates.take(update.id.worker, rules.fairness)
-        weight = scaled(rules.strategy, factor).fold(self.accumulator, update, staleness)
+        factor = self.rates.factor(update.id.worker, rules.fairness)
+        try:
+            weight = scaled(rules.strategy, factor).fold(self.accumulator, update, staleness)
+        except (FedmqError, MemoryError):
+            raise
+        except Exception as error:
+            raise broken(rules.strategy, error) from error
+        self.rates.add(update.id.worker, rules.fairness)
         self.sketches.add()
         self.ledger.add(update.id)
         loss = update.metrics.get("loss", math.nan)

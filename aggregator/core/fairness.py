@@ -41,20 +41,23 @@ class Rates:
         self._recent = deque(recent)
         self._counts = Counter(self._recent)
 
-    def take(self, worker: str, fairness: Fairness) -> float:
-        """An update of ``worker`` is folded; the factor on its weight."""
-        if not fairness.window:
-            self._recent.clear()
-            self._counts.clear()
-            return 1.0
-        self._recent.append(worker)
-        self._counts[worker] += 1
-        while len(self._recent) > fairness.window:
+    def factor(self, worker: str, fairness: Fairness) -> float:
+        """On the weight of the next update, if it is of ``worker``."""
+        while len(self._recent) > max(0, fairness.window - 1):
             oldest = self._recent.popleft()
             self._counts[oldest] -= 1
             if not self._counts[oldest]:
                 del self._counts[oldest]
-        return min(fairness.limit, len(self._recent) / (len(self._counts) * self._counts[worker]))
+        if not fairness.window:
+            return 1.0
+        own = self._counts[worker] + 1
+        return min(fairness.limit, (len(self._recent) + 1) / (len(self._counts.keys() | {worker}) * own))
+
+    def add(self, worker: str, fairness: Fairness) -> None:
+        """An update of ``worker`` is folded."""
+        if fairness.window:
+            self._recent.append(worker)
+            self._counts[worker] += 1
 
     def to_plain(self) -> tuple[str, ...]:
         """What :class:`Rates` is made from."""

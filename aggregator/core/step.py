@@ -8,10 +8,39 @@ import numpy as np
 
 from aggregator.core.screen import is_finite
 from aggregator.optimizers import Optimizer, OptimizerState
-from broker.errors import StrategyError
+from aggregator.strategies.base import Accumulator, Strategy
+from broker.errors import FedmqError, StrategyBroken, StrategyError
 from broker.messages import Array, Mode, ModelSpec, TensorRole, Tensors, TensorSpec
 
-__all__ = ["next_parameters"]
+__all__ = ["aggregate_of", "broken", "next_parameters"]
+
+
+def broken(part: object, error: Exception) -> StrategyBroken:
+    """What to raise for ``error``, which ``part``, a strategy or an optimiser, has raised."""
+    return StrategyBroken(f"{_named(part)} raised {type(error).__name__}: {error}; no version was made, no update lost")
+
+
+def aggregate_of(strategy: Strategy, accumulator: Accumulator, model: ModelSpec) -> dict[str, Array]:
+    """What ``strategy`` makes of a round's ``accumulator``, which is used up.
+
+    Raises:
+        StrategyBroken: it raised, or gave other tensors than the model's.
+        StrategyError: as it says.
+    """
+    try:
+        aggregate = strategy.finish(accumulator, model)
+    except (FedmqError, MemoryError):
+        raise
+    except Exception as error:
+        raise broken(strategy, error) from error
+    if not isinstance(aggregate, dict):
+        raise StrategyBroken(f"{_named(strategy)} gave a {type(aggregate).__name__}, no dictionary of tensors")
+    wanted = {tensor.name: tensor.shape for tensor in model.tensors}
+    given = {name: getattr(array, "shape", None) for name, array in aggregate.items()}
+    if wanted != given:
+        names = [name for name in wanted | given if wanted.get(name) != given.get(name)]
+        raise StrategyBroken(f"{_named(strategy)} gave other tensors than the model's: {', '.join(names[:3])}")
+    return aggregate
 
 
 def next_parameters(
@@ -38,8 +67,8 @@ def next_parameters(
     can. ``parameters`` and ``state`` are not written into.
 
     Raises:
-        StrategyError: if a result is not finite or has another shape than the model; parameters and state have not
-            changed then.
+        StrategyError: if a result is not finite; parameters and state have not changed then.
+        StrategyBroken: if it has another shape or dtype than the model, or the optimiser raised; likewise.
     """
     own = {tensor.name: _own(tensor, aggregate.pop(tensor.name)) for tensor in model.tensors}
     direction = {t.name: own.pop(t.name) for t in model.tensors if t.role is TensorRole.PARAMETER}
@@ -51,7 +80,14 @@ def next_parameters(
             for name, array in direction.items():
                 np.subtract(parameters[name], array, out=array, dtype=array.dtype, casting="unsafe")
                 np.multiply(array, pull, out=array)
-        moved, new_state = optimizer.apply(parameters, direction, state)
+        try:
+            moved, new_state = optimizer.apply(parameters, direction, state)
+        except (FedmqError, MemoryError):
+            raise
+        except Exception as error:
+            raise broken(optimizer, error) from error
+        if lacking := [t.name for t in model.tensors if t.role is TensorRole.PARAMETER and t.name not in moved]:
+            raise StrategyBroken(f"{_named(optimizer)} gave no next {', '.join(lacking[:3])}")
         result = {t.name: _next(t, parameters[t.name], own, moved) for t in model.tensors}
     for tensor in model.tensors:
         array = result[tensor.name]
@@ -65,6 +101,10 @@ def next_parameters(
     return result, new_state
 
 
+def _named(part: object) -> str:
+    return f"{type(part).__module__}.{type(part).__qualname__}"
+
+
 def _own(tensor: TensorSpec, array: Array) -> Array:
     """``array``, or a copy if it cannot be written into in one row."""
     _require_kind(tensor, array.shape, tensor.dtype)
@@ -73,7 +113,7 @@ def _own(tensor: TensorSpec, array: Array) -> Array:
 
 def _require_kind(tensor: TensorSpec, shape: tuple[int, ...], dtype: str) -> None:
     if (shape, dtype) != (tensor.shape, tensor.dtype):
-        raise StrategyError(f"{tensor.name} became {dtype}{list(shape)}; the model has {tensor}")
+        raise StrategyBroken(f"{tensor.name} became {dtype}{list(shape)}; the model has {tensor}")
 
 
 def _next(tensor: TensorSpec, value: Array, own: Mapping[str, Array], moved: Mapping[str, Array]) -> Array:

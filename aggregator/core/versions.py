@@ -11,12 +11,12 @@ from aggregator.core.commits import Flight
 from aggregator.core.rules import Rules
 from aggregator.core.sketch import Sketches
 from aggregator.core.snapshot import Entry, Folds, Snapshot, VersionRecord
-from aggregator.core.step import next_parameters
+from aggregator.core.step import aggregate_of, next_parameters
 from aggregator.optimizers import Optimizer, OptimizerState
 from aggregator.optimizers.remembering import Remembering
 from aggregator.strategies.base import Accumulator
 from aggregator.strategies.rules.base import Occasion
-from broker.errors import StrategyError
+from broker.errors import StrategyBroken, StrategyError
 from broker.messages import Plan, parameters_digest
 
 __all__ = ["Versions"]
@@ -78,13 +78,14 @@ class Versions:
 
         Raises:
             StrategyError: that goes on and on.
+            StrategyBroken: at once, if the strategy or the optimiser raises or gives other tensors than the model's.
         """
         before, step, updates = self.digest, self.memory.step, tuple(entries)
         problem: StrategyError | None = None
         previous = Remembering.last(self.memory, self.model, rules.mode)
         accumulator.occasion = Occasion(rules.seed, self.newest, previous)
         try:
-            aggregate = rules.strategy.finish(accumulator, self.model)
+            aggregate = aggregate_of(rules.strategy, accumulator, self.model)
             marked = sketches.marked(entries, aggregate)
             self.parameters, self.memory = next_parameters(
                 self.model,
@@ -95,6 +96,8 @@ class Versions:
                 state=self.memory,
                 pull=accumulator.pull,
             )
+        except StrategyBroken:
+            raise
         except StrategyError as error:
             problem = error
             self._spoiled += 1

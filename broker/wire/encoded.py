@@ -8,8 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from broker.codecs import Codec, applies, codec_of
-from broker.errors import ConfigError, WireError
+from broker.codecs import CODECS, Codec, applies, codec_of
+from broker.errors import ConfigError, FedmqError, WireError
 from broker.messages import DTYPES, Array, ModelSpec, TensorSpec, Values, pieces
 
 __all__ = ["Encoded", "compressed", "known_codec", "planes_of"]
@@ -18,15 +18,20 @@ __all__ = ["Encoded", "compressed", "known_codec", "planes_of"]
 class Encoded:
     """A tensor in a codec's planes; see :class:`broker.messages.Pieces`. Its pieces are float32, whatever its dtype."""
 
-    is_finite = True
-
     def __init__(self, spec: TensorSpec, codec: Codec, planes: Sequence[Array], seed: int) -> None:
         """Raises :class:`WireError` for planes that no encoder gives."""
         self.shape = spec.shape
         self.dtype: np.dtype[Any] = DTYPES[spec.dtype]
         self.planes = planes
         self._codec, self._seed = codec, seed
-        self.pieces()
+        # Ours have no way to write NaN or infinity. Of those of others that is looked at.
+        self.is_finite = codec.name.partition(":")[0] in CODECS.own
+        try:
+            self.pieces()
+        except FedmqError:
+            raise
+        except Exception as error:
+            raise WireError(f"codec {codec.name} raised {type(error).__name__}: {error}") from error
 
     def pieces(self) -> Iterator[Array]:
         """The decoded elements in C order, as flat float32 arrays."""

@@ -225,12 +225,12 @@ def test_gradient_mode_equals_centralised_descent_on_the_pooled_data(place: Plac
     assert (running.outcome.applied, running.outcome.confirmed, running.outcome.rejected) == (100, 100, {})
 
 
-def test_synchronous_fedavg_equals_a_plain_reference(place: Place, tmp_path: Path) -> None:
+@pytest.mark.parametrize("mode", [Mode.DELTA, Mode.PARAMETERS])
+def test_synchronous_fedavg_equals_a_plain_reference(place: Place, tmp_path: Path, mode: Mode) -> None:
     """Local SGD by the same trainer, averaged beside it with numpy in double precision."""
     task, rounds = Regression(), 3
-    with federation(
-        place, tmp_path, task, rounds="synchronous", minimum_updates=len(SIZES), stop_after_rounds=rounds
-    ) as running:
+    settings: dict[str, Any] = {"rounds": "synchronous", "minimum_updates": len(SIZES), "learning_rate": 1.0}
+    with federation(place, tmp_path, task, mode=mode, stop_after_rounds=rounds, **settings) as running:
         running.start_aggregator()
         for index in range(len(SIZES)):
             running.start_worker(f"w{index}", f"{index}/{len(SIZES)}", batch_size=4, local_epochs=2)

@@ -24,7 +24,14 @@ from tests.unit.aggregator.driver import Driver
 
 def factors(workers: str, window: int = 100, limit: float = MOST) -> list[float]:
     rates = Rates()
-    return [rates.take(worker, Fairness(window, limit)) for worker in workers]
+    return [take(rates, worker, Fairness(window, limit)) for worker in workers]
+
+
+def take(rates: Rates, worker: str, fairness: Fairness) -> float:
+    factor = rates.factor(worker, fairness)
+    assert rates.factor(worker, fairness) == factor, "to ask changes nothing"
+    rates.add(worker, fairness)
+    return factor
 
 
 # -------------------------------------------------------------------------------------------------- by their rates
@@ -55,11 +62,11 @@ def test_no_factor_is_above_the_limit() -> None:
 def test_the_window_forgets() -> None:
     rates = Rates()
     for worker in "aaaab":
-        rates.take(worker, Fairness(window=2))
+        take(rates, worker, Fairness(window=2))
 
     assert rates.to_plain() == ("a", "b")
-    assert Rates(rates.to_plain()).take("b", Fairness(window=2)) == 1.0
-    assert rates.take("b", Fairness()) == 1.0
+    assert take(Rates(rates.to_plain()), "b", Fairness(window=2)) == 1.0
+    assert take(rates, "b", Fairness()) == 1.0
     assert rates.to_plain() == ()
 
 

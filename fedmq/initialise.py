@@ -25,7 +25,8 @@ def initialise(settings: Settings) -> Snapshot:
         CheckpointError: the run has been initialised before, or the folder cannot be written.
     """
     store = CheckpointStore(checkpoint_folder(settings), settings.run)
-    model, parameters = initial_parameters(load_task(settings.table("worker", WorkerConfig).task))
+    worker = settings.table("worker", WorkerConfig)
+    model, parameters = initial_parameters(load_task(worker.task), worker.local_parameters)
     if settings.table("aggregator", AggregatorConfig).control_variates:
         model = with_variates(model)
         parameters |= zeros(model)

@@ -84,6 +84,7 @@ def run_evaluator(
     Publishes an event of kind ``evaluation`` for each; returns after the run's last version. Raises as
     :func:`run_worker`.
     """
+    config.require_whole_model("an evaluator")
     trainer = Trainer(task, config)
     log.info("evaluator %s: %d held-out examples", config.name, trainer.load_test_data())
     return Session(

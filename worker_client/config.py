@@ -6,10 +6,11 @@ import hashlib
 import re
 import socket
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, Field
+from pydantic import AfterValidator, BeforeValidator, Field
 
+from broker.errors import ConfigError
 from broker.settings import Table
 from broker.topology import check_name
 
@@ -45,6 +46,11 @@ def _checked_shard(text: str) -> str:
     return text
 
 
+def _listed(value: Any) -> Any:
+    """In the environment and in options a list is written with commas."""
+    return tuple(part.strip() for part in value.split(",") if part.strip()) if isinstance(value, str) else value
+
+
 class WorkerConfig(Table):
     """``[worker]``: what one worker is called, what it trains on, and how."""
 
@@ -57,6 +63,9 @@ class WorkerConfig(Table):
     """Which part of the task's data is this worker's: ``2/4`` (index from 0), or ``auto/4`` (by the name)."""
     folder: Path | None = None
     """Where identity and sequence are kept; ``runs/<run>/workers/<name>`` from the command line."""
+    local_parameters: Annotated[tuple[str, ...], BeforeValidator(_listed)] = ()
+    """Parameters that stay with this worker, as patterns like ``["head.*"]``: they train along and are never sent. The
+    same for all workers of a run, from ``fedmq init`` on."""
     validation_fraction: Annotated[float, Field(ge=0, lt=1)] = 0.0
     """Share of this worker's data that it does not train on but evaluates versions with, in runs that ask for it
     (``aggregator.evaluate_every``)."""
@@ -86,3 +95,11 @@ class WorkerConfig(Table):
     """Seconds between two heartbeats."""
     max_updates: Annotated[int, Field(ge=1)] | None = None
     """Leave after so many updates."""
+
+    def require_whole_model(self, who: str) -> None:
+        """Raise :class:`ConfigError` if some of the model is with the workers, where ``who`` would need it."""
+        if self.local_parameters:
+            raise ConfigError(
+                f"{who} has no parameters of its own, and worker.local_parameters are with the workers: let these "
+                "evaluate (aggregator.evaluate_every, worker.validation_fraction)"
+            )

@@ -46,7 +46,7 @@ def kept(file: Path, shapes: Mapping[str, tuple[int, ...]]) -> tuple[dict[str, A
 
     Args:
         file: where.
-        shapes: names and shapes that the tensors must have; they must be floats, and finite.
+        shapes: names and shapes that the tensors must have; they must be numbers, and finite.
     """
     if not file.exists():
         return None
@@ -58,7 +58,7 @@ def kept(file: Path, shapes: Mapping[str, tuple[int, ...]]) -> tuple[dict[str, A
         log.warning("%s cannot be read, so it is begun anew: %s", file, error)
         return None
     fits = {name: array.shape for name, array in tensors.items()} == dict(shapes)
-    if fits and all(array.dtype.kind == "f" and is_finite(array) for array in tensors.values()):
+    if fits and all(array.dtype.kind in "fiu" and is_finite(array) for array in tensors.values()):
         return tensors, facts
     log.warning("%s is of another model, and not used", file)
     return None

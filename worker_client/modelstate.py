@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import hashlib
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from fnmatch import fnmatchcase
 
 import ml_dtypes
 import numpy as np
@@ -30,10 +31,15 @@ class ModelState:
     buffers, and buffers of type bool or uint8. A tensor that several modules share appears once, under its
     first name, and stays shared.
 
-    Raises :class:`TaskError` if the model has nothing to train or a tensor that cannot travel.
+    Args:
+        model: as built.
+        local: patterns of parameters and buffers that stay with the worker as well, like ``head.*``.
+
+    Raises :class:`TaskError` if the model has nothing to train or a tensor that cannot travel, or if a pattern fits
+    nothing.
     """
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, local: Sequence[str] = ()) -> None:
         self._model = model
         parameters = dict(model.named_parameters())
         trained = {name: p for name, p in parameters.items() if p.requires_grad}
@@ -43,6 +49,12 @@ class ModelState:
         persistent = model.state_dict(keep_vars=True).keys()
         buffers = {name: b for name, b in model.named_buffers() if name in persistent and b.dtype not in LOCAL_BUFFERS}
         _refuse_overlaps(trained)
+        self._local = _chosen((*trained, *buffers), local)
+        if self._local:
+            trained = {name: p for name, p in trained.items() if name not in self._local}
+            buffers = {name: b for name, b in buffers.items() if name not in self._local}
+            if not trained:
+                raise TaskError("worker.local_parameters leaves nothing that could be trained together")
         self._parameters = tuple(trained)
         self._buffers = tuple(buffers)
         self.spec = ModelSpec(
@@ -68,6 +80,16 @@ class ModelState:
         with torch.no_grad():
             for name, target in self._tensors().items():
                 _copy_into(target, tensors[name])
+
+    def read_local(self) -> dict[str, Array]:
+        """Copies of the values that stay with the worker."""
+        return {name: as_array(tensor).copy() for name, tensor in self._local_tensors().items()}
+
+    def load_local(self, values: Mapping[str, Array]) -> None:
+        """Copy such values into the model, in place."""
+        with torch.no_grad():
+            for name, target in self._local_tensors().items():
+                _copy_into(target, values[name])
 
     def change_since(self, old: Mapping[str, Values], names: Iterable[str] | None = None) -> dict[str, Array]:
         """New minus old value of each tensor in ``names`` (all, if None), in the tensor's own dtype."""
@@ -102,6 +124,10 @@ class ModelState:
         statistics = [t.name for t in self.spec.tensors if t.role is TensorRole.STATISTIC]
         return {name: as_array(now[name]).copy() for name in statistics} | self.change_since(old, counters)
 
+    def _local_tensors(self) -> dict[str, torch.Tensor]:
+        every = {**dict(self._model.named_parameters()), **dict(self._model.named_buffers())}
+        return {name: every[name] for name in self._local}
+
     def _tensors(self) -> dict[str, torch.Tensor]:
         # Looked up each time: a module may assign a new tensor to a buffer's name while it runs.
         return {
@@ -118,6 +144,15 @@ def as_array(tensor: torch.Tensor) -> Array:
         return plain.view(torch.int16).numpy().view(ml_dtypes.bfloat16)
     array: Array = plain.numpy()
     return array
+
+
+def _chosen(names: Sequence[str], patterns: Sequence[str]) -> tuple[str, ...]:
+    """Those of ``names`` that a pattern fits."""
+    for pattern in patterns:
+        if not any(fnmatchcase(name, pattern) for name in names):
+            known = ", ".join(names[:20])
+            raise TaskError(f"worker.local_parameters: {pattern!r} fits nothing that trains; there are {known}")
+    return tuple(name for name in names if any(fnmatchcase(name, pattern) for pattern in patterns))
 
 
 def _difference(new: Array, old: Values) -> Array:

@@ -6,7 +6,7 @@ import hashlib
 import operator
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -17,7 +17,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from broker.errors import ModelMismatch, TaskError
+from broker.errors import ConfigError, ModelMismatch, TaskError
 from broker.messages import DTYPES, Array, Mode, ModelSpec, Parameters, Tensors, Values
 from worker_client.adjustment import Adjustment
 from worker_client.batches import Examples
@@ -25,6 +25,7 @@ from worker_client.config import WorkerConfig, shard_of
 from worker_client.context import TrainingContext, TrainingResult
 from worker_client.evaluating import Evaluation, checked_metrics, collate_of, evaluate
 from worker_client.modelstate import ModelState, as_array
+from worker_client.own import OwnParameters
 from worker_client.splitting import split, usable
 from worker_client.steps import effort as effort_of
 from worker_client.task import Shard, Task, blamed
@@ -73,7 +74,8 @@ class Trainer:
         self._device = pick_device(config.device)
         torch.set_num_threads(config.threads)
         self._model = build_model(task).to(self._device)
-        self._state = ModelState(self._model)
+        self._state = ModelState(self._model, config.local_parameters)
+        self._own = OwnParameters(config.folder, self._state)
         index, count = shard_of(config.shard, config.name)
         self.shard = Shard(config.name, index, count)
         self._data: Examples | None = None
@@ -132,12 +134,15 @@ class Trainer:
         # In the thread that trains: OpenMP counts its threads for each thread that calls it.
         torch.set_num_threads(self._config.threads)
         started = time.monotonic()
-        self._state.load(parameters.tensors)
+        if self._config.local_parameters and parameters.plan.mode is Mode.GRADIENT:
+            raise ConfigError("worker.local_parameters are trained by local steps, and this run asks for gradients")
+        self._load(parameters)
         self._model.zero_grad(set_to_none=True)
         context, seed = self._context(parameters, ordinal, should_stop, self._adjustment(parameters, shift))
         with _seeded(seed, self._device), blamed(self._task, "train"):
             result = self._task.train(self._model, self._data, context)
         tensors = self._collect(result, parameters)
+        self._own.take()
         metrics = checked_metrics(result.metrics)
         examples = _checked_examples(result.examples, self.task_name)
         steps, effort = self._steps(result, context)
@@ -160,6 +165,10 @@ class Trainer:
         self._state.load(parameters.tensors)
         metrics = self._evaluate(self._test_data, should_stop)
         return Evaluation(metrics=metrics, examples=len(self._test_data), seconds=time.monotonic() - started)
+
+    def _load(self, parameters: Parameters) -> None:
+        self._state.load(parameters.tensors)
+        self._own.load()
 
     def _evaluate(self, data: Examples, should_stop: Callable[[], bool]) -> dict[str, float]:
         return evaluate(self._task, self._model, data, batch_size=self._config.batch_size, should_stop=should_stop)
@@ -192,7 +201,8 @@ class Trainer:
     def _adjustment(self, parameters: Parameters, shift: Tensors | None) -> Adjustment:
         if parameters.plan.mode is Mode.GRADIENT:  # which is taken where the proximal term is 0
             return Adjustment()
-        trained = {name: p.detach() for name, p in self._model.named_parameters() if p.requires_grad}
+        names = set(self._state.parameters)
+        trained = {name: p.detach() for name, p in self._model.named_parameters() if name in names}
         proximal = parameters.plan.work.proximal
         base = {name: p.clone() for name, p in trained.items()} if proximal else {}
         shifts = {name: torch.from_numpy(array).to(trained[name]) for name, array in (shift or {}).items()}
@@ -228,7 +238,7 @@ class Trainer:
         assert self._held_out is not None  # noqa: S101 - nobody else is asked
         torch.set_num_threads(self._config.threads)
         started = time.monotonic()
-        self._state.load(parameters.tensors)
+        self._load(parameters)
         metrics = self._evaluate(self._held_out, should_stop)
         if steps := parameters.plan.work.personalise_steps:
             settings = self._config.model_copy(update={"local_steps": steps})
@@ -279,9 +289,12 @@ class Trainer:
         return result
 
 
-def initial_parameters(task: Task) -> tuple[ModelSpec, dict[str, Array]]:
-    """The task's freshly built model: what a run starts from if nothing else is given. Raises :class:`TaskError`."""
-    state = ModelState(build_model(task))
+def initial_parameters(task: Task, local: Sequence[str] = ()) -> tuple[ModelSpec, dict[str, Array]]:
+    """The task's freshly built model: what a run starts from if nothing else is given. Raises :class:`TaskError`.
+
+    Without those of its parameters that stay ``local``, with each worker.
+    """
+    state = ModelState(build_model(task), local)
     return state.spec, state.read()
 
 
@@ -294,18 +307,21 @@ def build_model(task: Task) -> nn.Module:
     return model
 
 
-def load_model(task: Task, file: Path | str) -> nn.Module:
+def load_model(
+    task: Task, file: Path | str, *, local_parameters: Sequence[str] = (), own_folder: Path | None = None
+) -> nn.Module:
     """The task's model with the parameters of a run: ``load_model(Mine(), "runs/mine/model.safetensors")``.
 
     The model is built as the run's workers built it, seeded, so that frozen parameters, which do not travel, are
-    the same; tied parameters stay tied.
+    the same; tied parameters stay tied. ``local_parameters`` of the run are as built, or, with
+    ``own_folder``, those of the worker whose folder that is.
 
     Raises:
         TaskError: the task raised, or the file cannot be read.
         ModelMismatch: the file holds another model.
     """
     model = build_model(task)
-    state = ModelState(model)
+    state = ModelState(model, local_parameters)
     try:
         with safe_open(file, framework="np") as content:
             tensors = {name: content.get_tensor(name) for name in content.keys()}  # noqa: SIM118 (no mapping)
@@ -317,6 +333,7 @@ def load_model(task: Task, file: Path | str) -> nn.Module:
         names = sorted(name for name in expected.keys() | given.keys() if expected.get(name) != given.get(name))
         raise ModelMismatch(f"{file} holds another model than the task's; they differ in {', '.join(names[:5])}")
     state.load(tensors)
+    OwnParameters(own_folder, state).load()
     return model
 
 

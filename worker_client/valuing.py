@@ -24,9 +24,11 @@ class HeldOut:
 
     Raises:
         TaskError: the task's ``model`` or ``test_data`` raised, or gave nothing usable.
+        ConfigError: some of the model stays with the workers.
     """
 
     def __init__(self, task: Task, config: WorkerConfig) -> None:
+        config.require_whole_model("who values updates")
         self._task = task
         self._batch_size = config.batch_size
         self._device = pick_device(config.device)

@@ -107,3 +107,42 @@ def test_workers_evaluate_on_data_of_their_own(tmp_path: Path, rounds: str) -> N
     assert ended.outcome.federated is not None
     assert ended.outcome.federated.version == 9
     assert ended.outcome.evaluated == -1, "no evaluator took part"
+
+
+# ------------------------------------------------------------------------------------------------ heads of their own
+
+
+class Opposed(Task):
+    """The workers agree on what matters in the inputs, and not on what it means: w1 says the opposite of w0."""
+
+    def model(self) -> nn.Module:
+        return nn.Sequential(nn.Linear(3, 1), nn.Linear(1, 1))
+
+    def data(self, shard: Shard) -> Examples:
+        random = torch.Generator().manual_seed(shard.index)
+        inputs = torch.randn(80, 3, generator=random)
+        return TensorDataset(inputs, inputs @ torch.tensor([1.0, -2.0, 0.5]) * (-1) ** shard.index)
+
+
+def test_heads_stay_with_their_workers_and_come_back(tmp_path: Path) -> None:
+    settings: dict[str, Any] = {"rounds": "synchronous", "minimum_updates": 2, "evaluate_every": 1}
+    two = {"w0": {"shard": "0/2"}, "w1": {"shard": "1/2"}}
+    common: dict[str, Any] = {"validation_fraction": 0.25, "learning_rate": 0.05, "local_epochs": 4}
+    together = federate(tmp_path / "shared", Opposed(), {**settings, "stop_after_rounds": 10}, two, **common)
+    assert together.outcome.federated is not None
+    assert together.outcome.federated.metrics["loss"].mean > 1.0, "one head for both can say nothing"
+
+    apart = federate(
+        tmp_path / "own", Opposed(), {**settings, "stop_after_rounds": 10}, two, **common, local_parameters=["1.*"]
+    )
+
+    assert set(apart.snapshot.parameters) == {"0.weight", "0.bias"}
+    assert apart.outcome.federated is not None
+    reached = apart.outcome.federated.metrics["loss"].maximum
+    assert reached < 0.1
+    # When all is started again for one more round
+    again = federate(
+        tmp_path / "own", Opposed(), {**settings, "stop_after_rounds": 11}, two, **common, local_parameters=["1.*"]
+    )
+    first = [line for line in again.lines("federated") if line["version"] == 10][-1]
+    assert first["metrics"]["loss"]["max"] == pytest.approx(reached)

@@ -56,7 +56,7 @@ def federate(
     config = AggregatorConfig.model_validate({"linger": 5.0, **settings})
     store = CheckpointStore(folder / "checkpoints", RUN)
     if not store.files():
-        model, parameters = initial_parameters(task)
+        model, parameters = initial_parameters(task, common.get("local_parameters", ()))
         if config.control_variates:
             model = with_variates(model)
             parameters |= zeros(model)

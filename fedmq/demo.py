@@ -21,6 +21,8 @@ from rich.table import Table as Grid
 from aggregator.checkpoint import CheckpointStore
 from aggregator.cli import checkpoint_folder, run_folder
 from aggregator.config import AggregatorConfig
+from aggregator.strategies import strategy_of
+from aggregator.strategies.base import gathers
 from broker.amqp.node import PrivateNode
 from broker.amqp.transport import AmqpWorkerTransport
 from broker.amqp.watch import AmqpWatch
@@ -81,7 +83,10 @@ def demo_settings(file: Path | None, flags: Sequence[Flag]) -> Settings:
     """The settings of a demonstration: defaults of its own under the user's."""
     kinds: dict[str, type[Table]] = {"aggregator": AggregatorConfig, "worker": WorkerConfig, "demo": DemoConfig}
     given = load(kinds, file=file, flags=flags)
-    missing = [(key, value) for key, value in DEFAULTS.items() if key not in given.origins]
+    recipe = given.table("aggregator", AggregatorConfig).recipe()
+    # Weights by examples are what this data is best trained with, and not every strategy goes with them.
+    unfit = {"aggregator.weighting"} if gathers(strategy_of(recipe)) else set()
+    missing = [(key, value) for key, value in DEFAULTS.items() if key not in unfit.union(given.origins)]
     if "run" not in given.origins:
         task = dict(missing).get("worker.task") or given.table("worker", WorkerConfig).task
         name = re.sub(r"[^a-z0-9]+", "-", task.rpartition(":")[2].lower()).strip("-")[:40] or "demo"

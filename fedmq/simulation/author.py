@@ -54,8 +54,10 @@ class Author:
             mode=base.plan.mode,
             examples=work.examples,
             metrics=dict(work.metrics),
-            model=base.model,
+            model=work.model or base.model,
             tensors=work.tensors,
+            steps=work.steps,
+            effort=work.effort,
             codec=work.codec,
             seed=work.seed,
         )

@@ -24,6 +24,8 @@ Array = NDArray[Any]
 MOST_STALE = 30
 #: Workers in the picture of the split.
 MOST_SHOWN = 40
+#: If the last variant takes so many times as long as the first, the scale is logarithmic.
+WIDE = 10
 #: Points of a curve that is drawn.
 RESOLUTION = 300
 
@@ -74,10 +76,11 @@ def _drawn(draw: Callable[[Any], None]) -> bytes:
 
 def _curves(axes: Any, variants: Mapping[str, Sequence[Outcome]], metric: str, axis: str) -> None:
     """The median over the seeds, and from the lowest to the highest."""
+    ends = [_curve(o, metric, axis)[0][-1] for outcomes in variants.values() for o in outcomes]
+    is_wide = min(ends) * WIDE < max(ends)
     for name, outcomes in variants.items():
         curves = [_curve(outcome, metric, axis) for outcome in outcomes]
-        low, high = max(x[0] for x, _ in curves), max(x[-1] for x, _ in curves)
-        grid = np.linspace(low, high, RESOLUTION) if high > low else np.array([low])
+        grid = _grid(curves, is_wide=is_wide)
         # Whoever has ended stays where it was.
         values = np.array([y[np.searchsorted(x, grid, side="right") - 1] for x, y in curves])
         (line,) = axes.plot(grid, np.median(values, axis=0), label=name)
@@ -89,9 +92,19 @@ def _curves(axes: Any, variants: Mapping[str, Sequence[Outcome]], metric: str, a
     positive = all(p["metrics"][metric] > 0 for os in variants.values() for o in os for p in o.result["points"])
     if metric not in GROWS and positive:
         axes.set_yscale("log")
+    if is_wide:
+        axes.set_xscale("log")
     axes.set_xlabel({"seconds": "virtual seconds", "updates": "updates in the model", "bytes": "bytes sent"}[axis])
     axes.set_ylabel(metric)
     axes.legend()
+
+
+def _grid(curves: Sequence[tuple[Array, Array]], *, is_wide: bool) -> Array:
+    """Where the curves of one variant are compared; on a logarithmic scale from its first step on."""
+    high = max(x[-1] for x, _ in curves)
+    if not is_wide:
+        return np.linspace(0.0, high, RESOLUTION)
+    return np.geomspace(min(x[1] if len(x) > 1 else high for x, _ in curves), high, RESOLUTION)
 
 
 def _curve(outcome: Outcome, metric: str, axis: str) -> tuple[Array, Array]:

@@ -26,6 +26,12 @@ class Work:
     """For each tensor of the model, or in a codec."""
     examples: int = 1
     metrics: Mapping[str, float] = field(default_factory=dict)
+    steps: int = 0
+    """Local steps; 0 if there were none, as for a gradient."""
+    effort: float = 0.0
+    """What they weigh together; 0 as above."""
+    model: ModelSpec | None = None
+    """What ``tensors`` fit, if that is more than the run's model."""
     codec: str = ""
     seed: int = 0
 

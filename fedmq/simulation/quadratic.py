@@ -51,6 +51,7 @@ class Quadratic:
                 self._factors *= shrink
             self._factors -= np.float32(1.0)
         self._sends_parameters = mode is Mode.PARAMETERS
+        self._steps = 0 if mode is Mode.GRADIENT else table.local_steps
         self._noise = table.noise
         self._generator = stream(seed, "noise")
         self._drawn = np.empty((0, dimensions), np.float32)
@@ -71,7 +72,7 @@ class Quadratic:
             change += self._next_noise()
         if self._sends_parameters:
             change += base.tensors["x"]
-        return Work({"x": change})
+        return Work({"x": change}, steps=self._steps, effort=float(self._steps))
 
     def score(self, tensors: Tensors) -> dict[str, float]:
         """Excess of the mean loss over its minimum, which is exact: the mean of parabolas is one."""

@@ -72,7 +72,14 @@ class TaskObjective:
     def train(self, worker: int, base: Parameters, ordinal: int) -> Work:
         """As a real worker does. Raises :class:`TaskError`."""
         trained = self._trainer(worker).train(base, ordinal)
-        return Work(trained.tensors, trained.examples, trained.metrics)
+        return Work(
+            trained.tensors,
+            trained.examples,
+            trained.metrics,
+            steps=trained.steps,
+            effort=trained.effort,
+            model=trained.model,
+        )
 
     def score(self, tensors: Tensors) -> dict[str, float]:
         """As an evaluator does. Raises :class:`TaskError`, also if the task has no held-out data."""

@@ -103,6 +103,7 @@ class World:
             FedmqError: what ended the aggregator.
         """
         self.aggregator.start(0)
+        self._evaluate(0, self.aggregator.machine.parameters)
         self._workers.begin()
         self._plan_crashes()
         limit = ticks(self.scenario.run.seconds) if self.scenario.run.seconds is not None else NEVER

@@ -56,6 +56,7 @@ def update_of(
     run: str = RUN,
     buffers: tuple[str, ...] = (),
     metrics: dict[str, float] | None = None,
+    effort: float = 0.0,
 ) -> Update:
     """An update as it comes out of the decoder."""
     return Update(
@@ -66,6 +67,7 @@ def update_of(
         mode=mode,
         examples=examples,
         metrics=metrics or {},
+        effort=effort,
         model=spec_of(tensors, buffers),
         tensors=tensors,
     )

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
-from broker.errors import ConfigError
+from broker.errors import ConfigError, StrategyError
 from fedmq.simulation.record import Result
 from fedmq.simulation.run import objective_of, simulate
 from fedmq.simulation.world import World
@@ -95,6 +96,18 @@ def test_a_crash_at_a_quiet_moment_changes_no_parameter(tmp_path: Path) -> None:
     assert crashed.digest == undisturbed.digest
 
 
+@pytest.mark.parametrize("strategy", ["mean", "fednova", "median"])
+def test_a_crash_in_mid_round_goes_on_with_what_was_folded(tmp_path: Path, strategy: str) -> None:
+    quiet = {"population__speed": "constant", "run__updates": 240, "aggregator__buffer_size": 24}
+    same = {**quiet, "aggregator__strategy": strategy, "aggregator__commit_count": 1}
+
+    undisturbed = run(tmp_path, **same)
+    crashed = run(tmp_path, **same, faults__crash_times=[5.5, 9.5], faults__downtime=0.2)
+
+    assert crashed.crashes == 2
+    assert crashed.digest == undisturbed.digest
+
+
 def test_a_buffer_as_large_as_the_cohort_is_federated_averaging_bit_for_bit(tmp_path: Path) -> None:
     same: dict[str, Any] = {"population__speed": "constant", "run__updates": None, "run__versions": 20}
 
@@ -172,3 +185,28 @@ def test_a_scenario_can_end_while_the_aggregator_is_down(tmp_path: Path) -> None
     result = run(tmp_path, run__updates=None, run__seconds=5.0, faults__crash_times=[4.0], faults__downtime=10.0)
 
     assert (result.ended, result.seconds, result.crashes) == ("seconds", 5.0, 1)
+
+
+@pytest.mark.parametrize(
+    ("strategy", "complaint"),
+    [
+        ("Nan", "x is not finite after the step"),
+        ("Reshaped", r"x became float32\[1, 4\]; the model has"),
+        ("Absent", "the aggregate has no array for x"),
+    ],
+)
+def test_a_strategy_that_gives_nonsense_makes_no_version_and_is_named(
+    tmp_path: Path, strategy: str, complaint: str
+) -> None:
+    name = f"tests.support.strategies:{strategy}.of"
+    named = rf"strategy '{re.escape(name)}', optimizer 'sgd': {complaint}"
+    changes: dict[str, Any] = {"aggregator.strategy": name, "run.updates": None, "run.versions": 2}
+    world = World(scenario := scenario_of(tmp_path, changes), objective_of(scenario))
+
+    result = world.run()
+
+    assert all(re.match(named, text) for text in result.warnings)
+    assert sum(result.warnings.values()) == 2
+    assert result.points[-1].metrics == result.points[0].metrics
+    with pytest.raises(StrategyError, match=named):
+        run(tmp_path, aggregator__strategy=name)

@@ -99,10 +99,10 @@ class Versions:
         except StrategyBroken:
             raise
         except StrategyError as error:
-            problem = error
+            problem = StrategyError(f"strategy {rules.settings.get('strategy', 'unnamed')}: {error}")
             self._spoiled += 1
             if self._spoiled == MAX_SPOILED:
-                raise
+                raise problem from error
         else:
             self._spoiled, updates = 0, marked
             self.digest = parameters_digest(self.parameters)

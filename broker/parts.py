@@ -26,7 +26,7 @@ from pydantic import ValidationInfo
 
 from broker.errors import ConfigError, FedmqError
 
-__all__ = ["FROM_WIRE", "Name", "Parts", "made", "names_of", "part_of"]
+__all__ = ["FROM_WIRE", "Name", "Parts", "made", "names_of", "part_of", "register"]
 
 #: Validation context for settings that somebody else has sent.
 FROM_WIRE = {"from_wire": True}
@@ -46,7 +46,7 @@ class Parts(Generic[T]):
     own: Mapping[str, T]
     """fedmq's own, by name."""
     imported: dict[str, T] = field(default_factory=dict, compare=False, repr=False)
-    """Those that the configuration of this process has named as ``package.module:attribute``."""
+    """Those that the configuration of this process has named by their paths, by path, or by the name it gave them."""
 
 
 def part_of(parts: Parts[T], name: str, *, may_import: bool = False) -> T:
@@ -71,6 +71,17 @@ def part_of(parts: Parts[T], name: str, *, may_import: bool = False) -> T:
         part = parts.imported[name] = cast("T", _imported(parts.kind, name))
         return part
     raise ConfigError(_unknown(parts, name, may_import=may_import))
+
+
+def register(parts: Parts[Any], name: str, path: str) -> None:
+    """Call what is at ``path``, which the configuration of this process has named, ``name`` from now on.
+
+    Raises:
+        ConfigError: the name is fedmq's own or a package's, or there is nothing at ``path`` that makes a part.
+    """
+    if name in parts.own or name in _installed(parts.group):
+        raise ConfigError(f"{parts.kind} {name!r} is there already; give yours another name")
+    parts.imported[name] = _imported(parts.kind, path)
 
 
 def made(parts: Parts[Callable[[Any], Made]], name: str, argument: object) -> Made:
@@ -106,8 +117,8 @@ class Name:
 
 
 def names_of(parts: Parts[T]) -> tuple[str, ...]:
-    """The names that need no import by path: fedmq's own, then those of installed packages."""
-    return (*parts.own, *(name for name in sorted(_installed(parts.group)) if name not in parts.own))
+    """All that are known: fedmq's own, those of installed packages, then those that the configuration has named."""
+    return tuple(dict.fromkeys([*parts.own, *sorted(_installed(parts.group)), *parts.imported]))
 
 
 @cache

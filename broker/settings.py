@@ -16,10 +16,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, SecretStr, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, SecretStr, ValidationError
 from pydantic_core import ErrorDetails
 
+from broker.codecs import CODECS
 from broker.errors import ConfigError
+from broker.parts import register
 from broker.topology import check_name
 
 __all__ = [
@@ -79,6 +81,18 @@ class Table(BaseModel):
     )
 
 
+def _registered(text: str) -> str:
+    for item in filter(None, (part.strip() for part in text.split(","))):
+        name, _, path = item.partition("=")
+        if not _PATH.fullmatch(path.strip()):
+            raise ValueError(f"{item!r}: a codec is given as name=package.module:attribute")
+        try:
+            register(CODECS, name.strip(), path.strip())
+        except ConfigError as error:
+            raise ValueError(str(error)) from None
+    return text
+
+
 class BrokerConfig(Table):
     """``[broker]``: where RabbitMQ is and how to talk to it."""
 
@@ -100,6 +114,9 @@ class BrokerConfig(Table):
     """Largest message to send; if not set, the broker's default: 16 MiB from RabbitMQ 4.0 on, 128 MiB before."""
     chunk_bytes: Annotated[int, Field(ge=65536, le=128 * 2**20)] = CHUNK_BYTES
     """Updates and versions that are larger than this travel in chunks of this size (less, if the broker takes less)."""
+    codecs: Annotated[str, AfterValidator(_registered)] = ""
+    """Codecs of one's own that are in no package, as ``name=package.module:attribute``, separated by commas; on the
+    aggregator and on all workers. See docs/extending.md."""
     pack_chunks: bool = False
     """Pack chunks with zstandard where that makes them smaller: for sparse updates (``topk``), or slow lines."""
 
@@ -254,7 +271,8 @@ def load_tables(kinds: Mapping[str, type[Table]], *, file: Path, flags: Sequence
 def _make_importable(values: Iterable[Any]) -> None:
     """If a value names a module, the working directory is importable, after all that is installed."""
     here = str(Path.cwd())
-    if here not in sys.path and any(isinstance(value, str) and _PATH.fullmatch(value) for value in values):
+    words = (word for value in values if isinstance(value, str) for word in re.split(r"\s*[,=]\s*", value))
+    if here not in sys.path and any(map(_PATH.fullmatch, words)):
         sys.path.append(here)
 
 

@@ -79,12 +79,15 @@ def test_a_run_of_nothing_but_the_packages_parts_and_its_replay(site: Path, tmp_
 
 
 def test_parts_in_the_working_directory_are_named_by_their_paths(site: Path, tmp_path: Path) -> None:
-    (tmp_path / "mine.py").write_text((site / "fedmq_signs.py").read_text())
+    code = (site / "fedmq_signs.py").read_text()
+    (tmp_path / "mine.py").write_text(code.replace("Linear8", "Mine8").replace("linear8", "mine8"))
     settings = (
         "aggregator.strategy=mine:Signs.of",
         "aggregator.optimizer=mine:Lion.of",
         "aggregator.staleness=mine:half_life",
         "aggregator.schedule=mine:inverse_root",
+        "broker.codecs=mine8=mine:Mine8.of",
+        "aggregator.update_codec=mine8",
     )
 
     done = fedmq(tmp_path, "config", *(word for pair in settings for word in ("--set", pair)))

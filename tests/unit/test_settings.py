@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -8,6 +9,7 @@ import pytest
 import tomli_w
 
 from aggregator.config import AggregatorConfig
+from broker.codecs import CODECS
 from broker.console import parse_flags
 from broker.errors import ConfigError
 from broker.settings import BrokerConfig, Flag, Origin, Settings, load, plain, redacted
@@ -78,6 +80,22 @@ def test_a_flag_without_key_or_value_is_refused_and_keeps_secrets(pair: str) -> 
 def test_a_table_of_another_program_is_not_looked_into() -> None:
     settings = read("[worker]\nanything = 1\n[demo]\nworkers = 'x'\n")
     assert set(settings.tables) == {"broker", "aggregator"}
+
+
+def test_only_a_path_to_code_makes_the_working_directory_importable(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("sys.path", [path for path in sys.path if path not in ("", str(tmp_path))])
+    harmless = [("broker.url", "amqp://guest:guest@host:5672/"), ("aggregator.update_codec", "topk:0.1")]
+    load({"aggregator": AggregatorConfig}, flags=harmless, environment={})
+    assert str(tmp_path) not in sys.path
+
+    (tmp_path / "my_codec_module.py").write_text("from broker.codecs.int8 import Int8\n")
+    load({}, flags=[("broker.codecs", "mine=my_codec_module:Int8.of")], environment={})
+    assert sys.path[-1] == str(tmp_path)
+    assert CODECS.imported.pop("mine")("").name == "int8"
+    del sys.modules["my_codec_module"]
 
 
 def test_all_problems_are_told_at_once() -> None:

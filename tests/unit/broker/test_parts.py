@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from broker.errors import ConfigError
-from broker.parts import Parts, _installed, names_of, part_of
+from broker.parts import Parts, _installed, names_of, part_of, register
 from tests.support.package import install
 
 Make = Callable[[], str]
@@ -61,6 +61,22 @@ def test_a_path_is_imported_for_the_own_configuration_alone(site: Path) -> None:
     assert "mine" not in sys.modules
     assert part_of(known, "mine:make", may_import=True)() == "theirs"
     assert part_of(known, "mine:make")() == "theirs", "what the configuration has named is known from then on"
+
+
+def test_the_configuration_can_give_a_path_a_name(site: Path) -> None:
+    (site / "mine.py").write_text(SOURCE)
+    install(site, "theirs", SOURCE, {GROUP: {"other": "theirs:make"}})
+    known = parts()
+
+    register(known, "held", "mine:Holder.make")
+
+    assert part_of(known, "held")() == "held"
+    assert names_of(known) == ("mean", "median", "other", "held")
+    for taken in ("mean", "other"):
+        with pytest.raises(ConfigError, match=f"thing '{taken}' is there already"):
+            register(known, taken, "mine:make")
+    with pytest.raises(ConfigError, match="is a int; it must be something that makes one"):
+        register(known, "number", "mine:number")
 
 
 def test_a_path_cannot_reach_what_stands_in_the_library() -> None:

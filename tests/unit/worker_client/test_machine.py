@@ -418,6 +418,21 @@ def test_a_rejection_for_its_time_asks_for_no_rest(reason: Reason) -> None:
     assert worker.state is State.WAITING
 
 
+def test_a_worker_that_was_too_slow_trains_from_the_newest_version_next() -> None:
+    """It was told of several versions while it trained; the one that it begins with next is the last of them."""
+    worker = machine(arrived(0))
+    for version in (1, 2, 30):
+        worker.handle(arrived(version))
+
+    effects = worker.handle(ev.TrainingDone())
+
+    assert [effect.head.version for effect in effects if isinstance(effect, ev.Train)] == [30]
+    worker.handle(ev.PublishConfirmed())
+    assert worker.handle(rejected(0, Reason.TOO_STALE)) == NOTHING
+    assert worker.state is State.TRAINING
+    assert worker.handle(ev.TrainingDone())[0] == ev.Publish()
+
+
 def test_a_resting_worker_can_be_asked_to_leave() -> None:
     for leave, reason in ((ev.StopRequested(), "stopped"), (arrived(9, done=True), "done")):
         assert machine(arrived(0), *TRAINED_AND_PUBLISHED, rejected(0)).handle(leave) == GOODBYE[reason]

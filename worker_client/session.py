@@ -255,7 +255,8 @@ class Session:
             log.warning("update %s was rejected: %s (%s)", update, reason, detail)
             return
         level = logging.INFO if known is Reason.RUN_DONE else logging.WARNING
-        log.log(level, "update %s was rejected: %s (%s): %s", update, known, detail, MEANINGS[known])
+        what = f"update {update} was rejected" if update else "what this worker sends is rejected"
+        log.log(level, "%s: %s (%s): %s", what, known, detail, MEANINGS[known])
         parts = str(update).split("/")
         if len(parts) == 3 and parts[2].isdecimal():
             told = UpdateId(parts[0], parts[1], int(parts[2]))

@@ -33,7 +33,7 @@ class Screening:
         until = self.standings.until(worker)
         if until is None:
             return None
-        return Reason.QUARANTINED, f"{worker} is in quarantine for {max(0.0, until - now):.0f} s more"
+        return Reason.QUARANTINED, _remaining(worker, until, now)
 
     def judge(self, update: Update) -> tuple[Reason, str] | float | None:
         """Why the values of ``update`` are not taken, or its norm; None if that is neither known nor needed."""
@@ -49,11 +49,11 @@ class Screening:
 
     def reject(self, worker: str, reason: Reason, version: int, now: float) -> list[do.Effect]:
         """An update of ``worker`` was rejected."""
-        return self._told(worker, self.standings.reject(worker, reason, version, now), version)
+        return self._told(worker, self.standings.reject(worker, reason, version, now), version, now)
 
     def blame(self, worker: str, points: float, version: int, now: float) -> list[do.Effect]:
         """An update of ``worker`` that was taken is worth so many points."""
-        return self._told(worker, self.standings.blame(worker, points, version, now), version)
+        return self._told(worker, self.standings.blame(worker, points, version, now), version, now)
 
     def release(self, worker: str, version: int) -> list[do.Effect]:
         """An operator wants ``worker`` out of quarantine."""
@@ -68,8 +68,15 @@ class Screening:
         self.has_news |= bool(due)
         return [do.Record(do.Released(worker, version)) for worker in due]
 
-    def _told(self, worker: str, until: float | None, version: int) -> list[do.Effect]:
+    def _told(self, worker: str, until: float | None, version: int, now: float) -> list[do.Effect]:
+        """What follows from a quarantine that has begun, if ``until`` says that one has."""
         if until is None:
             return []
         self.has_news = True
-        return [do.Record(do.Quarantined(worker, version, self.standings.score(worker, version), until))]
+        # It may send nothing more that could be rejected: it waits for a version that others make.
+        tell = do.Tell(worker, Reason.QUARANTINED, _remaining(worker, until, now))
+        return [tell, do.Record(do.Quarantined(worker, version, self.standings.score(worker, version), until))]
+
+
+def _remaining(worker: str, until: float, now: float) -> str:
+    return f"{worker} is in quarantine for {max(0.0, until - now):.0f} s more"

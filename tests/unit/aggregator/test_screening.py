@@ -176,6 +176,7 @@ def test_a_worker_above_the_score_is_kept_out_told_and_let_in_again() -> None:
 
     (fact,) = [fact for fact in driver.facts if isinstance(fact, do.Quarantined)]
     assert (fact.worker, fact.score, fact.until) == ("w0", 2.0, 100.0)
+    assert driver.told[-1] == do.Tell("w0", Reason.QUARANTINED, "w0 is in quarantine for 100 s more")
     driver.update(update_of(ONE, seq=2))
     driver.update(update_of(ONE, worker="w1"))
     assert driver.reasons == [Reason.NOT_FINITE, Reason.NOT_FINITE, Reason.QUARANTINED]

@@ -63,4 +63,3 @@ def test_the_streamed_mean_is_the_mean_of_all(weighting: str) -> None:
         rows = np.stack([np.asarray(update.tensors[tensor], np.float64) for update in UPDATES])
         expected = np.tensordot(weights, rows, 1) / shares.sum()
         np.testing.assert_allclose(array, expected, rtol=1e-5, atol=1e-6)
-

@@ -52,6 +52,10 @@ class Ancestry:
         """Versions that ``version`` is made of, and how many updates of each count in it."""
         return {at: _counting(self._made[at], absent) for at, absent in self._line(version) if at in self._made}
 
+    def by_worker(self, version: int) -> dict[int, Counter[str]]:
+        """As :meth:`updates`, for each worker."""
+        return {at: _of_workers(self._made[at], absent) for at, absent in self._line(version) if at in self._made}
+
     def taken_back(self, head: int, to: int) -> dict[int, int]:
         """Versions that ``head`` is made of and ``to`` is not, and how many updates of each no longer count."""
         stays = self.updates(to)
@@ -70,9 +74,13 @@ class Ancestry:
 
 
 def _counting(made: _Made, absent: frozenset[str]) -> int:
+    return sum(_of_workers(made, absent).values())
+
+
+def _of_workers(made: _Made, absent: frozenset[str]) -> Counter[str]:
     # Those who rebuild a spoiled round without the worker that may have spoiled it count it.
     entries = made.spoiled if made.spoiled.keys() & absent else made.updates
-    return sum(count for worker, count in entries.items() if worker not in absent)
+    return Counter({worker: count for worker, count in entries.items() if worker not in absent})
 
 
 def _made(line: Mapping[str, Any]) -> _Made:

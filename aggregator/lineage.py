@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import logging
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,6 @@ from safetensors import SafetensorError, safe_open
 
 from aggregator.archive import KeptUpdates
 from aggregator.checkpoint import CheckpointStore
-from aggregator.coalitions import PlayedRound, played_rounds
 from aggregator.core.snapshot import Entry, SnapshotHead, VersionRecord
 from aggregator.history import scan_history, version_record
 from aggregator.replay import Link, Rebuild, distance, needed, rebuild
@@ -230,8 +229,22 @@ class Lineage:
 class Replay:
     """Rebuilds a version, and the same version without some workers. May go on when the run has gone on."""
 
-    def __init__(self, lineage: Lineage, store: CheckpointStore, leave_out: frozenset[str] = frozenset()) -> None:
-        """Nothing is rebuilt before :meth:`run`; ``lineage`` has been refreshed."""
+    def __init__(
+        self,
+        lineage: Lineage,
+        store: CheckpointStore,
+        leave_out: frozenset[str] = frozenset(),
+        *,
+        apart: Sequence[frozenset[str]] | None = None,
+    ) -> None:
+        """Nothing is rebuilt before :meth:`run`.
+
+        Args:
+            lineage: has been refreshed.
+            store: the run's checkpoints.
+            leave_out: workers to do without.
+            apart: of these, whom to leave out of each of several rebuilds; of one all, if None.
+        """
         self.lineage = lineage
         self.base_version = 0
         """The version that it began with."""
@@ -239,6 +252,7 @@ class Replay:
         """Whose updates it has met."""
         self._store = store
         self._leave_out = leave_out
+        self._apart = apart if apart is not None else [leave_out] if leave_out else []
         self._done: Way | None = None
         self._rebuilds: tuple[Rebuild, ...] = ()
 
@@ -251,6 +265,11 @@ class Replay:
     def result(self) -> Rebuild:
         """The version as it is without the workers that were to be left out."""
         return self._rebuilds[-1]
+
+    @property
+    def others(self) -> tuple[Rebuild, ...]:
+        """The version as it is without those who were to be left out of each."""
+        return self._rebuilds[1:]
 
     @property
     def distance(self) -> float:
@@ -273,6 +292,10 @@ class Replay:
         self._done = way
         return len(self._ahead.steps)
 
+    def links(self) -> Iterator[Link]:
+        """What was planned, for those who rebuild it themselves. Raises :class:`LineageError`."""
+        return self.lineage.links(self._ahead)
+
     def run(self) -> Iterator[int]:
         """Rebuild what was planned; gives each version when it is there.
 
@@ -290,16 +313,6 @@ class Replay:
         finally:
             self.lineage.kept.close()
 
-    def rounds(self) -> Iterator[PlayedRound]:
-        """Rebuild what was planned; gives each round of updates before it is made, with all of them in memory.
-
-        Raises as :meth:`run`.
-        """
-        try:
-            yield from played_rounds(self.lineage.links(self._ahead), self.lineage.fetch, self.original)
-        finally:
-            self.lineage.kept.close()
-
     def _begin(self, version: int, way: Way) -> Way:
         while True:
             try:
@@ -310,9 +323,7 @@ class Replay:
                 self.lineage.pass_over(way.base)
                 way = self.lineage.way(version, self._leave_out)
         self.base_version = base.version
-        self._rebuilds = (Rebuild(base),)
-        if self._leave_out:
-            self._rebuilds += (Rebuild(base, self._leave_out),)
+        self._rebuilds = (Rebuild(base), *(Rebuild(base, absent) for absent in self._apart))
         if self.lineage.knows(base.version):
             self.original.check(self.lineage.record(base.version))
         return way

@@ -28,7 +28,7 @@ from aggregator.strategies.base import begin, resume, scaled
 from aggregator.strategies.rows import MemorySpool, Spool
 from aggregator.strategies.rules.base import Occasion
 from broker.errors import ConfigError, LineageError, StrategyError, first_problem
-from broker.messages import Scalar, Tensors, Update, parameters_digest
+from broker.messages import Mode, Scalar, Tensors, Update, parameters_digest
 
 __all__ = ["Fetch", "Link", "Rebuild", "distance", "needed", "rebuild"]
 
@@ -69,11 +69,17 @@ class Rebuild:
         """How many updates of ``leave_out`` were left out, by the version that they were in."""
         self.stuck: Counter[int] = Counter()
         """How many should have been, but had gone into the base's partial round."""
-        self._leave_out = leave_out
+        self.leave_out = leave_out
         self._digest: str | None = base.digest
         self._partial = (tuple(entry.id for entry in base.entries), base.accumulator, base.sketches)
         self._sketcher = Sketcher(self.model)
         self._marked: tuple[Entry, ...] = ()
+
+    def branch(self, leave_out: frozenset[str]) -> Rebuild:
+        """The same state, to go on with these workers left out; this one stays where it is."""
+        other = copy(self)  # nothing is written into that both have
+        other.left_out, other.stuck, other.leave_out = Counter(), Counter(), leave_out
+        return other
 
     @property
     def digest(self) -> str:
@@ -82,25 +88,13 @@ class Rebuild:
             self._digest = parameters_digest(self.parameters)
         return self._digest
 
-    @property
-    def begins_with_part(self) -> bool:
-        """Whether updates of the next round are in the state that it began with, where they cannot be told apart."""
-        return bool(self._partial[0])
-
-    def branch(self, leave_out: frozenset[str]) -> Rebuild:
-        """Another one that stands where this one stands, and leaves these out. Neither writes into what they share."""
-        other = copy(self)
-        other.left_out, other.stuck = Counter(), Counter()
-        other._leave_out = leave_out  # noqa: SLF001 (its own)
-        return other
-
     def open(self, link: Link, spool: Spool | None = None) -> None:
         """Begin what made ``link``'s version: a round, or parameters that were there before.
 
         ``spool`` keeps the round's updates if its strategy needs them all, memory by default.
         """
         spool = spool or MemorySpool()
-        record, absent = link.record, self._leave_out | link.without
+        record, absent = link.record, self.leave_out | link.without
         self._record, self._is_altered = record, bool(absent)
         self._entries = _entries(record, absent)
         self._wanted = [entry.id.worker not in absent for entry in self._entries]
@@ -114,7 +108,7 @@ class Rebuild:
             raise LineageError(f"version {record.version}: its line tells of more or fewer updates than were folded")
         self._accumulator = begin(self._strategies[0], self.model, spool)
         done = self._go_on_with_partial(spool)
-        self.left_out[record.version] += sum(entry.id.worker in self._leave_out for entry in self._entries[done:])
+        self.left_out[record.version] += sum(entry.id.worker in self.leave_out for entry in self._entries[done:])
 
     def wants(self, index: int) -> bool:
         """Whether the update of the version's entry at ``index`` is to be folded."""
@@ -158,7 +152,8 @@ class Rebuild:
         try:
             aggregate = aggregate_of(strategy_of(recipe), accumulator, self.model)
             if not self._is_altered:
-                self._marked = self._sketches.marked(self._entries, aggregate)
+                origin = self.parameters if recipe.mode is Mode.PARAMETERS else None
+                self._marked = self._sketches.marked(self._entries, aggregate, origin)
             self.parameters, self.optimizer = next_parameters(
                 self.model,
                 self.parameters,
@@ -200,7 +195,7 @@ class Rebuild:
         self._accumulator = resume(accumulator.copy(), spool)
         self._sketches = Sketches(self._sketcher, sketches, done)
         self._wanted[:done] = [False] * done
-        self.stuck[self._record.version] += sum(update_id.worker in self._leave_out for update_id in ids)
+        self.stuck[self._record.version] += sum(update_id.worker in self.leave_out for update_id in ids)
         return done
 
 

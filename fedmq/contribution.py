@@ -1,25 +1,28 @@
-"""``fedmq contribution``: what each worker's updates were worth, by a model's loss on held-out data."""
+"""``fedmq contribution``: what each worker brought to a run, by the loss on held-out data."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
+import logging
+from collections import Counter
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Annotated
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table as Grid
 
+from aggregator.ancestry import Ancestry
 from aggregator.checkpoint import CheckpointStore
 from aggregator.checkpoints import require_some
 from aggregator.cli import FolderOption, checkpoint_folder, run_folder
-from aggregator.coalitions import PlayedRound
 from aggregator.config import AggregatorConfig
-from aggregator.lineage import Replay
+from aggregator.contribution import METHODS, Contributions, Kept, Report
+from aggregator.core.snapshot import SnapshotHead
+from aggregator.results import replace_file
 from aggregator.rollback import open_lineage
-from aggregator.valuation import METHODS, MOST_EXACT
 from broker.console import (
     ConfigOption,
     JsonOption,
@@ -33,87 +36,132 @@ from broker.console import (
     say_table,
     set_up_logging,
 )
-from broker.errors import CheckpointNotWritten, ConfigError
+from broker.errors import ConfigError, ModelMismatch, TaskError
 from broker.settings import Settings, load
+from broker.variates import like
 from worker_client.cli import TaskOption
 from worker_client.config import WorkerConfig
 
-if TYPE_CHECKING:
-    from worker_client.valuing import HeldOut
+if TYPE_CHECKING:  # torch comes with it
+    from worker_client.judging import HeldOut
 
-__all__ = ["CONTRIBUTION_FILE", "Contribution", "contribution", "register", "valued"]
+__all__ = ["CONTRIBUTION_FILE", "calculate", "contribution", "register"]
 
-FIRST_ORDER = "first-order"
-#: In the run's folder: what was found last.
+log = logging.getLogger("fedmq.contribution")
+
+#: In the run's folder: what was calculated last.
 CONTRIBUTION_FILE = "contribution.json"
 
-MethodOption = Annotated[
-    str,
-    typer.Option("--method", help=f"{FIRST_ORDER}, {', '.join(sorted(METHODS))}."),
-]
+LEAVE_ONE_OUT = "leave-one-out"
 
 
-@dataclass(slots=True)
-class Contribution:
-    """Values added up over rounds."""
-
-    values: dict[str, float] = field(default_factory=dict)
-    updates: dict[str, int] = field(default_factory=dict)
-    rounds: int = 0
-    gain: float = 0.0
-    """By how much the loss fell in these rounds."""
-
-    def add(self, played: PlayedRound, values: dict[str, float], gain: float) -> None:
-        """One round more."""
-        self.rounds += 1
-        self.gain += gain
-        for worker, value in values.items():
-            self.values[worker] = self.values.get(worker, 0.0) + value
-        for update in played.updates:
-            self.updates[update.id.worker] = self.updates.get(update.id.worker, 0) + 1
+def _nothing(_done: int, _total: int) -> None:
+    """Of a report that nobody reads."""
 
 
 def contribution(
     *,
     config: ConfigOption = None,
     run: RunOption = None,
-    task: TaskOption = None,
     folder: FolderOption = None,
-    method: MethodOption = FIRST_ORDER,
+    task: TaskOption = None,
+    method: Annotated[str, typer.Option("--method", help=f"{', '.join(METHODS)}.")] = "first-order",
     since: Annotated[int, typer.Option("--since", min=1, help="The first version to look at.")] = 1,
     until: Annotated[int | None, typer.Option("--until", min=1, help="The last one; the newest, if not given.")] = None,
+    seed: Annotated[int, typer.Option("--seed", min=0, help="Of the orders that gtg-shapley draws.")] = 0,
     as_json: JsonOption = False,
     settings: SetOption = None,
     verbose: VerboseOption = 0,
 ) -> None:
-    """Say by how much each worker's updates made the loss on the task's held-out data fall.
+    """Calculate what each worker brought, from kept updates (aggregator.keep_updates) and the task's held-out data.
 
-    Needs the updates that were kept (aggregator.keep_updates) and the task. first-order takes one gradient a round,
-    leave-one-out a model for each worker, gtg-shapley some tens of them, exact-shapley two to the number of workers.
-    The last answer is kept in the run's folder, and 'fedmq workers' shows it.
+    A contribution of 0.1 means that the held-out loss is lower by 0.1 for it. first-order takes one gradient a version,
+    leave-one-out rebuilds the run without each worker, gtg-shapley takes some tens or hundreds of losses a version,
+    exact-shapley two to the number of its workers. May be run while the run goes on; the last answer is kept in the
+    run's folder, and 'fedmq workers' shows it.
 
     Example: fedmq contribution --run digits --task worker_client.tasks.digits:Digits --method gtg-shapley
     """
     with guard():
-        set_up_logging(verbose, quiet=not verbose)
-        flags = parse_flags(settings or [], run=run, worker__task=task, aggregator__folder=folder)
+        set_up_logging(verbose)
+        if not verbose:
+            logging.getLogger("fedmq").setLevel(logging.WARNING)
+        flags = parse_flags(settings or [], run=run, aggregator__folder=folder, worker__task=task)
         read = load({"aggregator": AggregatorConfig, "worker": WorkerConfig}, file=config, flags=flags)
-        if method != FIRST_ORDER and method not in METHODS:
-            raise ConfigError(f"no method is called {method!r}; there are {', '.join([FIRST_ORDER, *sorted(METHODS)])}")
-        found = _found(read, method, since, until)
-        report = _report(read, method, since, found)
-        _keep(read, report)
+        with _progress(method) as report:
+            found = calculate(read, method=method, since=since, until=until, seed=seed, report=report)
+        _keep(run_folder(read) / CONTRIBUTION_FILE, found)
         if as_json:
-            say(json.dumps(report, indent=2))
-            return
-        say(f"{found.rounds} rounds; the loss on held-out data fell by {found.gain:.6g}; {method}")
-        table = Grid(box=None, pad_edge=False, header_style="bold")
-        table.add_column("worker", no_wrap=True)
-        for name in ("updates", "contribution"):
-            table.add_column(name, justify="right")
-        for worker, value in sorted(found.values.items(), key=lambda pair: -pair[1]):
-            table.add_row(worker, str(found.updates[worker]), f"{value:+.4g}")
-        say_table(table)
+            say(json.dumps(found, indent=2))
+        else:
+            _show(found)
+
+
+def calculate(
+    read: Settings, *, method: str, since: int = 1, until: int | None = None, seed: int = 0, report: Report = _nothing
+) -> dict[str, Any]:
+    """What ``--json`` shows.
+
+    Args:
+        read: tables ``aggregator`` and ``worker``.
+        method: a key of ``METHODS``.
+        since: the first version whose updates are valued.
+        until: the last; the newest, if None.
+        seed: of what is drawn.
+        report: told how many of how many versions are done.
+
+    Raises:
+        ConfigError: there is no such method, or it does not go with ``since``.
+        LineageError: the updates were not kept.
+        TaskError: the task has no held-out data, or raised.
+        ModelMismatch: it is not the run's.
+    """
+    if method not in METHODS:
+        raise ConfigError(f"there is no method {method!r}; there are {', '.join(METHODS)}")
+    if method == LEAVE_ONE_OUT and since > 1:
+        raise ConfigError(f"{LEAVE_ONE_OUT} is of a whole run without somebody: leave --since away")
+    store = CheckpointStore(checkpoint_folder(read), read.run)
+    require_some(read, store)
+    head = store.head()
+    last = head.version if until is None else until
+    if since > last > 0:
+        raise ConfigError(f"--since {since} is after version {last}")
+    lineage = open_lineage(run_folder(read), store)
+    ancestry = Ancestry(lineage.history, head.records)
+    judge = _judge(read, head)
+    kept = Kept(lineage, store, frozenset(ancestry.workers(last)))
+    result = METHODS[method](kept, last, judge, seed, report)
+    first = max(since, result.base_version + 1)
+    updates = Counter[str]()
+    for at, counts in ancestry.by_worker(last).items():
+        updates += counts if at >= first else Counter()
+    gains = _gains(result, first) if since > 1 else result.totals
+    return {
+        "run": read.run,
+        "method": method,
+        "seed": seed,
+        "task": read.table("worker", WorkerConfig).task,
+        "since": first,
+        "until": last,
+        "loss_before": result.before,
+        "loss_after": result.after,
+        "examples": judge.examples,
+        "losses_calculated": result.losses,
+        "stuck": result.stuck,
+        "workers": [
+            {"worker": worker, "updates": updates[worker], "contribution": gain}
+            for worker, gain in sorted(gains.items(), key=lambda pair: (-pair[1], pair[0]))
+        ],
+        "versions": {str(at): found for at, found in result.by_version.items() if at >= first},
+    }
+
+
+def _gains(result: Contributions, since: int) -> dict[str, float]:
+    gains: dict[str, float] = {}
+    for at, found in result.by_version.items():
+        for worker, gain in found.items() if at >= since else ():
+            gains[worker] = gains.get(worker, 0.0) + gain
+    return gains
 
 
 def register(app: typer.Typer) -> None:
@@ -121,81 +169,53 @@ def register(app: typer.Typer) -> None:
     app.command()(contribution)
 
 
-def valued(played: PlayedRound, held_out: HeldOut, method: str) -> tuple[dict[str, float], float]:
-    """What the workers of a round are worth, and by how much the loss fell in it.
-
-    Raises :class:`ConfigError` if there are too many for exact values.
-    """
-    everybody = frozenset(played.workers)
-    if method == FIRST_ORDER:
-        values = played.first_order(held_out.gradient(played.halfway()))
-        gain = held_out.loss(played.before.parameters) - held_out.loss(played.parameters(everybody))
-        return values, gain
-    if method == "exact-shapley" and len(everybody) > MOST_EXACT:
-        raise ConfigError(
-            f"version {played.version} was made by {len(everybody)} workers; exact-shapley takes up to {MOST_EXACT}: "
-            "use gtg-shapley"
-        )
-    known: dict[frozenset[str], float] = {}
-
-    def utility(coalition: frozenset[str]) -> float:
-        if coalition not in known:
-            known[coalition] = -held_out.loss(played.parameters(coalition))
-        return known[coalition]
-
-    return METHODS[method](played.workers, utility), utility(everybody) - utility(frozenset())
-
-
-def _found(read: Settings, method: str, since: int, until: int | None) -> Contribution:
-    from worker_client.loading import load_task  # noqa: PLC0415 (needs torch)
-    from worker_client.valuing import HeldOut  # noqa: PLC0415
-
-    store = CheckpointStore(checkpoint_folder(read), read.run)
-    require_some(read, store)
-    lineage = open_lineage(run_folder(read), store)
-    last = lineage.newest if until is None else until
-    if since > last:
-        raise ConfigError(f"--since {since} is after version {last}")
-    worker = read.table("worker", WorkerConfig)
-    held_out = HeldOut(load_task(worker.task), worker)
-    replay = Replay(lineage, store)
-    found = Contribution()
-    with _progress(replay.plan(last)) as step:
-        for played in replay.rounds():
-            step()
-            if played.version >= since:
-                found.add(played, *valued(played, held_out, method))
-    if not found.rounds:
-        raise ConfigError(f"no updates are kept of the rounds from version {since} to {last}")
-    return found
-
-
-def _report(read: Settings, method: str, since: int, found: Contribution) -> dict[str, object]:
-    workers = [
-        {"worker": worker, "updates": found.updates[worker], "contribution": value}
-        for worker, value in sorted(found.values.items(), key=lambda pair: -pair[1])
-    ]
-    return {
-        "run": read.run,
-        "method": method,
-        "since": since,
-        "rounds": found.rounds,
-        "gain": found.gain,
-        "workers": workers,
-    }
-
-
-def _keep(read: Settings, report: dict[str, object]) -> None:
-    file = run_folder(read) / CONTRIBUTION_FILE
+def _judge(read: Settings, head: SnapshotHead) -> HeldOut:
+    """Raises :class:`TaskError`, and :class:`ModelMismatch` if it is not the run's task."""
     try:
-        file.write_text(json.dumps(report, indent=2) + "\n")
-    except OSError as error:
-        raise CheckpointNotWritten(f"{file}: {error.strerror or error}") from None
+        # Here, because the command line must also start where torch is not installed.
+        from worker_client.judging import HeldOut  # noqa: PLC0415
+        from worker_client.loading import load_task  # noqa: PLC0415
+    except ModuleNotFoundError as error:
+        if error.name != "torch":
+            raise
+        raise TaskError('held-out data need torch: pip install "fedmq[torch]"') from None
+    own = read.table("worker", WorkerConfig)
+    judge = HeldOut(load_task(own.task), own)
+    if (spec := like(judge.spec, head.model)) != head.model:
+        differences = "; ".join(head.model.differences(spec, theirs="the task")[:3])
+        raise ModelMismatch(f"task {own.task} is not that of run {read.run!r}: {differences}; give the run's --task")
+    return judge
 
 
 @contextmanager
-def _progress(count: int) -> Iterator[Callable[[], object]]:
-    columns = (TextColumn("rounds"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+def _progress(method: str) -> Iterator[Report]:
+    columns = (TextColumn(method), BarColumn(), MofNCompleteColumn(), TextColumn("versions"), TimeRemainingColumn())
     with Progress(*columns, console=errors, transient=True, disable=not errors.is_terminal) as progress:
-        task = progress.add_task("", total=count)
-        yield lambda: progress.advance(task)
+        task = progress.add_task("", total=None)
+        yield lambda done, total: progress.update(task, completed=done, total=total)
+
+
+def _keep(file: Path, plain: dict[str, Any]) -> None:
+    text = json.dumps(plain, indent=2) + "\n"
+    try:
+        replace_file(file, lambda target: target.write(text.encode()))
+    except OSError as error:
+        log.warning("%s: %s; 'fedmq workers' will not show it", file, error.strerror or error)
+
+
+def _show(found: Mapping[str, Any]) -> None:
+    say(
+        f"{found['method']} of versions {found['since']} to {found['until']}; {found['losses_calculated']:,} losses on "
+        f"{found['examples']:,} examples, {found['loss_before']:.4g} where updates began to be kept and "
+        f"{found['loss_after']:.4g} at the end"
+    )
+    if found["stuck"]:
+        say(f"{found['stuck']} updates of the round in which updates began to be kept are in every model")
+    table = Grid(box=None, pad_edge=False, header_style="bold")
+    table.add_column("worker", overflow="fold")
+    for name in ("updates", "contribution"):
+        table.add_column(name, justify="right", no_wrap=True)
+    for row in found["workers"]:
+        table.add_row(row["worker"], str(row["updates"]), f"{row['contribution']:+.4g}")
+    if table.row_count:
+        say_table(table)

@@ -157,12 +157,21 @@ class Sketches:
         if len(self._rows) < LIMIT:
             self._rows.append(self._sketcher.sketch())
 
-    def marked(self, entries: Sequence[Entry], aggregate: Mapping[str, Array]) -> tuple[Entry, ...]:
-        """``entries`` with the cosines of their updates with ``aggregate``, which is not written into."""
+    def marked(
+        self, entries: Sequence[Entry], aggregate: Mapping[str, Array], origin: Mapping[str, Array] | None = None
+    ) -> tuple[Entry, ...]:
+        """``entries`` with the cosines of their updates with ``aggregate``, which is not written into.
+
+        Args:
+            entries: of this round.
+            aggregate: what the strategy made of the updates.
+            origin: where updates are parameters, those that the step starts from: what counts is the way from there.
+        """
         if not self._rows:
             return tuple(entries)
-        whole = self._sketcher.of(aggregate).astype(np.float64)
-        cosines = [_cosine(row.astype(np.float64), whole) for row in self._rows]
+        start = 0.0 if origin is None else self._sketcher.of(origin).astype(np.float64)
+        whole = self._sketcher.of(aggregate).astype(np.float64) - start
+        cosines = [_cosine(row.astype(np.float64) - start, whole) for row in self._rows]
         cosines += [None] * (len(entries) - len(cosines))
         return tuple(replace(entry, cosine=cosine) for entry, cosine in zip(entries, cosines, strict=True))
 

@@ -17,7 +17,7 @@ from aggregator.optimizers.remembering import Remembering
 from aggregator.strategies.base import Accumulator
 from aggregator.strategies.rules.base import Occasion
 from broker.errors import StrategyBroken, StrategyError
-from broker.messages import Plan, parameters_digest
+from broker.messages import Mode, Plan, parameters_digest
 
 __all__ = ["Versions"]
 
@@ -86,7 +86,8 @@ class Versions:
         accumulator.occasion = Occasion(rules.seed, self.newest, previous)
         try:
             aggregate = aggregate_of(rules.strategy, accumulator, self.model)
-            marked = sketches.marked(entries, aggregate)
+            origin = self.parameters if rules.mode is Mode.PARAMETERS else None
+            marked = sketches.marked(entries, aggregate, origin)
             self.parameters, self.memory = next_parameters(
                 self.model,
                 self.parameters,

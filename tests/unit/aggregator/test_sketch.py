@@ -140,6 +140,23 @@ def test_a_version_tells_how_far_each_update_agreed() -> None:
     assert cosines[1] == [None, None, None]
 
 
+def test_of_parameters_what_counts_is_the_way_from_the_version(tmp_path: Path) -> None:
+    start = {"w": np.full((40, 50), 7, np.float32)}
+    one, other = (OnDisk(tmp_path / mode, start, buffer_size=2, mode=mode) for mode in ("delta", "parameters"))
+    for seed, worker in enumerate("ab"):
+        delta = one.random(seed)
+        one.publish(worker, delta)
+        other.publish(worker, {name: start[name] + array for name, array in delta.items()})
+        one.settle()
+        other.settle()
+
+    one.close()
+    other.close()
+    cosines = [[entry["cosine"] for entry in run.lines()[0]["updates"]] for run in (one, other)]
+    assert cosines[0] == pytest.approx(cosines[1], abs=1e-4)
+    rebuild(other)
+
+
 def test_a_round_larger_than_the_limit_tells_of_its_first_updates(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "LIMIT", 2)
     driver = Driver(rules_of(rounds=Buffered(size=3, max_staleness=9)), snapshot_of({"w": vector(0)}))

@@ -123,6 +123,9 @@ class RowFile:
                     _write(self._handle, view, place)
                     place += view.nbytes
         except OSError as error:
+            with contextlib.suppress(OSError):
+                # What there was room for would take it from the checkpoints.
+                os.ftruncate(self._handle, start)
             raise _not_written(self.path, error) from None
         if place != end:
             raise ValueError(f"a row has {self.size} elements, and there are {(place - start) // self.dtype.itemsize}")

@@ -131,16 +131,21 @@ class SpooledRows:
     def append(self, values: Iterable[Array], weight: float, worker: str) -> None:
         """Write a row to the file, which is made for the first one. It is not durable yet."""
         rows = self._rows
-        if self._file is None:
-            self._file = self._spool.create(rows.model)
-        checksum = self._file.append(values)
-        parts = rows.parts
-        ours = parts[-1][1] if parts and parts[-1][0] is self._file else ()
+        file = self._file or self._spool.create(rows.model)
+        try:
+            checksum = file.append(values)
+        except BaseException:
+            if self._file is None:  # or each attempt on a full disk would leave one behind
+                file.path.unlink(missing_ok=True)
+            raise
+        ours = rows.parts[-1][1] if self._file is not None else ()
+        others = rows.parts[:-1] if self._file is not None else rows.parts
+        self._file = file
         self._rows = replace(
             rows,
             weights=(*rows.weights, weight),
             workers=(*rows.workers, worker),
-            parts=(*(parts[:-1] if ours else parts), (self._file, (*ours, checksum))),
+            parts=(*others, (file, (*ours, checksum))),
         )
 
     def lend(self) -> StoredRows:

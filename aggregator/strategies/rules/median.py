@@ -12,6 +12,7 @@ import numpy as np
 
 from aggregator.strategies.rows import Rows, columns
 from aggregator.strategies.rules.base import Occasion
+from aggregator.strategies.rules.ordering import sort_columns
 from broker.messages import Array
 
 __all__ = ["Median"]
@@ -31,7 +32,13 @@ class Median:
     def __call__(self, rows: Rows, occasion: Occasion) -> Array:
         """See :class:`Rule`."""
         del occasion
-        result = np.empty(rows.size, rows.dtype)
+        result, middle = np.empty(rows.size, rows.dtype), rows.count // 2
         for start, stop in columns(rows):
-            np.median(rows.block(start, stop), axis=0, out=result[start:stop], overwrite_input=True)
+            block = rows.block(start, stop)
+            sort_columns(block)
+            if rows.count % 2:
+                result[start:stop] = block[middle]
+            else:
+                np.add(block[middle - 1], block[middle], out=result[start:stop])
+                result[start:stop] /= 2
         return result

@@ -11,6 +11,7 @@ import numpy as np
 
 from aggregator.strategies.rows import Rows, columns
 from aggregator.strategies.rules.base import Occasion
+from aggregator.strategies.rules.ordering import sort_columns
 from broker.messages import Array
 
 __all__ = ["TrimmedMean"]
@@ -34,7 +35,7 @@ class TrimmedMean:
         result = np.empty(rows.size, rows.dtype)
         for start, stop in columns(rows):
             block = rows.block(start, stop)
-            block.sort(axis=0)
+            sort_columns(block)
             middle = block[cut : rows.count - cut]
             # From the first row on, one after the other: as exact as the mean of so few needs to be in doubles.
             result[start:stop] = middle.sum(axis=0, dtype=np.float64) / len(middle)

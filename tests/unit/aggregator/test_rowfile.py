@@ -220,6 +220,8 @@ def test_a_row_that_the_disk_does_not_take_is_not_there_and_can_be_added_later(
         with pytest.raises(CheckpointNotWritten, match="No space left on device; make room"):
             rows.append([vector(0, 0), vector(0, 0)], 1.0, "w3")
     assert rows.lend() == before
+    (file,) = tmp_path.iterdir()
+    assert file.stat().st_size == HEAD.size + 3 * STRIDE, "what was written of it would take room from the checkpoints"
 
     rows.append([vector(13, 14, 15, 16)], 1.0, "w3")
 
@@ -236,15 +238,21 @@ def test_a_row_of_another_length_is_refused(rows: SpooledRows, values: list[floa
 
 def test_a_file_that_cannot_be_made_leaves_nothing_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     rows = DiskSpool(tmp_path, 1).begin(MODEL)
-    for name in ("open", "pwrite"):
+    pwrite = os.pwrite
+
+    def head_only(handle: int, content: Any, place: int) -> int:
+        return pwrite(handle, content, place) if place == 0 else fail(errno.ENOSPC)()
+
+    for name, call in (("open", fail(errno.ENOSPC)), ("pwrite", fail(errno.ENOSPC)), ("pwrite", head_only)):
         with monkeypatch.context() as patch:
-            patch.setattr(os, name, fail(errno.ENOSPC))
+            patch.setattr(os, name, call)
             with pytest.raises(CheckpointNotWritten, match="No space left on device"):
                 rows.append([ROWS[0]], 1.0, "w0")
         assert list(tmp_path.iterdir()) == []
 
-    rows.append([ROWS[0]], 1.0, "w0")
-    assert rows.count == 1
+    for row in ROWS[:2]:
+        rows.append([row], 1.0, "w0")
+    assert [len(part.sums) for part in rows.lend().refer()] == [2]
 
 
 # ------------------------------------------------------------------------------------------------------ durability

@@ -38,7 +38,7 @@ def constant() -> Weight:
 def polynomial(exponent: float) -> Weight:
     """``(1 + staleness) ** -exponent``: FedBuff (arXiv 2106.06639, section 5) with exponent 0.5.
 
-    It is FedAsync's (arXiv 1903.03934, section 5.2) polynomial weight, too.
+    It is FedAsync's (arXiv 1903.03934) polynomial weight, too.
     """
     return lambda staleness: float((1 + staleness) ** -exponent)
 
@@ -46,7 +46,7 @@ def polynomial(exponent: float) -> Weight:
 def hinge(slope: float, threshold: int) -> Weight:
     """1 up to ``threshold``, then ``1 / (slope * (staleness - threshold) + 1)``: FedAsync's hinge.
 
-    arXiv 1903.03934, section 5.2, where a is the slope and b the threshold; in its experiments a = 10 and b = 4.
+    arXiv 1903.03934, where a is the slope and b the threshold; in its experiments a = 10 and b = 4.
     """
     return lambda staleness: 1.0 if staleness <= threshold else 1.0 / (slope * (staleness - threshold) + 1.0)
 
@@ -54,7 +54,7 @@ def hinge(slope: float, threshold: int) -> Weight:
 def exponential(decay: float) -> Weight:
     """``exp(-decay * staleness)``.
 
-    Chen et al. 2019 (arXiv 1903.07424, equation 5) have (e / 2) ** -staleness, which is a decay of 1 - ln 2 = 0.307.
+    Chen et al. 2019 (arXiv 1903.07424) have (e / 2) ** -staleness, which is a decay of 1 - ln 2 = 0.307.
     """
     return lambda staleness: math.exp(-decay * staleness)
 

@@ -57,7 +57,7 @@ _RATES: Mapping[str, tuple[float, float]] = {
 def default_rate(optimizer: str, mode: Mode) -> float:
     """The learning rate if none is set."""
     if mode is Mode.PARAMETERS and optimizer == "sgd":
-        return 0.6  # FedAsync's alpha (Xie et al. 2019, section 6)
+        return 0.6  # FedAsync's alpha; the paper's experiments have values around it
     on_deltas, on_gradients = _RATES.get(optimizer, _RATES["sgd"])
     return on_gradients if mode is Mode.GRADIENT else on_deltas
 

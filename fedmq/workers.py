@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Container, Iterable, Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
@@ -14,6 +14,7 @@ import typer
 from rich.markup import escape
 from rich.table import Table as Grid
 
+from aggregator.ancestry import Ancestry
 from aggregator.checkpoint import CheckpointStore
 from aggregator.checkpoints import require_some
 from aggregator.cli import FolderOption, checkpoint_folder, run_folder
@@ -38,7 +39,11 @@ from fedmq.contribution import CONTRIBUTION_FILE
 
 __all__ = ["Tally", "register", "rows_of", "tallied", "workers"]
 
-COLUMNS = ("worker", "updates", "newest", "staleness", "cosine", "norm", "rejected", "score", "contribution", "")
+#: ``version`` and ``time`` are those of the newest version with an update of the worker.
+COLUMNS = (
+    *("worker", "updates", "share", "version", "time (UTC)", "staleness", "cosine", "norm", "rejected", "score"),
+    *("contribution", ""),
+)
 
 
 @dataclass(slots=True)
@@ -49,13 +54,16 @@ class Tally:
     examples: int = 0
     newest: int = 0
     """The version that its last update is in."""
+    time: float | None = None
+    """When that was made, seconds since 1970."""
     sums: dict[str, float] = field(default_factory=dict)
     counts: dict[str, int] = field(default_factory=dict)
 
-    def add(self, entry: Mapping[str, Any], version: int) -> None:
-        """One update more."""
+    def add(self, entry: Mapping[str, Any], version: int, time: object) -> None:
+        """One update more, in a version that was made at ``time``."""
         self.updates += 1
-        self.newest = max(self.newest, version)
+        if version >= self.newest:
+            self.newest, self.time = version, time if isinstance(time, int | float) else None
         examples = entry.get("examples")
         self.examples += examples if isinstance(examples, int) else 0
         for name in ("staleness", "cosine", "norm"):
@@ -80,7 +88,8 @@ def workers(
 ) -> None:
     """Show the workers of a run: updates, staleness, agreement, rejections, score, quarantine, contribution.
 
-    As the run's folder has it, up to its newest checkpoint. The contribution is what 'fedmq contribution' found last.
+    As the run's folder has it, up to its newest checkpoint, without what was taken back. The share is of all updates,
+    the contribution what 'fedmq contribution' found last.
 
     Example: fedmq workers --run digits
     """
@@ -108,16 +117,22 @@ def register(app: typer.Typer) -> None:
     app.command()(workers)
 
 
-def tallied(lines: Iterable[Mapping[str, Any]]) -> dict[str, Tally]:
-    """What the versions in ``lines`` of a history were made of, by worker. What was taken back is in it, too."""
+def tallied(
+    lines: Iterable[Mapping[str, Any]], counting: Mapping[int, Container[str]] | None = None
+) -> dict[str, Tally]:
+    """What the versions in ``lines`` of a history were made of, by worker.
+
+    ``counting``: of which versions the updates of whom still count; those of all, if None.
+    """
     found: dict[str, Tally] = {}
     for line in lines:
         entries, version = line.get("updates"), line.get("version")
         if line.get("kind") != "version" or not isinstance(entries, list) or not isinstance(version, int):
             continue
         for entry in entries:
-            if isinstance(entry, Mapping):
-                found.setdefault(str(entry.get("worker")), Tally()).add(entry, version)
+            worker = str(entry.get("worker")) if isinstance(entry, Mapping) else None
+            if worker is not None and (counting is None or worker in counting.get(version, ())):
+                found.setdefault(worker, Tally()).add(entry, version, line.get("time"))
     return found
 
 
@@ -127,6 +142,7 @@ def rows_of(
     """A row a worker, by name: of the history, of the newest checkpoint, and of what was found of contributions."""
     standings = Standings(QuarantinePolicy(half_life=half_life), head.standings)
     names = {*tallies, *head.standings, *head.trainers, *head.confirmed}
+    total = sum(tally.updates for tally in tallies.values())
     rows = []
     for name in sorted(names):
         tally = tallies.get(name, Tally())
@@ -136,7 +152,9 @@ def rows_of(
                 "worker": name,
                 "updates": tally.updates,
                 "examples": tally.examples,
+                "share": tally.updates / total if total else None,
                 "newest": tally.newest if tally.updates else None,
+                "time": None if tally.time is None else _moment(tally.time).isoformat(timespec="milliseconds"),
                 "staleness": tally.mean("staleness"),
                 "cosine": tally.mean("cosine"),
                 "norm": tally.mean("norm"),
@@ -159,7 +177,8 @@ def _rows(read: Settings) -> list[dict[str, Any]]:
     told = {line.get("version") for line in lines}
     lines += [version_line(record) for record in head.records if record.version not in told]
     half_life = read.table("aggregator", AggregatorConfig).changed(head.changes).score_half_life
-    return rows_of(tallied(lines), head, half_life, _contributions(place / CONTRIBUTION_FILE))
+    counting = Ancestry(place / "history.jsonl", head.records).by_worker(head.version)
+    return rows_of(tallied(lines, counting), head, half_life, _contributions(place / CONTRIBUTION_FILE))
 
 
 def _contributions(file: Path) -> dict[str, float]:
@@ -178,9 +197,16 @@ def _shown(row: Mapping[str, Any]) -> list[str]:
     worth = "" if row["contribution"] is None else f"{row['contribution']:+.3g}"
     where = "" if row["present"] else "away"
     if row["quarantined_until"] is not None:
-        where = f"in quarantine until {datetime.fromtimestamp(row['quarantined_until'], UTC):%Y-%m-%d %H:%M:%S} UTC"
+        where = f"in quarantine until {_moment(row['quarantined_until']):%Y-%m-%d %H:%M:%S} UTC"
+    share = "" if row["share"] is None else f"{row['share']:.1%}"
     newest = "" if row["newest"] is None else str(row["newest"])
-    return [row["worker"], str(row["updates"]), newest, *figures, str(rejected or ""), score, worth, where]
+    time = "" if row["time"] is None else f"{datetime.fromisoformat(row['time']):%Y-%m-%d %H:%M:%S}"
+    counted = [row["worker"], str(row["updates"]), share, newest, time]
+    return [*counted, *figures, str(rejected or ""), score, worth, where]
+
+
+def _moment(seconds: float) -> datetime:
+    return datetime.fromtimestamp(seconds, UTC)
 
 
 def _number(value: float | None) -> str:

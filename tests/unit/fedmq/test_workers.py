@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import json
 import math
+from datetime import datetime
 from pathlib import Path
 from typing import Any
+
+import pytest
 
 from aggregator.core.standing import Standing
 from fedmq.workers import rows_of, tallied
@@ -32,12 +35,28 @@ def test_a_run_with_good_bad_and_absent_workers(tmp_path: Path) -> None:
     assert set(rows) == {"good", "other", "bad"}
     good, bad = rows["good"], rows["bad"]
     assert (good["updates"], good["examples"], good["newest"], good["rejected"]) == (2, 2, 2, {})
+    assert (good["share"], bad["share"], bad["time"]) == (0.5, 0.0, None)
+    assert datetime.fromisoformat(good["time"]).timestamp() == pytest.approx(run.lines()[-1]["time"], abs=0.01)
     assert (good["contribution"], good["score"], good["present"]) == (0.25, 0.0, True)
     assert round(good["cosine"], 3) == 1.0
     assert round(good["norm"], 3) == 2.236
     assert (bad["updates"], bad["rejected"]) == (0, {"not-finite": 2})
     assert bad["score"] > 1.5
     assert bad["quarantined_until"] == 3601.0
+
+
+def test_what_was_taken_back_is_not_counted() -> None:
+    lines = [
+        {"kind": "version", "version": version, "time": 100.0 + version, "updates": [{"worker": w} for w in "abb"]}
+        for version in (1, 2, 3)
+    ]
+
+    tallies = tallied(lines, {1: {"a", "b"}, 3: {"a"}})
+
+    assert {worker: (tally.updates, tally.newest, tally.time) for worker, tally in tallies.items()} == {
+        "a": (2, 3, 103.0),
+        "b": (2, 1, 101.0),
+    }
 
 
 def test_lines_that_are_damaged_and_figures_that_are_not_there_are_passed_over() -> None:

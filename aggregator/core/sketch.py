@@ -35,6 +35,8 @@ SAMPLE = 8192
 LIMIT = 4096
 
 _SEED = 0
+#: Sketches whose cosines are calculated together: 2 MiB.
+_TOGETHER = 256
 #: The golden ratio's fraction: multiples of it fill the unit interval evenly.
 _FRACTION = (math.sqrt(5) - 1) / 2
 
@@ -62,8 +64,9 @@ class Sketcher:
         """Numbers of a sketch."""
         rows = -(-sum(counts) // max(1, self.size))
         self._sample = np.zeros(rows * self.size, np.float32)
-        self._scales = np.ones_like(self._sample)
+        self._scales: Array | None = None
         if rows > 1:  # else each element has a bucket of its own, and products are exact
+            self._scales = np.ones_like(self._sample)
             self._scales[: sum(counts)] = np.repeat(np.array(scales, np.float32), counts)
             flip_signs(self._scales, _SEED, 0)
 
@@ -86,24 +89,26 @@ class Sketcher:
         """Of the tensor ``name``, flat ``values`` from its element ``start`` on."""
         place, indices = self._places[name]
         sample, stop = self._sample[place], start + values.size
-        with np.errstate(over="ignore", invalid="ignore"):
-            if indices is None:
-                sample[start:stop] = values
-                return
-            first, last = (0, indices.size) if values.size == indices.size else np.searchsorted(indices, (start, stop))
-            chosen = indices[first:last]
-            if start:
-                chosen = chosen - start
+        if indices is not None:
+            first, last = np.searchsorted(indices, (start, stop))
+            chosen = indices[first:last] - start if start else indices[first:last]
             if values.dtype == np.float32:
                 np.take(values, chosen, out=sample[first:last], mode="clip")  # any other mode takes a second copy
-            else:
-                sample[first:last] = values[chosen]
+                return
+            values, start, stop = values[chosen], first, last
+        if values.dtype == np.float32:
+            sample[start:stop] = values
+        else:
+            with np.errstate(over="ignore"):
+                sample[start:stop] = values
 
     def sketch(self) -> Array:
         """Of what was watched last, and read meanwhile: shape (size,), float32."""
+        if self._scales is None:
+            return self._sample.copy()
         with np.errstate(over="ignore", invalid="ignore"):
             signed = self._sample * self._scales
-            return np.asarray(signed.reshape(-1, max(1, self.size)).sum(axis=0))
+            return np.asarray(signed.reshape(-1, self.size).sum(axis=0))
 
     def of(self, tensors: Mapping[str, Array]) -> Array:
         """The sketch of whole ``tensors``."""
@@ -171,17 +176,21 @@ class Sketches:
             return tuple(entries)
         start = 0.0 if origin is None else self._sketcher.of(origin).astype(np.float64)
         whole = self._sketcher.of(aggregate).astype(np.float64) - start
-        cosines = [_cosine(row.astype(np.float64) - start, whole) for row in self._rows]
+        parts = (self._rows[first : first + _TOGETHER] for first in range(0, len(self._rows), _TOGETHER))
+        cosines = [cosine for rows in parts for cosine in _cosines(np.array(rows, np.float64) - start, whole)]
         cosines += [None] * (len(entries) - len(cosines))
         return tuple(replace(entry, cosine=cosine) for entry, cosine in zip(entries, cosines, strict=True))
 
 
-def _cosine(one: Array, other: Array) -> float | None:
-    """Rounded to six digits, since no more are known; None if it is none."""
+def _cosines(rows: Array, other: Array) -> list[float | None]:
+    """Of each row with ``other``, rounded to six digits, since no more are known; None if there is none.
+
+    Sums by numpy, not by BLAS, whose order of additions is the machine's own.
+    """
     with np.errstate(all="ignore"):
-        norms = math.sqrt(float((one * one).sum())) * math.sqrt(float((other * other).sum()))
-        cosine = float((one * other).sum()) / norms if norms else math.nan
-    return round(max(-1.0, min(1.0, cosine)), 6) if math.isfinite(cosine) else None
+        norms = np.sqrt((rows * rows).sum(axis=1)) * math.sqrt(float((other * other).sum()))
+        found = np.clip((rows * other).sum(axis=1) / norms, -1.0, 1.0)
+    return [round(cosine, 6) if math.isfinite(cosine) else None for cosine in found.tolist()]
 
 
 def _size(tensor: TensorSpec) -> int:

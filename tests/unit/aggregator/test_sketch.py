@@ -116,6 +116,19 @@ def test_an_update_in_pieces_has_the_sketch_of_the_same_values(dtype: type) -> N
     np.testing.assert_array_equal(in_pieces, sketcher.of(decoded))
 
 
+@pytest.mark.parametrize("length", [97, 1024, 4096, 8192, 100_000])
+def test_how_an_update_is_cut_into_pieces_makes_no_difference(length: int) -> None:
+    values = {"w": np.random.default_rng(3).standard_normal(200_000).astype(np.float32)}
+    sketcher = Sketcher(spec_of(values))
+    whole = sketcher.of(values)
+
+    sketcher.watch({"w": np.zeros_like(values["w"])})
+    for start in range(0, 200_000, length):
+        sketcher.take("w", start, values["w"][start : start + length])
+
+    np.testing.assert_array_equal(sketcher.sketch(), whole)
+
+
 def test_statistics_and_counters_have_no_part() -> None:
     values: Values = {"w": vector(1, 2), "variance": vector(1000), "batches": np.array(7)}
     sketcher = Sketcher(spec_of(values, ("variance", "batches")))

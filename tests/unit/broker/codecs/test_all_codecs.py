@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -157,6 +159,15 @@ def test_several_texts_name_the_same_codec(text: str, name: str) -> None:
 def test_what_names_no_codec_is_refused_with_what_does(text: str) -> None:
     with pytest.raises(ConfigError, match=r"eden:1 to eden:4|no argument|1 to 4 bits, like eden:4|like topk:0.01"):
         codec_of(text)
+
+
+def test_a_name_from_a_message_imports_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "module_of_a_peer.py").write_text("from broker.codecs.int8 import Int8\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    for text in ("module_of_a_peer:Int8.of", "module_of_a_peer"):
+        with pytest.raises(ConfigError, match="no codec is called"):
+            codec_of(text)
+    assert "module_of_a_peer" not in sys.modules
 
 
 def test_only_what_is_left_out_must_be_kept() -> None:

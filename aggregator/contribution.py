@@ -245,7 +245,8 @@ def _by_rounds(
 def _first_order(round_: Round, after: Rebuild, gradient: Tensors) -> dict[str, float]:
     folded = round_.folded()
     start, model = round_.state.parameters, after.model
-    mode = Mode(str(round_.link.record.settings.get("mode", Mode.DELTA.value)))
+    settings = round_.link.record.settings
+    mode, per_step = Mode(str(settings.get("mode", Mode.DELTA.value))), settings.get("strategy") == "fednova"
     names = [tensor.name for tensor in model.tensors if tensor.role is TensorRole.PARAMETER]
     gains = [0.0] * len(folded)
     moved = squares = 0.0
@@ -254,7 +255,8 @@ def _first_order(round_: Round, after: Rebuild, gradient: Tensors) -> dict[str, 
         origin = start[name].reshape(-1).astype(np.float64)
         total = np.zeros(slope.size)
         for index, (entry, update) in enumerate(folded):
-            step = entry.weight * _direction(update.tensors[name], origin, mode)
+            weight = entry.weight / update.effort if per_step else entry.weight
+            step = weight * _direction(update.tensors[name], origin, mode)
             gains[index] -= float(slope @ step)
             total += step
         squares += float(total @ total)

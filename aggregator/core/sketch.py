@@ -139,7 +139,8 @@ class Sketches:
     def __init__(self, sketcher: Sketcher, rows: Sequence[Array] = (), entries: int = 0) -> None:
         """Go on from ``rows``, as a checkpoint has them that lists ``entries`` updates."""
         self._sketcher = sketcher
-        self._rows = list(rows) if all(row.shape == (sketcher.size,) for row in rows) else []
+        fits = len(rows) <= entries and all(row.shape == (sketcher.size,) for row in rows)
+        self._rows = list(rows) if fits else []
         # A checkpoint of before has none, and one of another release may have others.
         unknown = min(entries, LIMIT) - len(self._rows)
         self._rows += [np.full(sketcher.size, np.nan, np.float32)] * unknown

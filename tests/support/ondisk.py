@@ -82,7 +82,9 @@ class OnDisk:
         if self._archive is not None:
             self._archive.close()
 
-    def publish(self, worker: str, tensors: Mapping[str, Array], *, lag: int = 0, examples: int = 1) -> None:
+    def publish(
+        self, worker: str, tensors: Mapping[str, Array], *, lag: int = 0, examples: int = 1, effort: float = 0.0
+    ) -> None:
         """A worker's next update, which starts from the version that is ``lag`` before the newest."""
         seq = self._seq[worker] = self._seq.get(worker, -1) + 1
         base = max(0, self.store.load().version - lag)
@@ -93,6 +95,7 @@ class OnDisk:
             base_version=base,
             mode=Mode(self.config.mode),
             examples=examples,
+            effort=effort,
             buffers=self.buffers,
             metrics={"loss": 0.5},
         )

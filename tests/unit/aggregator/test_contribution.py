@@ -14,7 +14,7 @@ from aggregator.ancestry import Ancestry
 from aggregator.contribution import METHODS, Contributions, Kept
 from aggregator.rollback import find_checkpoint, open_lineage, roll_back
 from broker.errors import LineageError
-from broker.messages import Array, Tensors
+from broker.messages import Array, Mode, Tensors
 from tests.support.ondisk import OnDisk
 
 FEATURES, CLASSES = 8, 4
@@ -169,11 +169,13 @@ class Parabola:
         return {name: array.astype(np.float64) - self.to for name, array in parameters.items()}
 
 
-@pytest.mark.parametrize("mode", ["delta", "gradient", "parameters"])
-def test_first_order_values_of_a_parabola_add_up_to_what_its_loss_fell(make: Callable[..., OnDisk], mode: str) -> None:
-    run = make(mode=mode, learning_rate=0.3)
+@pytest.mark.parametrize("config", [*({"mode": mode} for mode in Mode), {"strategy": "fednova"}], ids=str)
+def test_first_order_values_of_a_parabola_add_up_to_what_its_loss_fell(
+    make: Callable[..., OnDisk], config: dict[str, Any]
+) -> None:
+    run = make(learning_rate=0.3, **config)
     for number in range(12):
-        run.publish("abcd"[number % 4], run.random(number), lag=number % 3)
+        run.publish("abcd"[number % 4], run.random(number), lag=number % 3, effort=1.0 + number % 5)
         run.settle()
 
     result = found(run, "first-order", judge=Parabola(1.0))

@@ -43,6 +43,8 @@ LIVE = frozenset(
         "fraction",
         "learning_rate",
         "linger",
+        "local_steps_max",
+        "local_steps_min",
         "max_norm",
         "max_staleness",
         "minimum_updates",
@@ -71,6 +73,7 @@ LIVE = frozenset(
         "stop_after_rounds",
         "strategy",
         "update_codec",
+        "update_seconds",
         "updates_per_version",
         "warmup_rounds",
         "weight_decay",
@@ -82,7 +85,7 @@ LIVE = frozenset(
 )
 
 #: Settings of what workers do that the history tells of where they are not 0.
-OF_WORK = ("control_variates", "proximal", "worker_momentum")
+OF_WORK = ("control_variates", "proximal", "update_seconds", "worker_momentum")
 
 
 class AggregatorConfig(AggregatorTable):
@@ -140,6 +143,9 @@ class AggregatorConfig(AggregatorTable):
                 momentum=self.worker_momentum,
                 evaluate_every=self.evaluate_every,
                 personalise_steps=self.personalise_steps,
+                update_seconds=self.update_seconds or 0.0,
+                steps_min=self.local_steps_min,
+                steps_max=self.local_steps_max,
             ),
             control_variates=self.control_variates,
             codec=self.update_codec,

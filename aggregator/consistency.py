@@ -49,6 +49,8 @@ def require_consistent(table: AggregatorTable) -> None:
 def _check_work(table: AggregatorTable) -> None:
     if table.mode is Mode.GRADIENT:
         _require_deltas(table)
+    if table.local_steps_min > table.local_steps_max:
+        raise ValueError(f"local_steps_min is larger than local_steps_max = {table.local_steps_max}")
     if table.personalise_steps and not table.evaluate_every:
         raise ValueError("personalise_steps is part of what evaluate_every asks for: set that, too")
     if table.control_variates and table.strategy not in WITH_VARIATES:
@@ -62,6 +64,8 @@ def _require_deltas(table: AggregatorTable) -> None:
         raise ValueError('strategy = "fednova" goes by local steps, and a gradient has none: set mode = "delta"')
     if table.control_variates:
         raise ValueError('control_variates corrects local steps, and a gradient has none: set mode = "delta"')
+    if table.update_seconds:
+        raise ValueError('update_seconds chooses local steps, and a gradient has none: set mode = "delta"')
     if table.proximal:
         raise ValueError('proximal pulls at local steps, and a gradient has none: set mode = "delta"')
 

@@ -292,7 +292,7 @@ def _lines(content: bytes) -> Iterator[dict[str, Any]]:
 
 
 def _entry(entry: Entry) -> dict[str, Any]:
-    steps = {"steps": entry.steps} if entry.steps else {}
+    steps = {"steps": entry.steps, "seconds": entry.seconds} if entry.steps else {}
     return {
         "worker": entry.id.worker,
         "incarnation": entry.id.incarnation,

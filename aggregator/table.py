@@ -164,6 +164,14 @@ class AggregatorTable(Table):
     worker_momentum: Annotated[float, Field(ge=0, lt=1)] = 0.0
     """Workers send an exponential average of their own updates: the share that those before have in it."""
 
+    update_seconds: Annotated[float, Field(gt=0, le=1e9)] | None = None
+    """Deltas: the rhythm at which each worker's updates should come. It makes as many local steps as fit, by what its
+    last updates took; if not set, what ``[worker]`` says."""
+    local_steps_min: Annotated[int, Field(ge=1, le=10_000_000)] = 1
+    """With ``update_seconds``: the fewest local steps, also of the slowest worker."""
+    local_steps_max: Annotated[int, Field(ge=1, le=10_000_000)] = 10_000
+    """With ``update_seconds``: the most local steps, also of the fastest worker."""
+
     evaluate_every: Annotated[int, Field(ge=0, le=MAX)] = 0
     """Workers that hold data out (``worker.validation_fraction``) evaluate a version on them whenever so many have
     passed, and the last one; 0 for never. Their figures are put together by examples, with the spread over workers."""

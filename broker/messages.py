@@ -243,6 +243,13 @@ class Work:
     """Share of the worker's updates before in what it sends: an exponential average of its own updates."""
     evaluate_every: Count = 0
     """Workers that hold data out evaluate a version whenever so many have passed, and the last; 0 for never."""
+    update_seconds: Annotated[float, Field(strict=True, ge=0, le=1e9)] = 0.0
+    """The rhythm at which each worker's updates should come: it makes as many local steps as fit; 0 for as many as its
+    own settings say."""
+    steps_min: Annotated[int, Strict(), Field(ge=1, le=10_000_000)] = 1
+    """The fewest of these."""
+    steps_max: Annotated[int, Strict(), Field(ge=1, le=10_000_000)] = 10_000_000
+    """The most."""
     personalise_steps: Annotated[int, Strict(), Field(ge=0, le=10_000_000)] = 0
     """They do that once more after so many local steps from it."""
 

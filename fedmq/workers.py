@@ -41,8 +41,8 @@ __all__ = ["Tally", "register", "rows_of", "tallied", "workers"]
 
 #: ``version`` and ``time`` are those of the newest version with an update of the worker.
 COLUMNS = (
-    *("worker", "updates", "share", "version", "time (UTC)", "staleness", "cosine", "norm", "rejected", "score"),
-    *("contribution", ""),
+    *("worker", "updates", "share", "version", "time (UTC)", "steps", "s/step", "staleness", "cosine", "norm"),
+    *("rejected", "score", "contribution", ""),
 )
 
 
@@ -66,14 +66,19 @@ class Tally:
             self.newest, self.time = version, time if isinstance(time, int | float) else None
         examples = entry.get("examples")
         self.examples += examples if isinstance(examples, int) else 0
-        for name in ("staleness", "cosine", "norm"):
-            value = entry.get(name)
+        for name, value in (
+            *((n, entry.get(n)) for n in ("staleness", "cosine", "norm", "steps")),
+            ("pace", _pace(entry)),
+        ):
             if isinstance(value, int | float) and math.isfinite(value):
                 self.sums[name] = self.sums.get(name, 0.0) + value
                 self.counts[name] = self.counts.get(name, 0) + 1
 
     def mean(self, name: str) -> float | None:
-        """The mean of ``staleness``, ``cosine`` or ``norm`` over the updates that have it."""
+        """The mean over the updates that have it of ``staleness``, ``cosine``, ``norm``, ``steps``, or ``pace``.
+
+        The pace is seconds for one local step.
+        """
         return self.sums[name] / self.counts[name] if self.counts.get(name) else None
 
 
@@ -86,7 +91,7 @@ def workers(
     settings: SetOption = None,
     verbose: VerboseOption = 0,
 ) -> None:
-    """Show the workers of a run: updates, staleness, agreement, rejections, score, quarantine, contribution.
+    """Show the workers of a run: updates, pace, staleness, agreement, rejections, score, quarantine, contribution.
 
     As the run's folder has it, up to its newest checkpoint, without what was taken back. The share is of all updates,
     the contribution what 'fedmq contribution' found last.
@@ -155,6 +160,8 @@ def rows_of(
                 "share": tally.updates / total if total else None,
                 "newest": tally.newest if tally.updates else None,
                 "time": None if tally.time is None else _moment(tally.time).isoformat(timespec="milliseconds"),
+                "steps": tally.mean("steps"),
+                "pace": tally.mean("pace"),
                 "staleness": tally.mean("staleness"),
                 "cosine": tally.mean("cosine"),
                 "norm": tally.mean("norm"),
@@ -166,6 +173,12 @@ def rows_of(
             }
         )
     return rows
+
+
+def _pace(entry: Mapping[str, Any]) -> float | None:
+    steps, seconds = entry.get("steps"), entry.get("seconds")
+    known = isinstance(steps, int) and isinstance(seconds, int | float) and steps > 0 and seconds > 0
+    return seconds / steps if known else None  # type: ignore[operator]
 
 
 def _rows(read: Settings) -> list[dict[str, Any]]:
@@ -192,7 +205,7 @@ def _contributions(file: Path) -> dict[str, float]:
 
 def _shown(row: Mapping[str, Any]) -> list[str]:
     rejected = sum(row["rejected"].values())
-    figures = [_number(row[name]) for name in ("staleness", "cosine", "norm")]
+    figures = [_number(row[name]) for name in ("steps", "pace", "staleness", "cosine", "norm")]
     score = _number(row["score"]) if row["score"] else ""
     worth = "" if row["contribution"] is None else f"{row['contribution']:+.3g}"
     where = "" if row["present"] else "away"

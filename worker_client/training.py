@@ -55,6 +55,8 @@ class Trained:
     """Local steps; 0 if the training did not say, and for a gradient."""
     effort: float = 0.0
     """What they weigh together (:func:`worker_client.steps.effort`); 0 as above."""
+    stepping: float = 0.0
+    """Of ``seconds``, those in the task's training."""
     model: ModelSpec | None = None
     """What ``tensors`` fit, if that is more than the trainer's ``spec``."""
 
@@ -120,10 +122,12 @@ class Trainer:
         should_stop: Callable[[], bool] = lambda: False,
         *,
         shift: Tensors | None = None,
+        steps: int | None = None,
     ) -> Trained:
         """Train from ``parameters``, whose model is ``spec``; the same inputs give the same tensors.
 
-        ``shift`` is added to the gradients of local steps, by parameter.
+        ``shift`` is added to the gradients of local steps, by parameter; ``steps`` is how many there are, if the run
+        says so.
 
         Raises:
             TaskError: the task raised, or returned something unusable.
@@ -138,22 +142,27 @@ class Trainer:
             raise ConfigError("worker.local_parameters are trained by local steps, and this run asks for gradients")
         self._load(parameters)
         self._model.zero_grad(set_to_none=True)
-        context, seed = self._context(parameters, ordinal, should_stop, self._adjustment(parameters, shift))
+        settings = self._config if steps is None else self._config.model_copy(update={"local_steps": steps})
+        adjustment = self._adjustment(parameters, shift)
+        context, seed = self._context(parameters, ordinal, should_stop, adjustment, settings)
+        begun = time.monotonic()
         with _seeded(seed, self._device), blamed(self._task, "train"):
             result = self._task.train(self._model, self._data, context)
+        stepping = time.monotonic() - begun
         tensors = self._collect(result, parameters)
         self._own.take()
         metrics = checked_metrics(result.metrics)
         examples = _checked_examples(result.examples, self.task_name)
-        steps, effort = self._steps(result, context)
+        made, effort = self._steps(result, context)
         self._model.zero_grad(set_to_none=True)
         return Trained(
             tensors=tensors,
             examples=examples,
             metrics=metrics,
             seconds=time.monotonic() - started,
-            steps=steps,
+            steps=made,
             effort=effort,
+            stepping=stepping,
         )
 
     def evaluate(self, parameters: Parameters, should_stop: Callable[[], bool] = lambda: False) -> Evaluation:

@@ -19,6 +19,9 @@ from broker.messages import ModelSpec, Update
 
 __all__ = ["Buffer"]
 
+#: Seconds: 30 years, for workers that say nonsense.
+LONGEST = 1e9
+
 
 class Buffer:
     """Updates that will make the next version."""
@@ -82,6 +85,7 @@ class Buffer:
             examples=update.examples,
             loss=loss if math.isfinite(loss) else None,
             steps=update.steps,
+            seconds=round(update.seconds, 4) if 0 <= update.seconds < LONGEST else 0.0,
             factor=factor,
             norm=norm if norm is not None and math.isfinite(norm) else None,
         )

@@ -34,6 +34,8 @@ class Entry:
     loss: float | None = None
     steps: int = 0
     """Local steps; 0 if the worker did not say."""
+    seconds: float = 0.0
+    """How long the worker trained, as it says, to a tenth of a millisecond; 0 if that is no time."""
     factor: float = 1.0
     """What its weight was multiplied by for its worker's rate."""
     norm: float | None = None

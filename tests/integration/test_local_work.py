@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 from typing import Any
 
@@ -146,3 +147,48 @@ def test_heads_stay_with_their_workers_and_come_back(tmp_path: Path) -> None:
     )
     first = [line for line in again.lines("federated") if line["version"] == 10][-1]
     assert first["metrics"]["loss"]["max"] == pytest.approx(reached)
+
+
+# --------------------------------------------------------------------------------------------------- speed-aware
+
+
+class Unequal(Line):
+    """Worker 0 needs at least 40 ms for a step; worker 1 next to nothing."""
+
+    def data(self, shard: Shard) -> Examples:
+        inputs, targets = super().data(shard).tensors  # type: ignore[attr-defined]
+        return TensorDataset(inputs, targets, torch.full((len(inputs),), 0.04 * (shard.index == 0)))
+
+    def loss(self, model: nn.Module, batch: Any) -> Tensor:
+        *pair, pause = batch
+        time.sleep(float(pause[0]))
+        return super().loss(model, pair)
+
+    def metrics(self, model: nn.Module, batch: Any) -> dict[str, float]:
+        return {}
+
+
+def test_workers_make_as_many_steps_as_fit_into_the_rhythm(tmp_path: Path) -> None:
+    ended = federate(
+        tmp_path,
+        Unequal(),
+        {
+            "rounds": "synchronous",
+            "minimum_updates": 2,
+            "stop_after_rounds": 6,
+            "strategy": "fednova",
+            "update_seconds": 0.2,
+            "local_steps_max": 400,
+        },
+        {"w0": {"shard": "0/2"}, "w1": {"shard": "1/2"}},
+        batch_size=4,
+        learning_rate=0.01,
+    )
+
+    steps: dict[str, list[int]] = {"w0": [], "w1": []}
+    for line in ended.lines("version"):
+        for entry in line["updates"]:
+            steps[entry["worker"]].append(entry["steps"])
+    assert steps["w0"][0] == steps["w1"][0] == 1
+    assert all(1 <= made <= 5 for made in steps["w0"]), steps
+    assert max(steps["w1"]) > 5, steps

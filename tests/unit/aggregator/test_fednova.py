@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from hypothesis import strategies as st
 from aggregator.checkpoint import CheckpointStore
 from aggregator.config import AggregatorConfig
 from aggregator.core.rounds import Buffered, Synchronous
+from aggregator.history import version_line, version_record
 from aggregator.replay import Link, Rebuild
 from aggregator.staleness import constant, polynomial
 from aggregator.strategies import FedNova, Mean, Strategy
@@ -154,6 +156,19 @@ def test_with_unequal_local_steps_it_comes_to_the_optimum_where_fedavg_does_not(
 
     assert abs(final(FedNova("uniform", constant())) - 5.0) < 0.3
     assert abs(final(Mean("uniform", constant())) - 5.0) > 3.0
+
+
+@pytest.mark.parametrize(("said", "noted"), [(1.23456, 1.2346), (math.nan, 0.0), (-1.0, 0.0), (math.inf, 0.0)])
+def test_steps_and_seconds_stand_in_the_history(said: float, noted: float) -> None:
+    driver = Driver(AggregatorConfig(buffer_size=1).rules(), snapshot_of({"w": vector(1.0)}))
+
+    driver.update(replace(update_of({"w": vector(1.0)}), steps=3, seconds=said))
+
+    [entry] = driver.records[0].updates
+    assert (entry.steps, entry.seconds) == (3, noted)
+    line = version_line(driver.records[0])
+    assert (line["updates"][0]["steps"], line["updates"][0]["seconds"]) == (3, noted)
+    assert version_record(line).updates == (entry,)
 
 
 def test_what_goes_by_local_steps_is_refused_for_gradients() -> None:

@@ -74,6 +74,20 @@ def test_lines_that_are_damaged_and_figures_that_are_not_there_are_passed_over()
     assert (tallies["a"].mean("staleness"), tallies["a"].mean("cosine")) == (1.0, None)
 
 
+def test_the_pace_is_seconds_for_a_step() -> None:
+    entries = [{"worker": "a", "steps": 4, "seconds": 2.0}, {"worker": "a", "steps": 10, "seconds": 15.0}]
+    nothing = [
+        {"worker": "b", "steps": 0, "seconds": 2.0},
+        {"worker": "b", "steps": 4, "seconds": "?"},
+        {"worker": "b"},
+    ]
+
+    tallies = tallied([{"kind": "version", "version": 3, "updates": [*entries, *nothing]}])
+
+    assert (tallies["a"].mean("steps"), tallies["a"].mean("pace")) == (7.0, 1.0)
+    assert tallies["b"].mean("pace") is None
+
+
 def test_scores_are_those_of_the_newest_version() -> None:
     snapshot = snapshot_of({"w": vector(0)})
     head = type(snapshot)(

@@ -248,7 +248,7 @@ class Work:
     own settings say."""
     steps_min: Annotated[int, Strict(), Field(ge=1, le=10_000_000)] = 1
     """The fewest of these."""
-    steps_max: Annotated[int, Strict(), Field(ge=1, le=10_000_000)] = 10_000_000
+    steps_max: Annotated[int, Strict(), Field(ge=1, le=10_000_000)] = 10_000
     """The most."""
     personalise_steps: Annotated[int, Strict(), Field(ge=0, le=10_000_000)] = 0
     """They do that once more after so many local steps from it."""

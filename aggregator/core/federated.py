@@ -1,8 +1,9 @@
 """What workers report of versions on data that they hold out, put together: once a stretch of versions.
 
 Each worker counts once in a stretch, whatever the number of its updates: its newest figures, weighted by the examples
-behind them in the mean, and as they are in the spread over workers. A stretch is closed when everybody who is here has
-reported on it or on a later one, when it has become old, or when the run ends; what comes later is dropped.
+behind them in the mean, and as they are in the spread over workers. A stretch is closed when the next has begun and
+everybody who is here has reported on it or on a later one, when it has become old, or when the run ends; what comes
+later is dropped.
 """
 
 from __future__ import annotations
@@ -76,8 +77,11 @@ class Checks:
         # Whoever is done with a stretch has a report in an open one; so much for looking at everybody each time.
         if sum(len(stretch.reports) for stretch in self._open.values()) >= len(present):
             slowest = min((self._newest.get(name, -1) for name in present), default=-1)
-        limit = max(OLD_STRETCHES * max(1, every), OLD_VERSIONS)
-        return self._take([start for start in self._open if slowest >= start or newest >= start + limit])
+        length = max(1, every)
+        limit = max(OLD_STRETCHES * length, OLD_VERSIONS)
+        # Not before the next has begun: at a start, those who are here may be a few of those who will be.
+        through = [start for start in self._open if slowest >= start and newest >= start + length]
+        return self._take(through + [start for start in self._open if newest >= start + limit and start not in through])
 
     def end(self) -> list[Federated]:
         """What is left."""

@@ -57,6 +57,14 @@ def test_a_stretch_is_closed_when_all_who_are_here_are_through_with_it() -> None
     assert checks.end() == []
 
 
+def test_a_stretch_stays_open_for_those_who_have_not_come_yet() -> None:
+    checks = Checks()
+    checks.add("a", 0, 1, {"loss": 1.0}, 1)
+    assert checks.close(0, ("a",), 1) == []
+    checks.add("b", 0, 1, {"loss": 2.0}, 1)
+    assert [one.workers for one in checks.close(1, ("a", "b"), 1)] == [2]
+
+
 def test_a_stretch_is_closed_when_it_is_old() -> None:
     checks = Checks()
     checks.add("a", 0, 1, {"loss": 1.0}, 10)

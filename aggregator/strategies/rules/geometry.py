@@ -84,7 +84,8 @@ def squared_distances(rows: Rows, *, point: Array | None = None, has_point: bool
         for begin in range(0, stop - start, width):
             part = block[:, begin : begin + width].astype(np.float64)
             if has_point:
-                last = np.zeros(part.shape[1]) if point is None else point[start + begin : start + begin + width]
+                own = slice(start + begin, start + begin + part.shape[1])
+                last = np.zeros(part.shape[1]) if point is None else point[own]
                 part = np.vstack([part, last])
             for i in range(count - 1):
                 apart = part[i + 1 :] - part[i]

@@ -17,6 +17,7 @@ from aggregator.strategies.rules import (
     pre_aggregations_of,
 )
 from aggregator.strategies.rules.bucketing import random_order
+from aggregator.strategies.rules.geometry import combined, squared_distances, squared_norms
 from broker.errors import ConfigError
 from broker.messages import Array
 from fedmq.simulation.attacks import Scene, attack_of
@@ -140,6 +141,21 @@ def test_clipping_begins_with_the_last_aggregate_and_takes_the_radius_that_it_is
 
     assert made.remembers
     np.testing.assert_allclose(made(rows_of(values), Occasion(previous=previous)), v, rtol=1e-9)
+
+
+def test_distances_and_sums_go_with_blocks_that_are_cut_anywhere() -> None:
+    """More than one block of rows, which is no multiple of what is worked on at a time."""
+    values = updates(size=300_000).astype(np.float32)
+    point = np.full(300_000, 0.5, np.float32)
+    every = np.vstack([values, point]).astype(np.float64)
+    expected = [[float(np.square(one - other).sum()) for other in every] for one in every]
+    weights = np.linspace(-1, 1, K + 1)
+
+    found = squared_distances(rows_of(values), point=point, has_point=True)
+
+    np.testing.assert_allclose(found, expected, rtol=1e-9)
+    np.testing.assert_allclose(combined(rows_of(values), weights, point=point), weights @ every, atol=1e-5)
+    np.testing.assert_allclose(squared_norms(rows_of(values)), np.square(every[:K]).sum(axis=1), rtol=1e-9)
 
 
 def test_the_weights_of_stale_updates_shorten_them() -> None:

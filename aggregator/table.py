@@ -98,8 +98,8 @@ class AggregatorTable(Table):
     """Robust strategies: bad updates that a round may have. It decides how many are cut off, and how many a round must
     have at least."""
     pre_aggregation: str = ""
-    """What goes before a robust strategy: ``nnm`` (each update becomes the mean of those nearest to it),
-    ``bucketing:2`` (the means of random groups of two), or both, as ``bucketing:2,nnm``."""
+    """What goes before a robust strategy: ``clip`` (no update is longer than the median), ``nnm`` (each becomes the
+    mean of those nearest to it), ``bucketing:2`` (means of random groups of two), or several: ``clip,bucketing:2``."""
     clip_radius: Annotated[float, Field(gt=0)] | None = None
     """``centered-clipping``, ``norm-clipping``: how far an update counts; if not set, the median of the round."""
     clip_iterations: Annotated[int, Field(ge=1, le=100)] = 3

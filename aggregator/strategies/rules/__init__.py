@@ -9,6 +9,7 @@ from aggregator.strategies.rows import Rows
 from aggregator.strategies.rules.base import Occasion, PreAggregation, Rule
 from aggregator.strategies.rules.bucketing import Bucketing
 from aggregator.strategies.rules.centered_clipping import CenteredClipping
+from aggregator.strategies.rules.clipping import Clipping
 from aggregator.strategies.rules.geometric_median import GeometricMedian
 from aggregator.strategies.rules.krum import Krum, MultiKrum
 from aggregator.strategies.rules.median import Median
@@ -54,6 +55,7 @@ RULES: Mapping[str, Callable[[RuleSettings], Rule]] = {
 #: Name, and what makes the pre-aggregation from the text after the colon and the settings.
 PRE_AGGREGATIONS: Mapping[str, Callable[[str, RuleSettings], PreAggregation]] = {
     "bucketing": lambda text, _: Bucketing(_group(text)),
+    "clip": lambda text, s: Clipping(_nothing(text, s.byzantine)),
     "nnm": lambda text, s: NearestNeighbours(_nothing(text, s.byzantine)),
 }
 
@@ -104,8 +106,8 @@ def pre_aggregations_of(text: str, settings: RuleSettings) -> tuple[PreAggregati
             made.append(PRE_AGGREGATIONS[name](argument, settings))
         except (KeyError, ValueError):
             raise ConfigError(
-                f"no pre-aggregation is called {stage!r}; there are nnm and bucketing:SIZE with a size of 2 or more, "
-                "one or, separated by commas, one after the other"
+                f"no pre-aggregation is called {stage!r}; there are clip, nnm and bucketing:SIZE with a size of 2 or "
+                "more, one or, separated by commas, one after the other"
             ) from None
     return tuple(made)
 

@@ -114,6 +114,19 @@ def test_nearest_neighbours_are_mixed_before_the_rule(name: str) -> None:
     np.testing.assert_allclose(result, FORMULAE[name](mixed), rtol=1e-6, atol=1e-9)
 
 
+def test_what_is_longer_than_the_median_is_cut_to_it_before_groups_are_made() -> None:
+    values = updates(size=400)
+    values[:BAD] *= -1000
+    norms = np.linalg.norm(values, axis=1)
+    cut = values * np.minimum(1, np.median(norms) / norms)[:, None]
+    order = random_order(K, 0, 0)
+    groups = np.stack([cut[order[i : i + 2]].mean(axis=0) for i in range(0, K, 2)])
+
+    result = rule("geometric-median", "clip,bucketing:2")(rows_of(values), Occasion())
+
+    np.testing.assert_allclose(result, geometric_median(groups), rtol=1e-6, atol=1e-9)
+
+
 def test_groups_are_averaged_before_the_rule_the_last_one_of_what_is_left() -> None:
     values = updates(size=400)
     order = random_order(K, 5, 9)
@@ -167,7 +180,12 @@ def test_the_weights_of_stale_updates_shorten_them() -> None:
     np.testing.assert_allclose(result, geometric_median(values * np.array(weights)[:, None]), rtol=1e-6)
 
 
-EVERY = [*((name, "") for name in RULES), ("geometric-median", "bucketing:2"), ("centered-clipping", "nnm")]
+EVERY = [
+    *((name, "") for name in RULES),
+    ("krum", "clip"),
+    ("geometric-median", "bucketing:2"),
+    ("centered-clipping", "nnm"),
+]
 
 
 @pytest.mark.parametrize("factor", [1e4, 1e9, 1e15])
@@ -233,7 +251,7 @@ def test_what_a_chain_needs_at_least(name: str, before: str, least: int) -> None
 def test_what_is_no_pre_aggregation_is_refused(text: str) -> None:
     with pytest.raises(ConfigError, match="nnm and bucketing:SIZE"):
         pre_aggregations_of(text, SETTINGS)
-    assert set(PRE_AGGREGATIONS) == {"nnm", "bucketing"}
+    assert set(PRE_AGGREGATIONS) == {"bucketing", "clip", "nnm"}
 
 
 #: ||result - mean of the honest|| / sqrt(d): 25 workers of which 5 are bad, honest ones mu + N(0, 1) with

@@ -2,8 +2,8 @@
 
 Three answers. All are gains of utility, which is minus the held-out loss: positive is good.
 
-- **first order**: for each version, minus the gradient of the loss times the update, weighted as it went
-  in; one gradient a version. A run's add up to about what the loss fell.
+- **first order**: for each version, minus the gradient of the loss times the update, weighted as it went in; one
+  gradient a version. A run's add up to about what the loss fell.
 - **leave-one-out**: the run's utility less that of the run rebuilt without the worker; what only it had. Workers with
   the same data bring nothing by this measure, as each can do without the other.
 - **Shapley**: the mean over all orders in which workers might have joined a round of what each then added; summed up
@@ -60,6 +60,8 @@ class Kept:
     store: CheckpointStore
     workers: frozenset[str]
     """All whose updates are in the version in question."""
+    since: int = 1
+    """The first version that is looked at, by methods that go by versions."""
 
 
 @dataclass(slots=True)
@@ -231,7 +233,7 @@ def _by_rounds(
             if not link.without:
                 after.check(link.record)
             result.stuck += round_.stuck()
-            if round_.workers:
+            if round_.workers and link.record.version >= kept.since:
                 found = result.by_version[link.record.version] = value(round_, after, counted)
                 for worker, gain in found.items():
                     result.totals[worker] += gain

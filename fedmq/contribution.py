@@ -19,7 +19,7 @@ from aggregator.checkpoint import CheckpointStore
 from aggregator.checkpoints import require_some
 from aggregator.cli import FolderOption, checkpoint_folder, run_folder
 from aggregator.config import AggregatorConfig
-from aggregator.contribution import METHODS, Contributions, Kept, Report
+from aggregator.contribution import METHODS, Kept, Report
 from aggregator.core.snapshot import SnapshotHead
 from aggregator.results import replace_file
 from aggregator.rollback import open_lineage
@@ -36,7 +36,7 @@ from broker.console import (
     say_table,
     set_up_logging,
 )
-from broker.errors import ConfigError, ModelMismatch, TaskError
+from broker.errors import ConfigError, LineageError, ModelMismatch, TaskError
 from broker.settings import Settings, load
 from broker.variates import like
 from worker_client.cli import TaskOption
@@ -129,13 +129,14 @@ def calculate(
     lineage = open_lineage(run_folder(read), store)
     ancestry = Ancestry(lineage.history, head.records)
     judge = _judge(read, head)
-    kept = Kept(lineage, store, frozenset(ancestry.workers(last)))
+    kept = Kept(lineage, store, frozenset(ancestry.workers(last)), since)
     result = METHODS[method](kept, last, judge, seed, report)
+    if result.base_version >= last:
+        raise LineageError(f"no updates are kept of the versions up to {last}; set aggregator.keep_updates")
     first = max(since, result.base_version + 1)
     updates = Counter[str]()
     for at, counts in ancestry.by_worker(last).items():
         updates += counts if at >= first else Counter()
-    gains = _gains(result, first) if since > 1 else result.totals
     return {
         "run": read.run,
         "method": method,
@@ -150,18 +151,10 @@ def calculate(
         "stuck": result.stuck,
         "workers": [
             {"worker": worker, "updates": updates[worker], "contribution": gain}
-            for worker, gain in sorted(gains.items(), key=lambda pair: (-pair[1], pair[0]))
+            for worker, gain in sorted(result.totals.items(), key=lambda pair: (-pair[1], pair[0]))
         ],
-        "versions": {str(at): found for at, found in result.by_version.items() if at >= first},
+        "versions": {str(at): found for at, found in result.by_version.items()},
     }
-
-
-def _gains(result: Contributions, since: int) -> dict[str, float]:
-    gains: dict[str, float] = {}
-    for at, found in result.by_version.items():
-        for worker, gain in found.items() if at >= since else ():
-            gains[worker] = gains.get(worker, 0.0) + gain
-    return gains
 
 
 def register(app: typer.Typer) -> None:

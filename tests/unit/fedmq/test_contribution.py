@@ -87,5 +87,7 @@ def test_what_cannot_be_is_refused(value: Value) -> None:
         value("leave-one-out", since=2)
     with pytest.raises(ConfigError, match="--since 3 is after version 2"):
         value("first-order", since=3)
+    with pytest.raises(LineageError, match="no updates are kept of the versions up to 0"):
+        value("first-order", until=0)
     with pytest.raises(LineageError, match="there is no version 9; the newest is 2"):
         value("first-order", until=9)

@@ -19,7 +19,7 @@ from aggregator.staleness import times
 from aggregator.strategies.base import Accumulator, accumulator_dtype
 from aggregator.strategies.mean import Mean
 from aggregator.strategies.rows import GrowingRows, row_of
-from aggregator.strategies.rules.base import Rule
+from aggregator.strategies.rules.base import Occasion, Rule
 from broker.errors import StrategyError
 from broker.messages import Array, ModelSpec, TensorRole, Update
 
@@ -59,6 +59,7 @@ class Gather:
         if rows is None:
             raise TypeError("an accumulator without rows: see aggregator.strategies.base.begin")
         result = self.rule(rows, accumulator.occasion)
+        accumulator.occasion = Occasion()  # the last aggregate takes the memory of a model
         if result.shape != (rows.size,):
             raise StrategyError(f"{self.rule} gave an array of shape {result.shape}; it must be ({rows.size},)")
         aggregate = self._mean().finish(accumulator, _without_parameters(model))

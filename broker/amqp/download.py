@@ -20,6 +20,9 @@ PREFETCH = 6
 #: A version's chunks stand one behind the other, but for those of an aggregator that does not know yet that it was
 #: superseded. So far beyond their place they are looked for.
 SLACK = 500
+#: RabbitMQ writes notes of its own into a stream, a few at most at the start of a segment. Where more offsets than
+#: these are left out, a segment was dropped to make room, and what was in it does not come any more.
+GAP = 8
 #: Without a byte for so long, they are not there.
 QUIET_SECONDS = 5.0
 #: Less than this is a heartbeat, and no chunk on its way over a slow line.
@@ -63,9 +66,10 @@ class Download:
             return
         channel = await main.session.channel()
         over: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        first = offset + min(missing) - wanted.start
+        first = following = offset + min(missing) - wanted.start
 
         def on_chunk(method: pika.spec.Basic.Deliver, properties: pika.BasicProperties, body: bytes) -> None:
+            nonlocal following
             if over.done():
                 return
             of, _, text = (properties.message_id or "").rpartition("#")
@@ -73,8 +77,9 @@ class Download:
             if of == self._of and index in missing:
                 missing.discard(index)
                 self._chunks[index] = body
-            here = (properties.headers or {}).get("x-stream-offset")
-            if not missing or (isinstance(here, int) and here > first + len(wanted) + SLACK):
+            here = (properties.headers or {}).get("x-stream-offset", following)
+            is_gap, following = here > following + GAP, max(here + 1, following)
+            if not missing or is_gap or here > first + len(wanted) + SLACK:
                 over.set_result(None)
             else:
                 channel.raw.basic_ack(method.delivery_tag)

@@ -74,8 +74,6 @@ class Publisher:
     ) -> None:
         self.link = Link(config, name, use=self._attach, down=self._detach, failed=self._fail, seldom=seldom)
         self._prepare = prepare
-        #: Counts the channels: what was published on one is settled before the next.
-        self.life = 0
         self._failed = failed
         self._limit = config.max_message_bytes
         self._default_limit = SMALLEST_LIMIT
@@ -154,7 +152,6 @@ class Publisher:
         self._tag = 0
         self._refusal = None
         self._default_limit = channel.session.max_message_bytes
-        self.life += 1
         self._channel = channel
         self._pump()
 

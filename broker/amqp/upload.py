@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import threading
 from collections.abc import Callable
 from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
@@ -17,6 +18,8 @@ from broker.errors import BrokerError, BrokerUnreachable, ConnectionLost, Messag
 from broker.transport import Outgoing
 
 __all__ = ["Route", "Tail", "Uploader", "chunk_id", "offsets_text", "runs_of"]
+
+log = logging.getLogger("fedmq.broker")
 
 #: Chunks on their way; enough for the connection to be busy while the broker writes the first to its disk.
 WINDOW = 8
@@ -52,32 +55,20 @@ class Tail:
     """The offset of the next message in a stream to which nobody else writes.
 
     RabbitMQ tells readers where a message stands, but not whoever writes it. So one small message, the mark, is
-    written and read back, and from there on confirmed messages are counted.
+    written and read back. For each version anew: counting on from there goes wrong, since RabbitMQ writes notes of its
+    own into a stream, one with each segment.
     """
 
     def __init__(self, publisher: Publisher, exchange: str, stream: str) -> None:
         self._publisher = publisher
         self._exchange, self._stream = exchange, stream
-        self._next: tuple[int, int] | None = None
 
     def find(self) -> int:
         """The next offset. Raises :class:`BrokerError`."""
-        life = self._publisher.life
-        if self._next is None or self._next[0] != life:
-            try:
-                self._next = life, self._publisher.link.submit(self._mark).result(FIND_SECONDS) + 1
-            except (TimeoutError, CancelledError):
-                raise ConnectionLost(f"the end of stream {self._stream} was not found in time") from None
-        return self._next[1]
-
-    def moved(self, count: int) -> None:
-        """So many messages more are in the stream."""
-        if self._next is not None:
-            self._next = self._next[0], self._next[1] + count
-
-    def forget(self) -> None:
-        """It is not known any more what is in the stream."""
-        self._next = None
+        try:
+            return self._publisher.link.submit(self._mark).result(FIND_SECONDS) + 1
+        except (TimeoutError, CancelledError):
+            raise ConnectionLost(f"the end of stream {self._stream} was not found in time") from None
 
     async def _mark(self, channel: Channel) -> int:
         probe = await channel.session.channel()
@@ -129,8 +120,6 @@ class Uploader:
     def forget(self) -> None:
         """What was confirmed may be gone: the next message is sent from its beginning."""
         self._upload = None
-        if self._tail is not None:
-            self._tail.forget()
 
     def close(self) -> None:
         """Stop; what is on its way fails as soon as the publisher is stopped."""
@@ -139,10 +128,20 @@ class Uploader:
 
     def _start(self, deed: Callable[[], None], future: Future[None] | None = None) -> None:
         try:
-            self._thread.submit(deed)
+            self._thread.submit(self._guarded, deed, future)
         except RuntimeError:  # it was closed
             if future is not None:
                 future.set_exception(BrokerUnreachable("this transport was closed before the message was sent"))
+
+    def _guarded(self, deed: Callable[[], None], future: Future[None] | None) -> None:
+        try:
+            deed()
+        except Exception as error:  # else whoever waits for the future would wait for ever, and nobody know why
+            log.exception("a message could not be sent in chunks")
+            if future is not None:
+                failure = BrokerError(f"a message could not be sent in chunks: {type(error).__name__}: {error}")
+                failure.__cause__ = error
+                future.set_exception(failure)
 
     def _prepare(self, message: Outgoing) -> None:
         try:
@@ -172,16 +171,7 @@ class Uploader:
         missing = [index for index in range(len(message.chunks)) if index not in upload.stored]
         if missing:
             first = 0 if self._tail is None else self._tail.find()
-            try:
-                _Attempt(self._publisher, self._route, message, lambda: self._is_closed).run(
-                    missing, upload.stored, first
-                )
-            except BrokerError:
-                if self._tail is not None:
-                    self._tail.forget()
-                raise
-            if self._tail is not None:
-                self._tail.moved(len(missing))
+            _Attempt(self._publisher, self._route, message, lambda: self._is_closed).run(missing, upload.stored, first)
         return upload
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import Callable
 
 import pika
@@ -10,7 +11,7 @@ import pika
 from broker.amqp.publisher import plain
 from broker.amqp.session import Channel
 
-__all__ = ["newest_broadcast", "order_of", "read_versions"]
+__all__ = ["Lag", "Reader", "newest_broadcast", "order_of"]
 
 #: A stream that is not empty begins to answer far sooner; of one that is, nothing is ever heard.
 QUIET_SECONDS = 1.0
@@ -19,6 +20,9 @@ SILENCE_BYTES = 4096
 PREFETCH = 100
 #: Acknowledgements of a stream are credit: two versions on their way keep the connection busy.
 READ_PREFETCH = 2
+#: Whoever reads so far behind what is written reads on at the last message. More than the second to which times of
+#: writing are rounded, and than a version takes on any line over which it could be of use.
+LAG_SECONDS = 5.0
 
 
 def order_of(properties: pika.BasicProperties) -> tuple[int, int, int]:
@@ -55,27 +59,72 @@ async def newest_broadcast(channel: Channel, stream: str) -> tuple[int, int] | N
     return newest
 
 
-async def read_versions(
-    channel: Channel, stream: str, tag: str, take: Callable[[pika.BasicProperties, bytes], None]
-) -> None:
-    """Hand over the messages of ``stream``, from its last block on. Returns once the first has come."""
-    arrived = False
-    never: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+class Lag:
+    """By how much what is read falls behind what is written.
 
-    def on_parameters(method: pika.spec.Basic.Deliver, properties: pika.BasicProperties, body: bytes) -> None:
-        nonlocal arrived
-        arrived = True
-        channel.raw.basic_ack(method.delivery_tag)
-        take(properties, body)
+    Clocks of two machines may differ, so an age alone says nothing; but the age of the youngest message so far is what
+    a message has that comes without delay, and whatever is older than that by much has waited on its way.
+    """
 
-    while not arrived:
+    def __init__(self) -> None:
+        self._least: float | None = None
+
+    def add(self, written: int | None, now: float) -> float:
+        """The lag of a message that was ``written`` then, by the writer's clock; 0 if that is not known."""
+        if written is None:
+            return 0.0
+        age = now - written
+        self._least = age if self._least is None else min(self._least, age)
+        return age - self._least
+
+
+class Reader:
+    """Reads a stream of versions, and passes some over if they come faster than the line takes them.
+
+    A stream gives its messages one after the other. Over a slow line, or one on which chunks are under way, that would
+    be ever older ones, whose chunks are gone. So whoever is behind by a few seconds begins anew at the last.
+    """
+
+    def __init__(
+        self, channel: Channel, stream: str, tag: str, take: Callable[[pika.BasicProperties, bytes], None]
+    ) -> None:
+        self._channel, self._stream, self._tag, self._take = channel, stream, tag, take
+        self._arrived = False
+        self._lag = Lag()
+        self._is_behind = asyncio.Event()
+
+    async def begin(self) -> None:
+        """Hand over the messages from the last block on. Returns once the first has come."""
+        never: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        while not self._arrived:
+            await self._consume()
+            # Who asks for the last message while the first is being written gets none: RabbitMQ finds the
+            # stream empty, and then begins behind that message. So ask again unless something comes.
+            heard = -SILENCE_BYTES
+            while not self._arrived and self._channel.session.received_bytes - heard >= SILENCE_BYTES:
+                heard = self._channel.session.received_bytes
+                await self._channel.wait(never, QUIET_SECONDS)
+            if not self._arrived:
+                await self._channel.cancel(self._tag)
+
+    async def keep_up(self) -> None:
+        """Begin anew whenever it is too far behind, until the channel ends, which is raised."""
+        while True:
+            await self._is_behind.wait()
+            await self._channel.cancel(self._tag)
+            self._lag = Lag()
+            self._is_behind.clear()
+            await self._consume()
+
+    async def _consume(self) -> None:
         arguments: dict[str, str | int] = {"x-stream-offset": "last"}
-        await channel.consume(stream, on_parameters, tag=tag, prefetch=READ_PREFETCH, arguments=arguments)
-        # Who asks for the last message while the first is being written gets none: RabbitMQ finds the
-        # stream empty, and then begins behind that message. So ask again unless something comes.
-        heard = -SILENCE_BYTES
-        while not arrived and channel.session.received_bytes - heard >= SILENCE_BYTES:
-            heard = channel.session.received_bytes
-            await channel.wait(never, QUIET_SECONDS)
-        if not arrived:
-            await channel.cancel(tag)
+        await self._channel.consume(
+            self._stream, self._on_version, tag=self._tag, prefetch=READ_PREFETCH, arguments=arguments
+        )
+
+    def _on_version(self, method: pika.spec.Basic.Deliver, properties: pika.BasicProperties, body: bytes) -> None:
+        self._arrived = True
+        self._channel.raw.basic_ack(method.delivery_tag)
+        if self._lag.add(properties.timestamp, time.time()) > LAG_SECONDS:
+            self._is_behind.set()
+        self._take(properties, body)

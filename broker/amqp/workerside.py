@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import logging
 import secrets
+from collections.abc import Coroutine
 from concurrent.futures import Future
 from typing import Any
 
@@ -15,7 +16,7 @@ from broker.amqp.download import Download
 from broker.amqp.session import Channel
 from broker.amqp.side import OWN_QUEUE_LENGTH, Side, delivery_of
 from broker.amqp.upload import Route
-from broker.amqp.versions import order_of, read_versions
+from broker.amqp.versions import Reader, order_of
 from broker.errors import BrokerError, Unroutable
 from broker.settings import BrokerConfig
 from broker.topology import CONTROL, EVENTS, UPDATES, Topology
@@ -98,19 +99,20 @@ class AmqpWorkerTransport(Side):
             self._hand(delivery_of(Source.EVENT, body, properties))
 
         await channel.consume(notices, on_notice, tag=f"{self._worker}-notices")
-        await read_versions(channel, stream, f"{self._worker}-parameters", self._take)
-        binding = asyncio.get_running_loop().create_task(self._bind_again(channel, notices, key))
+        versions = Reader(channel, stream, f"{self._worker}-parameters", self._take)
+        await versions.begin()
+        beside = [_beside(versions.keep_up()), _beside(self._bind_again(channel, notices, key))]
         try:
             await self._download_on(channel)
         finally:
-            binding.cancel()
+            for task in beside:
+                task.cancel()
 
     async def _bind_again(self, channel: Channel, notices: str, key: str) -> None:
         never: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        with contextlib.suppress(BrokerError):  # the channel's end, which is seen elsewhere
-            while not await channel.wait(never, BIND_SECONDS):
-                # Somebody may have deleted the exchange, and with it this, and somebody else have made it again.
-                await channel.bind(notices, EVENTS, key)
+        while not await channel.wait(never, BIND_SECONDS):
+            # Somebody may have deleted the exchange, and with it this, and somebody else have made it again.
+            await channel.bind(notices, EVENTS, key)
 
     def _fetch(self, delivery: Delivery, part: range | None) -> None:
         self._download = Download(delivery, part, self._hand)
@@ -153,3 +155,13 @@ class AmqpWorkerTransport(Side):
         if self._seldom.may(text):
             log.info("%s; waiting for it", text)
         return Unroutable(text)
+
+
+def _beside(deed: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
+    """Do it until the channel ends, which is seen elsewhere."""
+
+    async def run() -> None:
+        with contextlib.suppress(BrokerError):
+            await deed
+
+    return asyncio.get_running_loop().create_task(run())

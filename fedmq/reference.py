@@ -1,4 +1,7 @@
-"""``python -m fedmq.reference > docs/configuration.md``: every setting, from the tables' own docstrings."""
+"""``python -m fedmq.reference > docs/configuration.md``: every setting, from the tables' own docstrings.
+
+With ``scenario``, those of ``fedmq simulate``: ``docs/scenario.md``.
+"""
 
 from __future__ import annotations
 
@@ -16,9 +19,11 @@ from aggregator.config import AggregatorConfig
 from broker.parts import Name
 from broker.settings import BrokerConfig, Table
 from fedmq.demo import DemoConfig
+from fedmq.simulation.scenario import KINDS
+from fedmq.simulation.sweep import SweepTable
 from worker_client.config import WorkerConfig
 
-__all__ = ["TABLES", "reference"]
+__all__ = ["SCENARIO", "TABLES", "reference", "scenario_reference"]
 
 TABLES: Mapping[str, type[Table]] = {
     "broker": BrokerConfig,
@@ -26,6 +31,22 @@ TABLES: Mapping[str, type[Table]] = {
     "worker": WorkerConfig,
     "demo": DemoConfig,
 }
+
+#: Of a scenario; ``[aggregator]`` and ``[worker]`` are those above.
+SCENARIO: Mapping[str, type[Table]] = {
+    **{name: table for name, table in KINDS.items() if name not in TABLES},
+    "sweep": SweepTable,
+}
+
+SCENARIO_HEAD = """\
+# Settings of a scenario
+
+*Made by `make docs` from the docstrings in the code.*
+
+What `fedmq simulate SCENARIO` reads; [simulation.md](simulation.md) explains it. `[aggregator]` and `[worker]` are the
+tables of [configuration.md](configuration.md). All times are virtual seconds. `--set table.key=value` goes before the
+file; environment variables are not looked at. An unknown key or a wrong value is an error that names it.
+"""
 
 HEAD = """\
 # Settings
@@ -45,8 +66,17 @@ such as `FEDMQ_PORT`, into every container.
 
 def reference() -> str:
     """The page in Markdown."""
-    parts = [HEAD]
-    for name, table in TABLES.items():
+    return _page(HEAD, TABLES)
+
+
+def scenario_reference() -> str:
+    """The page of a scenario's settings in Markdown."""
+    return _page(SCENARIO_HEAD, SCENARIO)
+
+
+def _page(head: str, tables: Mapping[str, type[Table]]) -> str:
+    parts = [head]
+    for name, table in tables.items():
         what = (table.__doc__ or "").strip().splitlines()[0]
         parts.append(f"\n## `[{name}]`\n\n{what}\n\n| key | default | allowed | meaning |\n| --- | --- | --- | --- |\n")
         parts += [_row(key, field) for key, field in table.model_fields.items()]
@@ -110,4 +140,4 @@ def _bound(rule: Any) -> float:
 
 
 if __name__ == "__main__":
-    sys.stdout.write(reference())
+    sys.stdout.write(scenario_reference() if sys.argv[1:] == ["scenario"] else reference())

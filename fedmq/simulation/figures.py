@@ -82,7 +82,7 @@ def _curves(axes: Any, variants: Mapping[str, Sequence[Outcome]], metric: str, a
         curves = [_curve(outcome, metric, axis) for outcome in outcomes]
         grid = _grid(curves, is_wide=is_wide)
         # Whoever has ended stays where it was.
-        values = np.array([y[np.searchsorted(x, grid, side="right") - 1] for x, y in curves])
+        values = np.array([y[np.maximum(np.searchsorted(x, grid, side="right") - 1, 0)] for x, y in curves])
         (line,) = axes.plot(grid, np.median(values, axis=0), label=name)
         if len(curves) > 1:
             axes.fill_between(grid, values.min(axis=0), values.max(axis=0), color=line.get_color(), alpha=0.2)

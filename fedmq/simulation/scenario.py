@@ -205,9 +205,12 @@ class Scenario:
 
     @property
     def digest(self) -> str:
-        """SHA-256 over all settings: whether a result is of this scenario."""
-        tables = {name: getattr(self, name).model_dump(mode="json") for name in KINDS}
-        tables["worker"]["name"] = ""  # the host's, and of no meaning here
+        """SHA-256 over all settings that are not the default: whether a result is of this scenario.
+
+        A setting that a later release adds changes nothing, as long as it is not made.
+        """
+        tables = {name: getattr(self, name).model_dump(mode="json", exclude_defaults=True) for name in KINDS}
+        tables["worker"].pop("name", None)  # the host's, and of no meaning here
         trace = self.population.trace
         if trace is not None:
             tables["trace"] = _digest_of(trace / "history.jsonl" if trace.is_dir() else trace)

@@ -20,7 +20,7 @@ from aggregator.config import AggregatorConfig
 from broker.amqp.node import PrivateNode
 from broker.messages import Reason
 from broker.settings import load
-from fedmq.reference import TABLES, reference
+from fedmq.reference import SCENARIO, TABLES, reference, scenario_reference
 from tests.support.waiting import wait_for
 from worker_client.config import WorkerConfig
 from worker_client.loading import load_task
@@ -49,10 +49,11 @@ def test_the_readmes_settings_are_settings(tmp_path: Path) -> None:
 def test_the_page_of_settings_is_up_to_date() -> None:
     """If not: make docs."""
     assert (ROOT / "docs" / "configuration.md").read_text() == reference()
+    assert (ROOT / "docs" / "scenario.md").read_text() == scenario_reference()
 
 
 def test_every_setting_is_explained() -> None:
-    for name, table in TABLES.items():
+    for name, table in {**TABLES, **SCENARIO}.items():
         for key, field in table.model_fields.items():
             assert field.description, f"{name}.{key} has no docstring"
 

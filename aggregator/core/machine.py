@@ -411,7 +411,7 @@ class RoundMachine:
             self._ask_again_at = now if overdue else now + self.rules.retry_seconds
         # Without a connection the question would only pile up; the next connection brings the version anyway.
         if self._ask_again_at is None or now < self._ask_again_at or not self._can_tell:
-            return []
+            return self._tell_shortage(present, now)
         return self._ask_again(now, rule.goal(self._round, present))
 
     def _is_starved(self, present: Sequence[str], now: float) -> bool:
@@ -424,6 +424,22 @@ class RoundMachine:
             self.roster.waited(name, self.version) >= patience and self.rules.rounds.is_owed(self._round, name)
             for name in present
         )
+
+    def _tell_shortage(self, present: Sequence[str], now: float) -> list[do.Effect]:
+        """Once a round: that everybody here has sent what it may and waits, and that it is not enough."""
+        patience = self.rules.retry_seconds
+        if self._round.is_short or not present or not self.fill or now - self._last_arrival < patience:
+            return []
+        rule = self.rules.rounds
+        if not all(
+            self.roster.waited(name, self.version) >= patience and not rule.is_owed(self._round, name)
+            for name in present
+        ):
+            return []
+        self._round.is_short = True
+        counts = f"{self.fill} of {rule.goal(self._round, present)} updates"
+        text = f"{counts}, and the {len(present)} workers that are here have sent what they may"
+        return [do.Record(do.Warn(f"round of version {self.version}: {text}; it waits for more, or for a deadline"))]
 
     def _ask_again(self, now: float, goal: int) -> list[do.Effect]:
         text = f"round of version {self.version}: {self.fill} of {goal} updates; asking the workers again"

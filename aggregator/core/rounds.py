@@ -27,6 +27,8 @@ class Round:
     """Workers whose answer to this attempt was rejected."""
     draws: dict[tuple[int, str], bool] = field(default_factory=dict)
     """Who was sampled, by question and worker, as far as that was asked."""
+    is_short: bool = False
+    """Whether it was said that there are too few workers to fill it."""
     # Asked for at every event, and with thousands of workers too long to be made each time.
     _folded: Counter[str] = field(default_factory=Counter)
     _counted: int = 0

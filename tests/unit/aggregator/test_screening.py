@@ -17,7 +17,7 @@ from aggregator.core.norms import LEAST, LONGEST, NormWindow
 from aggregator.core.rounds import Buffered, Synchronous
 from aggregator.core.screen import NormLimits, measured
 from aggregator.core.standing import MOST, QuarantinePolicy, Standing, Standings
-from broker.messages import Action, Reason, Values
+from broker.messages import Action, Reason, Role, Values
 from broker.transport import Token
 from tests.support.builders import rules_of, snapshot_of, update_of, vector
 from tests.unit.aggregator.driver import Driver
@@ -164,6 +164,29 @@ def test_one_update_of_each_worker_in_a_buffer() -> None:
     driver.update(update_of(ONE, worker="w1"))
     driver.update(update_of(ONE, seq=2))
     assert (driver.machine.version, driver.machine.fill) == (1, 1)
+
+
+def test_a_buffer_that_the_workers_here_cannot_fill_is_told_once() -> None:
+    driver = driver_of(rounds=Buffered(size=3, max_staleness=5, one_per_worker=True))
+
+    def waits(worker: str) -> None:
+        driver.send(on.Seen(worker, "i", Role.TRAINER, 1, waiting=0))
+
+    driver.hello("w0", "w1")
+    driver.update(update_of(ONE, worker="w0"))
+    waits("w0")
+    driver.tick(10)
+    waits("w0")
+    assert not [fact for fact in driver.facts if isinstance(fact, do.Warn)], "w1 is training"
+
+    driver.update(update_of(ONE, worker="w1"))
+    for _ in range(4):
+        for worker in ("w0", "w1"):
+            waits(worker)
+        driver.tick(4)
+
+    (warning,) = [fact.text for fact in driver.facts if isinstance(fact, do.Warn)]
+    assert "2 of 3 updates, and the 2 workers that are here have sent what they may" in warning
 
 
 # ------------------------------------------------------------------------------------------------- quarantine

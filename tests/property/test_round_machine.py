@@ -31,11 +31,19 @@ from aggregator.strategies import Accumulator, Gather, Strategy
 from aggregator.strategies.rows import GrowingRows, MemoryRows, MemorySpool, Rows
 from aggregator.strategies.rules.base import Occasion
 from broker.errors import CheckpointNotWritten
-from broker.messages import Array, ModelSpec, Update, UpdateId, whole
+from broker.messages import Array, ModelSpec, Reason, Update, UpdateId, whole
 from broker.transport import Token
 from tests.support.builders import rules_of, snapshot_of, update_of
 
 WORKERS = 3
+
+#: A run that is cut again and again never gets far.
+RARELY = st.sampled_from([False] * 4 + [True])
+
+
+def sometimes(last: int) -> st.SearchStrategy[int | None]:
+    """Before which effect to die, if at all."""
+    return st.sampled_from([None] * 4 * (last + 1) + [*range(last + 1)])
 
 
 @dataclass(frozen=True)
@@ -173,10 +181,12 @@ class Exactly(RuleBasedStateMachine):
         self.machine = RoundMachine(self.run_rules, copy.deepcopy(self.disk), self.clock, spool=self.spool)
         self.flight: tuple[int, Snapshot, Snapshot] | None = None
         self.is_copied = False
+        self.fetches: deque[Token] = deque()
         self.send(on.LinkUp(self.broker.generation))
 
     def send(self, event: on.Happening, die_before: int | None = None) -> None:
         effects = self.machine.handle(event, self.clock)
+        self.refused = {self.broker.unacked[effect.token].id for effect in effects if isinstance(effect, do.Reject)}
         for index, effect in enumerate(effects):
             if index == die_before:
                 self.crash()
@@ -187,8 +197,12 @@ class Exactly(RuleBasedStateMachine):
         match effect:
             case do.Ack(token):
                 update = self.broker.unacked.pop(token)
+                if update.id in self.refused:
+                    return  # a second copy of what goes to the dead letters
                 self.acked.add(update.id)
                 assert update.id in Ledger(self.disk.ledger), "acknowledged before it was durable"
+            case do.Fetch(token):
+                self.fetches.append(token)
             case do.Reject(token, _reason, _detail):
                 update = self.broker.unacked.pop(token)
                 self.dead.add(update.id)
@@ -216,7 +230,11 @@ class Exactly(RuleBasedStateMachine):
 
     # ------------------------------------------------------------------------------------------ the rules
 
-    @rule(worker=st.integers(0, WORKERS - 1), lag=st.integers(0, 3))
+    @rule(workers=st.lists(st.integers(0, WORKERS - 1), min_size=1, max_size=4), lag=st.integers(0, 3))
+    def publish_some(self, workers: list[int], lag: int) -> None:
+        for worker in workers:
+            self.publish(worker, lag)
+
     def publish(self, worker: int, lag: int) -> None:
         one = np.zeros(WORKERS, np.float64)
         one[worker] = 1
@@ -235,12 +253,36 @@ class Exactly(RuleBasedStateMachine):
         one[int(update_id.worker[1:])] = 1
         self.broker.waiting.append(update_of({"n": one}, worker=update_id.worker, seq=update_id.seq))
 
-    @rule(die_before=st.one_of(st.none(), st.integers(0, 4)))
+    @rule(die_before=sometimes(4))
     def deliver(self, die_before: int | None) -> None:
         if (delivery := self.broker.deliver()) is not None:
             self.send(on.Arrived(delivery[0], delivery[1], 8), die_before)
 
-    @rule(die_before=st.one_of(st.none(), st.integers(0, 4)))
+    @rule(die_before=sometimes(2))
+    def announce(self, die_before: int | None) -> None:
+        """An update in chunks, as far as its manifest tells of it."""
+        if (delivery := self.broker.deliver()) is not None:
+            self.send(on.Announced(delivery[0], delivery[1], delivery[1].model), die_before)
+
+    @precondition(lambda self: self.fetches)
+    @rule()
+    def announce_again(self) -> None:
+        """The worker has sent once more what is being fetched."""
+        self.broker.waiting.appendleft(self.broker.unacked[self.fetches[0]])
+        self.announce(die_before=None)
+
+    @precondition(lambda self: self.fetches)
+    @rule(are_lost=st.booleans(), die_before=sometimes(4))
+    def chunks_come(self, are_lost: bool, die_before: int | None) -> None:
+        token = self.fetches.popleft()
+        update = self.broker.unacked[token]
+        if are_lost:
+            reason = Reason.INCOMPLETE
+            self.send(on.Unreadable(token, reason, "chunk 1 is missing", update.id.worker, update.id), die_before)
+        else:
+            self.send(on.Arrived(token, update, 8), die_before)
+
+    @rule(die_before=sometimes(4))
     def deliver_without_room(self, die_before: int | None) -> None:
         """The update waits in the shell, and arrives again when there is room; whatever happens meanwhile is next."""
         if (delivery := self.broker.deliver()) is None:
@@ -273,7 +315,7 @@ class Exactly(RuleBasedStateMachine):
         assert self.machine.lends == lends
 
     @precondition(lambda self: self.flight is not None)
-    @rule(die_before=st.one_of(st.none(), st.integers(0, 6)))
+    @rule(die_before=sometimes(6))
     def checkpoint_is_written(self, die_before: int | None) -> None:
         assert self.flight is not None
         commit, _, copied = self.flight
@@ -287,14 +329,18 @@ class Exactly(RuleBasedStateMachine):
         commit, self.flight = self.flight[0], None
         self.send(on.CheckpointFailed(commit, "disk full"))
 
-    @rule()
-    def connection_is_lost(self) -> None:
+    @rule(is_lost=RARELY)
+    def connection_is_lost(self, is_lost: bool) -> None:
+        if not is_lost:
+            return
+        self.fetches.clear()
         self.send(on.LinkLost(self.broker.cut()))
         self.send(on.LinkUp(self.broker.generation))
 
-    @rule()
-    def aggregator_dies(self) -> None:
-        self.crash()
+    @rule(dies=RARELY)
+    def aggregator_dies(self, dies: bool) -> None:
+        if dies:
+            self.crash()
 
     @rule(seconds=st.sampled_from([0.5, 10.0]))
     def time_passes(self, seconds: float) -> None:
@@ -316,6 +362,15 @@ class Exactly(RuleBasedStateMachine):
         assert len(ids) == len(set(ids))
         assert self.acked <= set(ids)
         assert len(self.disk.entries) == self.disk.accumulator.count == (rows.count if rows else len(self.disk.entries))
+
+    @invariant()
+    def nothing_is_forgotten(self) -> None:
+        """What is not acknowledged waits for a commit or for its chunks; a lost connection need not bring it back."""
+        if not hasattr(self, "disk"):
+            return
+        awaited = {token for held in self.machine._commits.held.values() for token in held.tokens}
+        awaited |= {token for tokens in self.machine._fetching.values() for token in tokens}
+        assert self.broker.unacked.keys() == awaited | set(self.fetches)
 
     @invariant()
     def nothing_that_is_lent_is_written_into(self) -> None:
@@ -352,6 +407,8 @@ class Exactly(RuleBasedStateMachine):
         for _ in range(10_000):
             if self.flight is not None:
                 self._write()
+            elif self.fetches:
+                self.chunks_come(are_lost=False, die_before=None)
             elif (delivery := self.broker.deliver()) is not None:
                 self.send(on.Arrived(delivery[0], delivery[1], 8))
             elif self.broker.unacked:

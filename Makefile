@@ -26,7 +26,7 @@ PARALLEL ?= -n auto --maxprocesses 4 --dist worksteal
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: help demo test test-fast chaos lint format docs rabbitmq venv secrets clean
+.PHONY: help demo test test-fast chaos bench lint format docs rabbitmq venv secrets clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -34,7 +34,7 @@ help: ## list the targets
 	@echo '  BROKER=amqp://user:password@host  the broker for `make demo`'
 	@echo '  TORCH_INDEX=https://…             where to take torch from'
 	@echo '  DURATION=1800 SEED=7              for `make chaos`: seconds, and what the faults are drawn from'
-	@echo '  ARGS="…"                          more arguments for demo, test, test-fast and chaos'
+	@echo '  ARGS="…"                          more arguments for demo, test, test-fast, chaos and bench'
 
 demo: $(READY) rabbitmq ## a whole federation on this machine
 	$(BIN)/fedmq demo $(if $(BROKER),--broker '$(BROKER)') $(ARGS)
@@ -47,6 +47,9 @@ test-fast: $(READY) ## the tests that need no broker and take no time
 
 chaos: $(READY) rabbitmq ## kill aggregators, workers and broker at random, and count what is lost
 	$(BIN)/python -m tests.chaos --duration $(DURATION) $(if $(SEED),--seed $(SEED)) $(ARGS)
+
+bench: $(READY) rabbitmq ## measure everything that docs/benchmarks.md has figures of; half an hour, into results/
+	$(BIN)/python -m benchmarks $(ARGS)
 
 lint: $(READY) ## style, types and the rules about imports
 	$(BIN)/ruff check .

@@ -24,9 +24,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 
 from aggregator.config import AggregatorConfig
+from benchmarks.lessons import sow
 from fedmq.simulation.run import simulate
 from fedmq.simulation.scenario import (
     AttackTable,
@@ -39,24 +39,10 @@ from fedmq.simulation.scenario import (
     Scenario,
 )
 from worker_client.config import WorkerConfig
-from worker_client.tasks.text import Text
 
 CODECS = ("", "bf16", "fp16", "int8", "eden:4", "eden:3", "eden:2", "eden:1", "topk:0.1", "topk:0.01")
 WORKERS = 4
 MB = 1_000_000
-
-
-class Characters(Text):
-    """The task of ``worker_client.tasks.text``, smaller, with the share of characters that it gets right."""
-
-    def __init__(self) -> None:
-        super().__init__(width=64, layers=2, heads=4, length=64)
-
-    def metrics(self, model: nn.Module, batch: Any) -> dict[str, float]:
-        """Whether the most likely character is the one that comes."""
-        inputs, targets = batch
-        with torch.no_grad():
-            return {"accuracy": (model(inputs).argmax(-1) == targets).float().mean().item()}
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,11 +54,13 @@ class Course:
 
 
 COURSES = {
-    "digits": Course(40, {"local_epochs": 2, "learning_rate": 0.05, "batch_size": 32}),
+    "digits": Course(
+        40, {"task": "benchmarks.lessons:Images", "local_epochs": 2, "learning_rate": 0.05, "batch_size": 32}
+    ),
     "text": Course(
         25,
         {
-            "task": "benchmarks.accuracy:Characters",
+            "task": "benchmarks.lessons:Characters",
             "local_steps": 40,
             "batch_size": 8,
             "optimizer": "adamw",
@@ -119,6 +107,7 @@ def scenario_of(course: Course, codec: str, seed: int, versions: int) -> Scenari
 
 def train(course: Course, codec: str, seed: int, versions: int) -> tuple[float, float]:
     """Bytes that workers have sent, and the accuracy of the last version."""
+    sow(seed)
     result = simulate(scenario_of(course, codec, seed, versions))
     return float(result.bytes_up), result.points[-1].metrics["accuracy"]
 

@@ -34,7 +34,7 @@ import pika.exceptions
 from broker.amqp.session import quiet_pika
 from broker.errors import BrokerError, BrokerUnreachable
 
-__all__ = ["PrivateNode"]
+__all__ = ["PrivateNode", "installed_version"]
 
 # Debian's package, the generic Unix archive, the official image, Homebrew. Never Debian's wrapper in
 # /usr/sbin: it insists on the users root and rabbitmq, and changes to the latter.
@@ -414,6 +414,14 @@ def _programs() -> _Programs:
     if epmd is None:
         raise BrokerError("Erlang's port mapper 'epmd' is not on the PATH; it comes with RabbitMQ's package")
     return _Programs(found / "rabbitmq-server", found / "rabbitmqctl", Path(epmd))
+
+
+def installed_version() -> str:
+    """Which RabbitMQ :class:`PrivateNode` would start; the empty text if there is none, or it does not say."""
+    with contextlib.suppress(BrokerError, OSError, subprocess.SubprocessError):
+        done = subprocess.run([_programs().ctl, "version"], capture_output=True, text=True, timeout=60, check=True)
+        return done.stdout.strip()
+    return ""
 
 
 def _unprivileged() -> _Rights:

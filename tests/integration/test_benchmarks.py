@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -43,3 +44,25 @@ def test_ingest(node: PrivateNode) -> None:
 def test_memory(node: PrivateNode) -> None:
     sizes = ["--megabytes", "5", "--buffers", "2", "--publishers", "2"]
     assert len(lines_of("benchmarks.memory", *sizes, "--url", node.url)) == 3
+
+
+def test_workers(node: PrivateNode) -> None:
+    counts = ["--workers", "2", "12", "--updates", "24", "--repeat", "1"]
+    assert len(lines_of("benchmarks.workers", *counts, "--url", node.url)) == 3
+
+
+def test_accuracy(tmp_path: Path) -> None:
+    file = tmp_path / "rows.json"
+    arguments = ["--tasks", "digits", "--codecs", "topk:0.01", "--seeds", "2", "--versions", "1"]
+    assert len(lines_of("benchmarks.accuracy", *arguments, "--json", str(file))) == 3
+    plain, coded = json.loads(file.read_text())
+    assert (plain["codec"], plain["difference"], coded["codec"]) == ("", 0, "topk:0.01")
+    assert coded["megabytes_up"] < plain["megabytes_up"] / 2
+
+
+def test_all_of_them_leave_their_results_in_a_folder(tmp_path: Path) -> None:
+    lines_of("benchmarks", "--quick", "--only", "codecs", "--into", str(tmp_path))
+    content = (tmp_path / "codecs.md").read_text()
+    assert content.startswith("`python -m benchmarks.codecs --elements 65536 --repeats 1`, ")
+    assert re.search(r"RabbitMQ \d+\.\d+", content)
+    assert "| eden:4 |" in content

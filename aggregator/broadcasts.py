@@ -11,7 +11,7 @@ from aggregator.core.snapshot import Snapshot
 from broker.errors import BrokerError, FedmqError
 from broker.messages import Manifest, Parameters, ParametersHead, Plan
 from broker.transport import AggregatorTransport, Outgoing
-from broker.wire import CHUNK_OVERHEAD, Shared, encode, encode_in_chunks, told_by_delta
+from broker.wire import CHUNK_OVERHEAD, Chunks, Shared, Sums, encode, encode_in_chunks, told_by_delta
 
 __all__ = ["Announcer", "Broadcasts"]
 
@@ -32,6 +32,9 @@ class Broadcasts:
         self._codec, self._lossless = codec, lossless
         self._shared: Shared | None = None
         self._told: tuple[str, Manifest, Sequence[bytes]] | None = None
+        # Of the version that was cut last: it is cut once to be sent ahead and again with each plan. Not the chunks,
+        # which would keep its tensors.
+        self._sums: tuple[tuple[str, int], Sums] | None = None
 
     def is_in_chunks(self, model_bytes: int, largest: int) -> bool:
         """Whether a version of this size travels in chunks; ``largest`` is what the broker takes."""
@@ -45,7 +48,10 @@ class Broadcasts:
             manifest, chunks = self._by_delta(version, message_id, limit)
             body = encode(manifest)
         else:
-            body, chunks = encode_in_chunks(version, message_id, limit, lossless=self._lossless)
+            known = self._sums[1] if self._sums is not None and self._sums[0] == (message_id, limit) else None
+            body, chunks = encode_in_chunks(version, message_id, limit, lossless=self._lossless, sums=known)
+            if isinstance(chunks, Chunks):
+                self._sums = (message_id, limit), chunks.sums()
         headers: dict[str, str | int] = {
             "run": self._run,
             "epoch": version.epoch,
@@ -88,7 +94,7 @@ class Announcer:
         self._transport = transport
         self._messages = messages
         self._fail = fail
-        self._under_way: set[Future[None]] = set()
+        self._under_way: dict[Future[None], int] = {}
         self._prepared = -1
 
     def is_in_chunks(self, model_bytes: int) -> bool:
@@ -107,7 +113,7 @@ class Announcer:
             tensors=effect.parameters,
         )
         future = self._transport.broadcast(self._messages.message(message, self._transport.max_message_bytes))
-        self._under_way.add(future)
+        self._under_way[future] = effect.version
         future.add_done_callback(self._done)
 
     def prepare(self, snapshot: Snapshot) -> None:
@@ -126,12 +132,14 @@ class Announcer:
         )
         self._transport.prepare(self._messages.message(message, self._transport.max_message_bytes))
 
-    def wait(self, timeout: float) -> None:
-        """Until everything was sent, for ``timeout`` seconds at most."""
-        wait(self._under_way.copy(), timeout=timeout)  # callbacks take from it on other threads
+    def wait(self, timeout: float, *, before: int | None = None) -> None:
+        """Until everything was sent, for ``timeout`` seconds at most; ``before``: only versions before this one."""
+        # A copy: callbacks take from it on other threads.
+        futures = [one for one, version in self._under_way.copy().items() if before is None or version < before]
+        wait(futures, timeout=timeout)
 
     def _done(self, future: Future[None]) -> None:
-        self._under_way.discard(future)
+        self._under_way.pop(future, None)
         error = future.exception()
         # What waiting cures, the transport has tried again, or the next connection brings the current version.
         cured = isinstance(error, BrokerError) and error.retryable

@@ -67,6 +67,8 @@ DRAIN_SECONDS = 0.3
 WAIT_SECONDS = 1.0
 WAIT_BYTES = 250e6
 MAX_WAIT_SECONDS = 10.0
+#: So much longer than a disk may a broker take, over a network.
+SENDING = 3.0
 #: Below this size of a model, in bytes, copying takes less than waiting.
 LARGE = 16 * 2**20
 
@@ -115,6 +117,7 @@ class AggregatorService:
         self._writer = CheckpointWriter(store, self._inbox.put)
         self._writing: Writing | None = None
         self._wake_at: float | None = None
+        self._awaited = -1
         self._touched = 0.0
         self._finish: str | None = None
         self._delivery: Delivery | None = None
@@ -235,14 +238,23 @@ class AggregatorService:
         writing = self._writing
         if writing is None or machine.model.nbytes < LARGE or not (machine.lends or machine.trails):
             return
-        patience = min(WAIT_SECONDS + machine.model.nbytes / WAIT_BYTES, MAX_WAIT_SECONDS)
         self._writing = None  # once: updates that are not folded would wait as well
+        patience = _patience(machine)
         if machine.lends and writing.is_copied.wait(patience):
             self._handle(on.CheckpointCopied(writing.commit), machine)
         elif machine.trails and wait([writing.outcome], patience).done and not writing.outcome.exception():
             outcome = writing.outcome.result()
             if outcome is not None:
                 self._handle(outcome, machine)
+
+    def _await_broadcast(self, machine: RoundMachine) -> None:
+        """Give an older version that is being sent some time, before a round takes memory beside it and its successor.
+
+        Not for ever: a broker that is short of memory waits for what is acknowledged.
+        """
+        if machine.fill == 0 and machine.version != self._awaited and machine.model.nbytes >= LARGE:
+            self._awaited = machine.version  # once for each
+            self._announcer.wait(min(SENDING * _patience(machine), MAX_WAIT_SECONDS), before=machine.version)
 
     def _listen(self) -> None:
         """Superseded: because the turn was lost (one that hung hears of it late), or though it was not?"""
@@ -480,3 +492,8 @@ class AggregatorService:
         seconds = self._now() - self._led.started
         write_results(self.folder, self.run_name, outcome, machine.parameters, seconds=seconds)
         return outcome
+
+
+def _patience(machine: RoundMachine) -> float:
+    """Seconds that an update of this model's size may wait for memory."""
+    return min(WAIT_SECONDS + machine.model.nbytes / WAIT_BYTES, MAX_WAIT_SECONDS)

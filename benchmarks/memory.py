@@ -19,6 +19,7 @@ import secrets
 import subprocess
 import sys
 
+from aggregator.process import tune
 from benchmarks.ingest import MB, publishers, serve_fedmq
 from broker.amqp.node import PrivateNode
 
@@ -45,6 +46,7 @@ def main() -> None:
     arguments = parser.parse_args()
     logging.disable(logging.WARNING)
     if arguments.serve:
+        tune()
         nbytes, buffer_size = int(arguments.megabytes * MB) // 4 * 4, arguments.buffers[0]
         serve_fedmq(arguments.url, arguments.serve, nbytes, 2 * buffer_size, buffer_size, strategy=arguments.strategy)
         print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / MB)

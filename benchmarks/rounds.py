@@ -35,6 +35,7 @@ from pydantic import SecretStr
 from aggregator.checkpoint import CheckpointStore
 from aggregator.config import AggregatorConfig
 from aggregator.history import read_history
+from aggregator.process import tune
 from aggregator.service import AggregatorService
 from benchmarks.echo import model_of, raw_message
 from broker.amqp.node import PrivateNode
@@ -180,6 +181,7 @@ def main() -> None:
     arguments = parser.parse_args()
     logging.disable(logging.WARNING)
     if arguments.serve:
+        tune()
         serve = serve_raw if arguments.serve == "raw" else serve_fedmq
         nbytes = int(arguments.sizes[0] * MB) // 4 * 4
         seconds = serve(arguments.url, arguments.run, nbytes, arguments.workers, arguments.rounds)

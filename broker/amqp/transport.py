@@ -118,6 +118,9 @@ class AmqpAggregatorTransport(Side):
     def prepare(self, message: Outgoing) -> None:
         """See the port."""
         if message.chunks:
+            with self._lock:
+                if self._newest is not None and self._newest.message_id != message.message_id:
+                    self._newest = None  # it has a successor: two versions' memory is enough
             self._uploader.prepare(message)
 
     def notify(self, worker: str, message: Outgoing) -> None:

@@ -1,14 +1,16 @@
 """Messages as bytes; the format is ``FORMAT.md`` beside this file. No I/O, no clock, no randomness."""
 
-from broker.wire.chunks import CHUNK_OVERHEAD, encode_in_chunks, join
+from broker.wire.chunks import CHUNK_OVERHEAD, Chunks, Sums, encode_in_chunks, join
 from broker.wire.deltas import Shared, delta_range, follow, told_by_delta
 from broker.wire.encoded import compressed
 from broker.wire.messages import Message, decode, encode, encode_parts
 
 __all__ = [
     "CHUNK_OVERHEAD",
+    "Chunks",
     "Message",
     "Shared",
+    "Sums",
     "compressed",
     "decode",
     "delta_range",

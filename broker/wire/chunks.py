@@ -20,7 +20,7 @@ from broker.wire.envelope import ALIGNMENT, MAX_ARRAY, aligned, pack
 from broker.wire.messages import chunk_header, encode, manifest_of, read_chunk, section_of, with_tensors
 from broker.wire.section import Section
 
-__all__ = ["CHUNK_OVERHEAD", "Bodies", "Chunks", "encode_in_chunks", "join", "part_size", "section_from"]
+__all__ = ["CHUNK_OVERHEAD", "Bodies", "Chunks", "Sums", "encode_in_chunks", "join", "part_size", "section_from"]
 
 #: What a chunk's body takes beyond its part of the section, at most.
 CHUNK_OVERHEAD = 1024
@@ -28,6 +28,9 @@ CHUNK_OVERHEAD = 1024
 #: A chunk that zstandard makes less than a twentieth smaller is not worth unpacking.
 WORTHWHILE = 0.95
 LEVEL = 1
+
+#: Size and checksum of each chunk's part of a section.
+Sums = tuple[tuple[int, str], ...]
 
 
 class Bodies(Sequence[bytes]):
@@ -50,8 +53,10 @@ class Bodies(Sequence[bytes]):
 class Chunks(Bodies):
     """The bodies of a message's chunks, cut from its section."""
 
-    def __init__(self, section: Section, of: str, size: int, *, lossless: bool, first: int = 0) -> None:
-        """``first`` is the index that the first one has among all of the message's chunks.
+    def __init__(
+        self, section: Section, of: str, size: int, *, lossless: bool, first: int = 0, sums: Sums | None = None
+    ) -> None:
+        """``first`` is the index that the first one has among all of the message's chunks; ``sums``: if known.
 
         Raises :class:`MessageTooLarge` if there are more than a manifest can name.
         """
@@ -65,6 +70,7 @@ class Chunks(Bodies):
         self._size = size
         self._lossless = lossless
         self._first = first
+        self._sums = sums
 
     def __len__(self) -> int:
         """How many there are."""
@@ -82,8 +88,13 @@ class Chunks(Bodies):
             views = [memoryview(plain)]
         return pack(chunk_header(head, is_packed=False), views)
 
-    def sums(self) -> tuple[tuple[int, str], ...]:
+    def sums(self) -> Sums:
         """Size and checksum of each chunk's part of the section."""
+        if self._sums is None or len(self._sums) != len(self):
+            self._sums = self._made()
+        return self._sums
+
+    def _made(self) -> Sums:
         result = []
         for index in range(len(self)):
             state = xxhash.xxh3_128()
@@ -99,7 +110,7 @@ class Chunks(Bodies):
 
 
 def encode_in_chunks(
-    message: Update | Parameters, of: str, chunk_bytes: int, *, lossless: bool = False
+    message: Update | Parameters, of: str, chunk_bytes: int, *, lossless: bool = False, sums: Sums | None = None
 ) -> tuple[bytes, Sequence[bytes]]:
     """``message`` as one body, or as a manifest and chunks if it is larger than ``chunk_bytes``.
 
@@ -110,13 +121,14 @@ def encode_in_chunks(
         of: the message's id, which stands in its chunks.
         chunk_bytes: the largest body.
         lossless: pack each chunk with zstandard, if that makes it smaller.
+        sums: what :meth:`Chunks.sums` said when the same message was cut to the same size before.
 
     Raises as :func:`broker.wire.encode`, and :class:`MessageTooLarge` for more chunks than a manifest can name.
     """
     section = section_of(message)
     if section.nbytes + CHUNK_OVERHEAD <= chunk_bytes and len(body := encode(message)) <= chunk_bytes:
         return body, ()
-    chunks = Chunks(section, of, part_size(chunk_bytes), lossless=lossless)
+    chunks = Chunks(section, of, part_size(chunk_bytes), lossless=lossless, sums=sums)
     return encode(manifest_of(message, section.nbytes, chunks.sums())), chunks
 
 

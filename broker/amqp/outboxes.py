@@ -9,7 +9,7 @@ never completed, and those of other updates whose manifests wait, or come back f
 two kinds are dropped, and they are told from the third by the order in which a worker sends: one update after the
 other, chunks first. A manifest has been delivered here before every later one of its worker, unless a connection that
 the broker has not given up yet still holds it; so what was begun before an update whose manifest came when there was
-none such any more, and was not announced, never will be.
+none such any more, and was not announced, never will be. An incarnation that was replaced gets some more time.
 """
 
 from __future__ import annotations
@@ -92,6 +92,8 @@ class Outboxes:
         self._announced: dict[Token, _Announced] = {}
         self._held: dict[Token, tuple[Channel, list[int]]] = {}
         self._settled: OrderedDict[tuple[str, str], None] = OrderedDict()
+        self._strangers: OrderedDict[tuple[str, str], float] = OrderedDict()
+        """When chunks of an update of another incarnation were first seen, which nobody has announced."""
         self._work: asyncio.Task[None] | None = None
         self._more = asyncio.Event()
         self._begun = self._alone_from = 0.0
@@ -216,7 +218,12 @@ class Outboxes:
         if is_sibling(of, sought.id):
             return is_earlier(of, sought.id)
         # Incarnations have no order but that in which their chunks stand, and what was given back may stand elsewhere.
-        return before and sought.is_fresh
+        # And one that was replaced while it sends its last update goes on with that.
+        now = asyncio.get_running_loop().time()
+        seen = self._strangers.setdefault((sought.worker, of), now)
+        if len(self._strangers) > MOST_SETTLED:
+            self._strangers.popitem(last=False)
+        return before and sought.is_fresh and now - seen >= self._patience
 
 
 class _Getter:

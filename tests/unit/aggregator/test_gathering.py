@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import threading
+import tracemalloc
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -21,10 +22,11 @@ from aggregator.lineage import Replay
 from aggregator.rollback import open_lineage, roll_back
 from aggregator.rowfile import HEAD, RowFile
 from aggregator.service import AggregatorService
+from aggregator.spool import DiskSpool
 from aggregator.staleness import constant, polynomial
 from aggregator.strategies import STRATEGIES, Gather, Mean
-from aggregator.strategies.base import gathers
-from aggregator.strategies.rows import Rows
+from aggregator.strategies.base import begin, gathers
+from aggregator.strategies.rows import BLOCK_BYTES, Rows
 from aggregator.strategies.rules.base import Occasion
 from aggregator.strategies.rules.median import Median
 from aggregator.verification import Verification
@@ -36,6 +38,7 @@ from broker.transport import Outgoing
 from broker.wire import encode
 from tests.support.builders import RUN, rules_of, snapshot_of, spec_of, update_of, vector
 from tests.support.ondisk import OnDisk
+from tests.support.smalldisk import small_disk
 from tests.support.waiting import wait_for
 from tests.unit.aggregator.driver import Driver
 
@@ -329,6 +332,27 @@ def test_a_replay_leaves_nothing_behind(
     assert list(scratch.iterdir()) == []
 
 
+def test_memory_is_that_of_one_model_and_of_blocks(tmp_path: Path) -> None:
+    """An update is written from where it is; the rule makes one model, whatever the number of updates."""
+    large = {name: np.full((1000, 1000), 1.0, np.float32) for name in "abcd"}
+    model, nbytes = spec_of(large), 16_000_000
+    accumulator = begin(MEDIAN, model, DiskSpool(tmp_path, 1))
+    taken = []
+    tracemalloc.start()
+    try:
+        for worker in range(7):
+            MEDIAN.fold(accumulator, update_of(large, worker=f"w{worker}"), 0)
+        taken.append(tracemalloc.get_traced_memory()[1])
+        aggregate = MEDIAN.finish(accumulator, model)
+        taken.append(tracemalloc.get_traced_memory()[1])
+    finally:
+        tracemalloc.stop()
+
+    np.testing.assert_array_equal(aggregate["d"], large["d"])
+    assert taken[0] < 0.1 * nbytes
+    assert taken[1] < nbytes + 3 * BLOCK_BYTES
+
+
 # ------------------------------------------------------------------------------------------- another strategy
 
 
@@ -374,8 +398,8 @@ def test_an_operator_changes_the_strategy_from_one_round_to_the_next(make: Calla
 class Running:
     """A service on a thread over the in-process broker; its rows go to a disk that can be full."""
 
-    def __init__(self, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-        self.is_full = True
+    def __init__(self, folder: Path, monkeypatch: pytest.MonkeyPatch, *, size: int = 1, is_full: bool = True) -> None:
+        self.is_full = is_full
         self.attempts = 0
         append = RowFile.append
 
@@ -389,7 +413,8 @@ class Running:
         monkeypatch.setattr(service, "RETRY_SECONDS", 0.05)
         monkeypatch.setattr(service, "IDLE_SECONDS", 0.05)
         self.store = CheckpointStore(folder / "checkpoints", RUN)
-        self.store.create(spec_of({"w": vector(0)}), {"w": vector(0)}, now=0.0)
+        zeros = {"w": np.zeros(size, np.float32)}
+        self.store.create(spec_of(zeros), zeros, now=0.0)
         self.broker = MemoryBroker()
         self.broker.run(RUN).declared = True
         config = AggregatorConfig(strategy="median", buffer_size=3, commit_count=1, linger=0.0)
@@ -399,8 +424,13 @@ class Running:
         self.thread.start()
         self._worker = self.broker.worker(RUN, "w0")
         self._worker.open(lambda _item: None)
-        for seq, value in enumerate((1, 100, 4)):
-            update = update_of({"w": vector(value)}, seq=seq, base_epoch=0)
+        self._size, self._seq = size, 0
+
+    def publish(self, *values: float) -> None:
+        for value in values:
+            tensors = {"w": np.full(self._size, value, np.float32)}
+            update = update_of(tensors, seq=self._seq, base_epoch=0)
+            self._seq += 1
             self._worker.publish(Outgoing(body=encode(update))).result()
 
     def _run(self) -> None:
@@ -424,6 +454,7 @@ class Running:
 @pytest.fixture
 def running(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Running]:
     running = Running(tmp_path, monkeypatch)
+    running.publish(1, 100, 4)
     yield running
     if running.thread.is_alive():
         running.stop()
@@ -449,6 +480,27 @@ def test_who_is_asked_to_leave_does_not_wait_for_room(running: Running) -> None:
     wait_for(lambda: running.attempts >= 1, what="an attempt")
     running.stop()
     assert running.broker.depth(RUN) == 3, "back in the queue"
+
+
+def test_a_disk_that_is_full_in_the_middle_of_a_row(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    size = 40_000  # 160 KB a row, and a checkpoint
+    with small_disk(tmp_path / "disk", kilobytes=1200) as disk:
+        running = Running(disk.folder, monkeypatch, size=size, is_full=False)
+        running.publish(1)
+        wait_for(lambda: len(running.store.load().entries) == 1, what="a durable row")
+        disk.fill()
+        with (disk.folder / "filler").open("r+b") as filler:
+            filler.truncate((disk.folder / "filler").stat().st_size - 80_000)  # for a half
+        running.publish(100, 4)
+        wait_for(lambda: caplog.text.count("no room for an update") >= 3, what="three attempts")
+        assert sum(file.stat().st_size for file in running.store.folder.glob("*.rows")) < 1.1 * 4 * size
+
+        disk.make_room()
+        wait_for(lambda: running.store.load().version == 1, what="the version")
+        running.stop()
+        np.testing.assert_array_equal(running.store.load().parameters["w"], np.full(size, 4, np.float32))
 
 
 # ------------------------------------------------------------------------------------------------------- settings

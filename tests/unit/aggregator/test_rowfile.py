@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -374,6 +375,7 @@ def test_a_file_of_the_same_name_from_another_life_is_not_touched(tmp_path: Path
     assert (tmp_path / "00000007-000001.rows").read_bytes() == b"old"
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_files_are_closed_when_nobody_reads_them(rows: SpooledRows, tmp_path: Path) -> None:
     def handles() -> int:
         links = [link for link in Path("/proc/self/fd").iterdir() if link.exists()]

@@ -252,6 +252,9 @@ def _check(scenario: Scenario) -> None:
     if useless:
         raise ConfigError(f"{useless[0]} means nothing in a simulation: [population] says how many workers there are")
     aggregator, workers = scenario.aggregator, scenario.population.workers
+    for name in ("control_variates", "evaluate_every", "update_seconds"):
+        if getattr(aggregator, name):
+            raise ConfigError(f"aggregator.{name} is not simulated: simulated workers know nothing of it; leave it out")
     if aggregator.version_codec:
         raise ConfigError(
             "aggregator.version_codec is not simulated: versions are the same for everybody; leave it out"
@@ -281,5 +284,8 @@ def _check_quadratic(scenario: Scenario) -> None:
             f"data.partition = {scenario.data.partition!r} cuts a task's data, and a quadratic has none: "
             "objective.heterogeneity says how unlike its workers are"
         )
+    for name in ("proximal", "worker_momentum"):
+        if getattr(scenario.aggregator, name):
+            raise ConfigError(f"aggregator.{name} is for workers that train a task, and those of a quadratic do not")
     if flips_labels(scenario.attack.kind) and scenario.attack.share:
         raise ConfigError("attack.kind = 'label-flip' changes a task's labels, and a quadratic has none")

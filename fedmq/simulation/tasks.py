@@ -18,6 +18,7 @@ from fedmq.simulation.partitions import cut
 from fedmq.simulation.scenario import Scenario
 from worker_client.config import WorkerConfig
 from worker_client.loading import load_task
+from worker_client.momentum import Momentum
 from worker_client.task import Shard, Task
 from worker_client.training import Trainer, initial_parameters
 
@@ -62,6 +63,7 @@ class TaskObjective:
                 raise ConfigError("attack.kind = 'label-flip' needs classes, and this task's examples have none")
             self._classes = int(self._labels.max()) + 1
         self._trainers: dict[int, Trainer] = {}
+        self._averages: dict[int, Momentum] = {}
         self._evaluator = Trainer(self._task, self._settings("evaluation", "0/1"))
         self.metric = "accuracy" if "accuracy" in self.score(self._initial) else "loss"
 
@@ -72,6 +74,9 @@ class TaskObjective:
     def train(self, worker: int, base: Parameters, ordinal: int) -> Work:
         """As a real worker does. Raises :class:`TaskError`."""
         trained = self._trainer(worker).train(base, ordinal)
+        if worker not in self._averages:
+            self._averages[worker] = Momentum(None, self.model)
+        trained = self._averages[worker](trained, base)
         return Work(
             trained.tensors,
             trained.examples,

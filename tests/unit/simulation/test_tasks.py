@@ -100,3 +100,11 @@ def test_what_this_task_cannot_do_is_refused(
 ) -> None:
     with pytest.raises(error, match=complaint):
         objective_of(scenario_of(tmp_path, LINE | changes))
+
+
+def test_what_runs_ask_of_local_work_is_asked_of_simulated_workers_too(tmp_path: Path) -> None:
+    plain = run(tmp_path, LINE)
+    for changes in ({"aggregator__worker_momentum": 0.5}, {"aggregator__proximal": 2.0}):
+        changed = run(tmp_path, LINE, **changes)
+        assert changed.digest != plain.digest
+        assert changed.points[-1].metrics["loss"] < changed.points[0].metrics["loss"] / 2

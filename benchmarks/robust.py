@@ -215,7 +215,7 @@ def say(
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("table", choices=["single", "training"])
+    parser.add_argument("table", nargs="?", choices=["single", "training", "both"], default="both")
     parser.add_argument("--rules", nargs="+", default=RULE_NAMES, help="rows, like 'nnm median'")
     parser.add_argument("--workers", type=int, help="25 and 20")
     parser.add_argument("--bad", type=int, help="5 and 4")
@@ -226,10 +226,11 @@ def main() -> None:
     parser.add_argument("--alpha", type=float, default=1.0, help="of the Dirichlet distribution; small: unlike workers")
     parser.add_argument("--batch", type=int, default=32)
     given = parser.parse_args()
-    if given.table == "single":
+    if given.table != "training":
         setting = Setting(given.workers or 25, given.bad or 5, given.seeds or 10)
         print(f"{setting.workers} workers, {setting.bad} bad, {setting.seeds} seeds\n")
         say(single, given.rules, SINGLE, ".3f", setting)
+    if given.table == "single":
         return
     setting = Setting(
         given.workers or 20,
@@ -241,7 +242,7 @@ def main() -> None:
         given.alpha,
         given.batch,
     )
-    print(f"{setting}\n")
+    print(f"\n{setting}\n")
     say(training, given.rules, TRAINING, ".1f", setting)
 
 

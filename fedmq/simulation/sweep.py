@@ -94,21 +94,18 @@ def load_sweep(file: Path, flags: Sequence[Flag] = ()) -> Sweep:
     table, base = tables.pop("sweep"), scenario_from(tables)
     if not isinstance(table, SweepTable) or not table.model_fields_set:
         return Sweep(base.run.name, (Cell(base.run.name, base),), is_sweep=False)
+    if table.seeds and any(flag[0] == "run.seed" for flag in flags):
+        raise ConfigError(f"run.seed has no effect: [sweep] in {file} has seeds of its own; set sweep.seeds there")
     cells = []
     for variant, changes in _variants(table):
         for seed in table.seeds or (base.run.seed,):
             own = [(key, value, Origin("file", f"{file}, variant {variant}")) for key, value in changes.items()]
-            wanted = load_tables(kinds, file=file, flags=[*own, ("run.seed", seed), *_but_seed(flags, table)])
+            wanted = load_tables(kinds, file=file, flags=[*own, ("run.seed", seed), *flags])
             cells.append(Cell(variant, scenario_from({name: wanted[name] for name in KINDS})))
     names = [cell.file_name for cell in cells]
     if len(set(names)) < len(names):
         raise ConfigError(f"{file}: two cells of [sweep] would have one name: give each seed and each value once")
     return Sweep(base.run.name, tuple(cells), is_sweep=True)
-
-
-def _but_seed(flags: Sequence[Flag], table: SweepTable) -> list[Flag]:
-    """``flags``, but a seed among them only if the sweep has none of its own."""
-    return [flag for flag in flags if not (table.seeds and flag[0] == "run.seed")]
 
 
 def _variants(table: SweepTable) -> Iterator[tuple[str, dict[str, Any]]]:

@@ -16,6 +16,7 @@ from fedmq.simulation.report import summaries, write_report
 from fedmq.simulation.run import simulate
 from fedmq.simulation.sweep import Outcome, load_sweep, run_cells
 from fedmq.simulation.tables import write_tables
+from tests.support.commands import ROOT
 from tests.support.scenarios import written
 
 TWO: dict[str, Any] = {
@@ -103,6 +104,16 @@ def test_what_is_wrong_in_a_sweep_is_refused_before_anything_is_computed(
 ) -> None:
     with pytest.raises(ConfigError, match=complaint):
         load_sweep(written(tmp_path, TWO | changes))
+
+
+def test_a_seed_that_would_have_no_effect_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"run\.seed has no effect: \[sweep\]"):
+        load_sweep(written(tmp_path, TWO), [("run.seed", "7")])
+
+
+@pytest.mark.parametrize("file", sorted((ROOT / "examples" / "simulation").glob("*.toml")), ids=lambda file: file.stem)
+def test_the_examples_are_scenarios(file: Path) -> None:
+    assert load_sweep(file).cells
 
 
 def test_the_tables_hold_one_observation_a_row(tmp_path: Path) -> None:

@@ -35,7 +35,7 @@ def test_a_bad_worker_is_kept_out_and_told_until_it_is_released(node: PrivateNod
         assert pair.lines("quarantine")[0]["worker"] == "w1"
         bad.wait_log("quarantined")
 
-        done = fedmq(tmp_path, "release", "w1", url=node.url)
+        done = fedmq(tmp_path, "release", "w1", "--wait", "50", url=node.url)
 
         assert done.code == 0, done
         assert "release worker=w1: in force" in done.out

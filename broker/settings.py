@@ -22,7 +22,7 @@ from pydantic_core import ErrorDetails
 from broker.codecs import CODECS
 from broker.errors import ConfigError
 from broker.parts import register
-from broker.topology import check_name
+from broker.topology import KEPT_VERSIONS, check_name
 
 __all__ = [
     "CHUNK_BYTES",
@@ -114,6 +114,9 @@ class BrokerConfig(Table):
     """Largest message to send; if not set, the broker's default: 16 MiB from RabbitMQ 4.0 on, 128 MiB before."""
     chunk_bytes: Annotated[int, Field(ge=65536, le=128 * 2**20)] = CHUNK_BYTES
     """Updates and versions that are larger than this travel in chunks of this size (less, if the broker takes less)."""
+    kept_versions: Annotated[int, Field(ge=KEPT_VERSIONS, le=1000)] = KEPT_VERSIONS
+    """Versions in chunks that the broker keeps, on disk, for workers that are still downloading them: more than the run
+    makes while the slowest of them downloads one. Of the aggregator."""
     codecs: Annotated[str, AfterValidator(_registered)] = ""
     """Codecs of one's own that are in no package, as ``name=package.module:attribute``, separated by commas; on the
     aggregator and on all workers. See docs/extending.md."""

@@ -19,6 +19,7 @@ __all__ = [
     "DEAD",
     "EVENTS",
     "KEEP",
+    "KEPT_VERSIONS",
     "UPDATES",
     "Exchange",
     "Queue",
@@ -39,6 +40,9 @@ CONTROL = "fedmq.control"
 EVENTS = "fedmq.events"
 #: Topic exchange for rejected updates, key ``<run>.<worker>``; also where the broker itself dead-letters.
 DEAD = "fedmq.dead"
+
+#: Versions in chunks that a run's stream keeps room for, if nothing else is said.
+KEPT_VERSIONS = 8
 
 #: Room in an outbox: so many updates, and so many bytes for what surrounds small ones.
 OUTBOX_UPDATES = 4
@@ -173,11 +177,14 @@ class Topology:
             arguments["x-delivery-limit"] = KEEP
         return Queue(self.outbox(worker), queue_type, UPDATES, (self.chunk_key(worker),), arguments)
 
-    def queues(self, queue_type: Literal["classic", "quorum"], model_bytes: int) -> tuple[Queue, ...]:
+    def queues(
+        self, queue_type: Literal["classic", "quorum"], model_bytes: int, kept_versions: int = KEPT_VERSIONS
+    ) -> tuple[Queue, ...]:
         """All queues of the run.
 
         ``model_bytes`` is the size of one version, by which the streams' retention is set: segments of about
-        two versions, of which RabbitMQ always keeps the last, and a limit of about eight.
+        two versions, of which RabbitMQ always keeps the last, and a limit of about eight, or ``kept_versions`` of those
+        in chunks.
         """
         updates: dict[str, str | int | bool] = {
             "x-single-active-consumer": True,
@@ -202,15 +209,17 @@ class Topology:
             }
         # RabbitMQ takes segments of up to 3 GB.
         segment = min(max(2 * model_bytes, 1_000_000), 2_000_000_000)
+        room = max(KEPT_VERSIONS * model_bytes, 4 * segment)
         retention: dict[str, str | int | bool] = {
-            "x-max-length-bytes": max(8 * model_bytes, 4 * segment),
+            "x-max-length-bytes": room,
             "x-stream-max-segment-size-bytes": segment,
         }
+        of_chunks = {**retention, "x-max-length-bytes": max(kept_versions * model_bytes, room)}
         return (
             Queue(self.updates, queue_type, UPDATES, (f"{self.run}.*",), updates),
             Queue(self.control, queue_type, CONTROL, (f"{self.run}.*", self.command_key), control),
             Queue(self.turn, queue_type, CONTROL, (self.turn_key,), turn),
             Queue(self.dead, queue_type, DEAD, (f"{self.run}.*",), dead),
             Queue(self.parameters, "stream", self.parameters, ("",), retention),
-            Queue(self.chunks, "stream", self.chunks, ("",), retention),
+            Queue(self.chunks, "stream", self.chunks, ("",), of_chunks),
         )

@@ -70,7 +70,7 @@ async def declare(
     """
     for exchange in topology.exchanges():
         await channel.declare_exchange(exchange.name, exchange.type)
-    for queue in topology.queues(queue_type(channel, config), model_bytes):
+    for queue in topology.queues(queue_type(channel, config), model_bytes, config.kept_versions):
         await _declare(channel, queue, makes_room=makes_room and queue.name == topology.chunks)
         for key in queue.bindings:
             await channel.bind(queue.name, queue.exchange, key)

@@ -78,6 +78,20 @@ def test_a_version_is_whole_where_the_stream_was_made_for_smaller_ones(node: Pri
     assert inbox.wait_delivery(2, Source.PARAMETERS).chunks == CHUNKS
 
 
+def test_more_versions_are_kept_for_slow_workers_if_asked_for(node: PrivateNode, ends: Ends) -> None:
+    """Also of a run whose stream was made before that was set."""
+    topology = fresh_topology("room")
+    ends.aggregator(config_of(node), topology, model_bytes=1_000_000)[0].close()
+    aggregator, _ = ends.aggregator(config_of(node, kept_versions=30), topology, model_bytes=1_000_000)
+    worker, inbox = ends.worker(config_of(node), topology)
+    for number in range(1, 21):
+        headers: dict[str, str | int] = {"epoch": 1, "version": number, "attempt": 0, "chunks": 2}
+        message = Outgoing(body=b"v", chunks=CHUNKS[:2], message_id=f"r/1/{number}", headers=headers)
+        aggregator.broadcast(message).result(60)
+    worker.fetch(inbox.wait_delivery(1, Source.PARAMETERS))
+    inbox.wait(lambda: any(d.chunks == CHUNKS[:2] for d in inbox.deliveries(Source.PARAMETERS)))
+
+
 def test_manifests_tell_where_the_chunks_are_also_after_many_segments(node: PrivateNode, ends: Ends) -> None:
     topology = fresh_topology("room")
     aggregator, _ = ends.aggregator(config_of(node), topology, model_bytes=0)

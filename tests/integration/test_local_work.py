@@ -175,9 +175,9 @@ def test_workers_make_as_many_steps_as_fit_into_the_rhythm(tmp_path: Path) -> No
         {
             "rounds": "synchronous",
             "minimum_updates": 2,
-            "stop_after_rounds": 6,
+            "stop_after_rounds": 12,  # a first step that took long, as first steps do, is forgotten by then
             "strategy": "fednova",
-            "update_seconds": 0.2,
+            "update_seconds": 0.1,
             "local_steps_max": 400,
         },
         {"w0": {"shard": "0/2"}, "w1": {"shard": "1/2"}},
@@ -190,5 +190,5 @@ def test_workers_make_as_many_steps_as_fit_into_the_rhythm(tmp_path: Path) -> No
         for entry in line["updates"]:
             steps[entry["worker"]].append(entry["steps"])
     assert steps["w0"][0] == steps["w1"][0] == 1
-    assert all(1 <= made <= 5 for made in steps["w0"]), steps
-    assert max(steps["w1"]) > 5, steps
+    assert all(1 <= made <= 2 for made in steps["w0"]), steps
+    assert max(steps["w1"]) > 2, steps

@@ -9,7 +9,7 @@ import pika.exceptions
 from pika.adapters.asyncio_connection import AsyncioConnection
 from pika.adapters.utils.connection_workflow import AMQPConnector
 
-__all__ = ["Connection"]
+__all__ = ["Connection", "drop_late"]
 
 # pika reads its socket in pieces of 4 KiB and adds each to an immutable buffer until a frame (128 KiB) is
 # whole, which copies everything sixteen times. Measured for 300 MiB in messages of 4 MiB: 77,000 reads and
@@ -62,6 +62,14 @@ def _guard_resets() -> None:
                 raise complaint from None
 
     AMQPConnector._on_tcp_connection_done = guarded  # noqa: SLF001
+
+
+def drop_late(channel: Any, tag: str) -> None:
+    """Let pika drop what comes for consumer ``tag`` once it is being cancelled.
+
+    It rejects it by itself, and a stream, which knows no rejecting, ends the whole connection for that.
+    """
+    channel._consumers_with_noack.add(tag)  # noqa: SLF001 - whatever it has is not rejected, and forgotten with it
 
 
 _guard_timestamps()

@@ -19,7 +19,7 @@ import pika
 import pika.exceptions
 from pika.channel import Channel as RawChannel
 
-from broker.amqp.patched import Connection
+from broker.amqp.patched import Connection, drop_late
 from broker.amqp.refusals import Operation, Place, channel_error, connection_error
 from broker.errors import BrokerError, ConfigError, ConnectionLost, Unroutable, UnsupportedBroker
 from broker.settings import BrokerConfig
@@ -319,8 +319,10 @@ class Channel:
             arguments=dict(arguments or {}),
         )
 
-    async def cancel(self, tag: str) -> None:
-        """End a consumer."""
+    async def cancel(self, tag: str, *, of_stream: bool = False) -> None:
+        """End a consumer. What was on its way to it goes back to its queue, which a stream has no need of."""
+        if of_stream:
+            drop_late(self.raw, tag)
         await self.call("basic_cancel", Operation("stop consuming", "read"), consumer_tag=tag)
 
     async def confirm(self, on_confirm: Callable[[Any], None]) -> None:

@@ -105,13 +105,13 @@ class Reader:
                 heard = self._channel.session.received_bytes
                 await self._channel.wait(never, QUIET_SECONDS)
             if not self._arrived:
-                await self._channel.cancel(self._tag)
+                await self._channel.cancel(self._tag, of_stream=True)
 
     async def keep_up(self) -> None:
         """Begin anew whenever it is too far behind, until the channel ends, which is raised."""
         while True:
             await self._is_behind.wait()
-            await self._channel.cancel(self._tag)
+            await self._channel.cancel(self._tag, of_stream=True)
             self._lag = Lag()
             self._is_behind.clear()
             await self._consume()

@@ -34,6 +34,7 @@ __all__ = [
     "Standby",
     "Token",
     "WorkerTransport",
+    "order_of",
 ]
 
 
@@ -72,6 +73,16 @@ class Delivery:
     headers: Mapping[str, str | int] = field(default_factory=dict)
     token: Token | None = None
     redelivered: bool = False
+
+
+def order_of(headers: Mapping[str, object]) -> tuple[int, int, int]:
+    """Epoch, version and attempt in a version's headers, by which the newer of two is told; 0 for what is not there."""
+    epoch, version, attempt = (headers.get(name) for name in ("epoch", "version", "attempt"))
+    return _number(epoch), _number(version), _number(attempt)
+
+
+def _number(value: object) -> int:
+    return value if isinstance(value, int) else 0
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from broker.transport import Delivery, Incoming, Source
+from broker.transport import Delivery, Incoming, Source, order_of
 
 __all__ = ["Bench", "Finished", "Item", "Mailbox", "Published"]
 
@@ -48,7 +48,7 @@ class Mailbox:
         """Add ``item``, from any thread. Never waits for the reader."""
         with self._ready:
             if isinstance(item, Delivery) and item.source is Source.PARAMETERS and not _was_asked_for(item):
-                if self._newest is None or _order(item) >= _order(self._newest):
+                if self._newest is None or order_of(item.headers) >= order_of(self._newest.headers):
                     self._newest = item
             else:
                 self._items.append(item)
@@ -66,11 +66,6 @@ class Mailbox:
 
 def _was_asked_for(delivery: Delivery) -> bool:
     return delivery.chunks is not None or bool(delivery.lost)
-
-
-def _order(delivery: Delivery) -> tuple[int, ...]:
-    values = (delivery.headers.get(name, 0) for name in ("epoch", "version", "attempt"))
-    return tuple(value if isinstance(value, int) else 0 for value in values)
 
 
 class Bench:

@@ -10,8 +10,9 @@ import pika
 
 from broker.amqp.publisher import plain
 from broker.amqp.session import Channel
+from broker.transport import order_of
 
-__all__ = ["Lag", "Reader", "newest_broadcast", "order_of"]
+__all__ = ["Lag", "Reader", "newest_broadcast"]
 
 #: A stream that is not empty begins to answer far sooner; of one that is, nothing is ever heard.
 QUIET_SECONDS = 1.0
@@ -23,13 +24,6 @@ READ_PREFETCH = 2
 #: Whoever reads so far behind what is written reads on at the last message. More than the second to which times of
 #: writing are rounded, and than a version takes on any line over which it could be of use.
 LAG_SECONDS = 5.0
-
-
-def order_of(properties: pika.BasicProperties) -> tuple[int, int, int]:
-    """Epoch, version and attempt, by which the newer of two is told."""
-    headers = plain(properties.headers)
-    epoch, version, attempt = (headers.get(name, 0) for name in ("epoch", "version", "attempt"))
-    return tuple(value if isinstance(value, int) else 0 for value in (epoch, version, attempt))  # type: ignore[return-value]
 
 
 async def newest_broadcast(channel: Channel, stream: str) -> tuple[int, int] | None:
@@ -44,7 +38,7 @@ async def newest_broadcast(channel: Channel, stream: str) -> tuple[int, int] | N
 
     def on_message(method: pika.spec.Basic.Deliver, properties: pika.BasicProperties, _body: bytes) -> None:
         nonlocal newest
-        epoch, version, _ = order_of(properties)
+        epoch, version, _ = order_of(plain(properties.headers))
         newest = max(newest or (0, 0), (epoch, version))
         probe.raw.basic_ack(method.delivery_tag)
 

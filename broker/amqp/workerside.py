@@ -16,11 +16,11 @@ from broker.amqp.download import Download
 from broker.amqp.session import Channel
 from broker.amqp.side import OWN_QUEUE_LENGTH, Side, delivery_of
 from broker.amqp.upload import Route
-from broker.amqp.versions import Reader, order_of
+from broker.amqp.versions import Reader
 from broker.errors import BrokerError, Unroutable
 from broker.settings import BrokerConfig
 from broker.topology import CONTROL, EVENTS, UPDATES, Topology
-from broker.transport import Delivery, Outgoing, Source
+from broker.transport import Delivery, Outgoing, Source, order_of
 
 __all__ = ["AmqpWorkerTransport"]
 
@@ -140,8 +140,8 @@ class AmqpWorkerTransport(Side):
     def _take(self, properties: pika.BasicProperties, body: bytes) -> None:
         # A stream begins to read at its last block, which may hold several versions, and after a reconnect
         # it begins there again.
-        order, delivery = order_of(properties), delivery_of(Source.PARAMETERS, body, properties)
-        offsets = delivery.headers.get("offsets", "")
+        delivery = delivery_of(Source.PARAMETERS, body, properties)
+        order, offsets = order_of(delivery.headers), delivery.headers.get("offsets", "")
         # The same version in other places: the stream of chunks was deleted and made again.
         if order > self._last or (order == self._last and offsets != self._offsets):
             self._last, self._offsets = order, offsets

@@ -13,6 +13,7 @@ import pytest
 
 from broker.amqp import versions
 from broker.amqp.node import PrivateNode
+from broker.amqp.transport import AmqpAggregatorTransport
 from broker.topology import UPDATES, Topology
 from broker.transport import Outgoing, Source
 from tests.support.ends import Ends, confirmed
@@ -66,13 +67,17 @@ def made_for_nothing(node: PrivateNode, ends: Ends, topology: Topology) -> None:
     small.close()
 
 
+def broadcast(aggregator: AmqpAggregatorTransport, number: int, chunks: tuple[bytes, ...] = CHUNKS) -> None:
+    headers: dict[str, str | int] = {"epoch": 1, "version": number, "attempt": 0, "chunks": len(chunks)}
+    message = Outgoing(body=b"v", chunks=chunks, message_id=f"r/1/{number}", headers=headers)
+    aggregator.broadcast(message).result(60)
+
+
 def test_a_version_is_whole_where_the_stream_was_made_for_smaller_ones(node: PrivateNode, ends: Ends) -> None:
     topology = fresh_topology("room")
     made_for_nothing(node, ends, topology)
     aggregator, _ = ends.aggregator(config_of(node), topology, model_bytes=MODEL_BYTES)
-    headers: dict[str, str | int] = {"epoch": 1, "version": 1, "attempt": 0, "chunks": len(CHUNKS)}
-    message = Outgoing(body=b"v1", chunks=CHUNKS, message_id="r/1/1", headers=headers)
-    aggregator.broadcast(message).result(60)
+    broadcast(aggregator, 1)
     worker, inbox = ends.worker(config_of(node), topology)
     worker.fetch(inbox.wait_delivery(1, Source.PARAMETERS))
     assert inbox.wait_delivery(2, Source.PARAMETERS).chunks == CHUNKS
@@ -84,11 +89,11 @@ def test_more_versions_are_kept_for_slow_workers_if_asked_for(node: PrivateNode,
     ends.aggregator(config_of(node), topology, model_bytes=1_000_000)[0].close()
     aggregator, _ = ends.aggregator(config_of(node, kept_versions=30), topology, model_bytes=1_000_000)
     worker, inbox = ends.worker(config_of(node), topology)
-    for number in range(1, 21):
-        headers: dict[str, str | int] = {"epoch": 1, "version": number, "attempt": 0, "chunks": 2}
-        message = Outgoing(body=b"v", chunks=CHUNKS[:2], message_id=f"r/1/{number}", headers=headers)
-        aggregator.broadcast(message).result(60)
-    worker.fetch(inbox.wait_delivery(1, Source.PARAMETERS))
+    broadcast(aggregator, 1, CHUNKS[:2])
+    first = inbox.wait_delivery(1, Source.PARAMETERS)
+    for number in range(2, 21):
+        broadcast(aggregator, number, CHUNKS[:2])
+    worker.fetch(first)
     inbox.wait(lambda: any(d.chunks == CHUNKS[:2] for d in inbox.deliveries(Source.PARAMETERS)))
 
 
@@ -96,24 +101,21 @@ def test_manifests_tell_where_the_chunks_are_also_after_many_segments(node: Priv
     topology = fresh_topology("room")
     aggregator, _ = ends.aggregator(config_of(node), topology, model_bytes=0)
     for number in range(1, 16):
-        headers: dict[str, str | int] = {"epoch": 1, "version": number, "attempt": 0, "chunks": 2}
-        message = Outgoing(body=b"v", chunks=CHUNKS[:2], message_id=f"r/1/{number}", headers=headers)
-        aggregator.broadcast(message).result(60)
-    places = dict(read(node, topology.chunks, "x-stream-offset"))
-    told = dict(read(node, topology.parameters, "offsets"))
-    assert told["r/1/15"] == f"{places['r/1/15#0']}+2"
+        broadcast(aggregator, number, CHUNKS[:2])
+    place = header_of(node, topology.chunks, "r/1/15#0", "x-stream-offset")
+    assert header_of(node, topology.parameters, "r/1/15", "offsets") == f"{place}+2"
 
 
-def read(node: PrivateNode, stream: str, header: str) -> Iterator[tuple[str, object]]:
-    """The ids of all that is in ``stream``, each with one of its headers."""
+def header_of(node: PrivateNode, stream: str, message_id: str, header: str) -> object:
+    """One header of one message in ``stream``."""
     with channel(node) as raw:
         raw.basic_qos(prefetch_count=10)
-        for method, properties, _ in raw.consume(stream, arguments={"x-stream-offset": "first"}, inactivity_timeout=2):
-            if method is None:
-                break
+        for method, properties, _ in raw.consume(stream, arguments={"x-stream-offset": "first"}, inactivity_timeout=60):
+            assert method is not None, f"{message_id} is not in {stream}"
             raw.basic_ack(method.delivery_tag)
-            yield str(properties.message_id), (properties.headers or {}).get(header)
-        raw.cancel()
+            if properties.message_id == message_id:
+                return (properties.headers or {})[header]
+    raise AssertionError(stream)
 
 
 def test_what_was_dropped_is_not_looked_for(node: PrivateNode, ends: Ends) -> None:
@@ -122,11 +124,10 @@ def test_what_was_dropped_is_not_looked_for(node: PrivateNode, ends: Ends) -> No
     aggregator, _ = ends.aggregator(config_of(node), topology, model_bytes=MODEL_BYTES // 2)
     with Proxy.to(node.url) as proxy:
         worker, inbox = ends.worker(config_of(node, url=proxy.url(node.url)), topology)
-        for number in range(1, 13):
-            headers: dict[str, str | int] = {"epoch": 1, "version": number, "attempt": 0, "chunks": len(CHUNKS)}
-            message = Outgoing(body=b"v", chunks=CHUNKS, message_id=f"r/1/{number}", headers=headers)
-            aggregator.broadcast(message).result(60)
+        broadcast(aggregator, 1)
         first = inbox.wait_delivery(1, Source.PARAMETERS)
+        for number in range(2, 13):
+            broadcast(aggregator, number)
         before = proxy.carried[Direction.DOWN]
         worker.fetch(first)
         wait_for(lambda: any(d.lost for d in inbox.deliveries(Source.PARAMETERS)), what="word of what is gone")

@@ -31,6 +31,7 @@ from aggregator.core.commits import Commits
 from aggregator.core.controls import Controls, Order
 from aggregator.core.federated import Checks
 from aggregator.core.ledger import Ledger, PlainLedger
+from aggregator.core.patience import Patience
 from aggregator.core.roster import Roster
 from aggregator.core.rounds import Round
 from aggregator.core.rules import Rules
@@ -108,8 +109,7 @@ class RoundMachine:
         # Updates whose chunks are on their way, and the tokens of their other deliveries.
         self._fetching: dict[UpdateId, list[Token]] = {}
         self._commits = Commits(retry_at=now)
-        self._last_arrival = now
-        self._ask_again_at: float | None = None
+        self._patience = Patience(self.roster, now)
         self._gave_up = False
         self._stopping = self._finished = self._announced = self._linked = False
         self._done_at = self._left_at = now
@@ -264,7 +264,7 @@ class RoundMachine:
 
     def _known(self, update: UpdateId, token: Token, now: float) -> list[do.Effect] | None:
         """What becomes of an update that counts already; None if it does not."""
-        self._last_arrival = now
+        self._patience.last_arrival = now
         self.roster.note(update.worker, now)
         if update in self._commits.held:
             self._commits.repeat(update, [token])
@@ -405,45 +405,16 @@ class RoundMachine:
         overdue = rule.deadline is not None and now >= self._round.opened + rule.deadline
         if self.fill and (rule.is_complete(self._round, present) or (overdue and self.fill >= rule.minimum)):
             return self._close(now)
-        if not overdue and not rule.is_stuck(self._round, present) and not self._is_starved(present, now):
-            self._ask_again_at = None
-        elif self._ask_again_at is None:
-            self._ask_again_at = now if overdue else now + self.rules.retry_seconds
+        is_over = self._patience.is_over(self.rules, self._round, present, overdue=overdue, now=now)
         # Without a connection the question would only pile up; the next connection brings the version anyway.
-        if self._ask_again_at is None or now < self._ask_again_at or not self._can_tell:
-            return self._tell_shortage(present, now)
-        return self._ask_again(now, rule.goal(self._round, present))
-
-    def _is_starved(self, present: Sequence[str], now: float) -> bool:
-        """Whether a worker waits for the next version, and what it was asked for never came.
-
-        As after a queue that was deleted with updates in it. What is still on its way gets some time.
-        """
-        patience = self.rules.retry_seconds
-        return now - self._last_arrival >= patience and any(
-            self.roster.waited(name, self.version) >= patience and self.rules.rounds.is_owed(self._round, name)
-            for name in present
-        )
-
-    def _tell_shortage(self, present: Sequence[str], now: float) -> list[do.Effect]:
-        """Once a round: that everybody here has sent what it may and waits, and that it is not enough."""
-        patience = self.rules.retry_seconds
-        if self._round.is_short or not present or not self.fill or now - self._last_arrival < patience:
-            return []
-        rule = self.rules.rounds
-        if not all(
-            self.roster.waited(name, self.version) >= patience and not rule.is_owed(self._round, name)
-            for name in present
-        ):
-            return []
-        self._round.is_short = True
-        counts = f"{self.fill} of {rule.goal(self._round, present)} updates"
-        text = f"{counts}, and the {len(present)} workers that are here have sent what they may"
-        return [do.Record(do.Warn(f"round of version {self.version}: {text}; it waits for more, or for a deadline"))]
+        if is_over and self._can_tell:
+            return self._ask_again(now, rule.goal(self._round, present))
+        shortage = self._patience.shortage(self.rules, self._round, present, now)
+        return [] if shortage is None else [do.Record(do.Warn(shortage))]
 
     def _ask_again(self, now: float, goal: int) -> list[do.Effect]:
         text = f"round of version {self.version}: {self.fill} of {goal} updates; asking the workers again"
-        self._ask_again_at = None
+        self._patience.ask_again_at = None
         self._round.opened = now
         self._round.refused.clear()
         plan = self._round.plan
@@ -591,8 +562,8 @@ class RoundMachine:
     def _next_wake(self, now: float) -> float | None:
         """When time alone will change something."""
         times = self._commits.next_wake(self.rules.commit)
-        if self._ask_again_at is not None:
-            times.append(self._ask_again_at)
+        if self._patience.ask_again_at is not None:
+            times.append(self._patience.ask_again_at)
         if self.rules.rounds.deadline is not None and not self.done and not self.controls.paused:
             times.append(self._round.opened + self.rules.rounds.deadline)
         if self.done:

@@ -20,8 +20,9 @@ DURATION ?= 120
 SEED ?=
 # More arguments for the command that a target runs.
 ARGS ?=
-# Most tests wait for processes and time-outs. Each of the parallel ones has a RabbitMQ node of its own.
-PARALLEL ?= -n auto --maxprocesses 4 --dist worksteal
+# Most tests wait for processes and time-outs, so there are more at once than two cores would have. Each of the parallel
+# ones has a RabbitMQ node of its own.
+PARALLEL ?= -n 3 --dist worksteal
 
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready

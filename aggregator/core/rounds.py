@@ -128,8 +128,8 @@ class Buffered:
 
     @property
     def _most(self) -> int:
-        """Updates of one worker in a buffer."""
-        return 1 if self.one_per_worker else self.most_per_worker or self.size
+        """Updates of one worker that a buffer takes, or if it takes any number, more than matters."""
+        return 1 if self.one_per_worker else self.most_per_worker or max(self.size, self.updates_per_version or 0)
 
     def is_complete(self, round_: Round, present: Sequence[str]) -> bool:
         """The buffer is full."""

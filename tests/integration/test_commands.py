@@ -29,7 +29,7 @@ def folder(tmp_path: Path) -> Path:
             ["fedmq.toml: aggregator.buffer_size = 'many'", "a whole number is wanted"],
         ),
         ("[aggregator]\nbuffer_size = 0", ["fedmq.toml: aggregator.buffer_size = 0", "at least 1 is wanted"]),
-        ("[aggregator]\noptimizer = 'lion'", ["aggregator.optimizer = 'lion'", "'sgd' or 'adam'"]),
+        ("[aggregator]\noptimizer = 'lion'", ["aggregator.optimizer = 'lion'", "there are sgd, adam, adamw"]),
         ("[aggregator]\nminimum_updates = 99", ["fedmq.toml: aggregator: minimum_updates is larger than buffer_size"]),
         ("aggregator = 3", ["fedmq.toml: 'aggregator' is a table", "[aggregator]"]),
         ("run = 'two words'", ["run (from fedmq.toml) = 'two words'", "letters, digits"]),

@@ -61,7 +61,8 @@ def really(folder: Path, config: AggregatorConfig) -> str:
     "settings",
     [
         {"buffer_size": 3, "max_staleness": 1000},
-        {"rounds": "synchronous", "optimizer": "adam", "learning_rate": 0.05},
+        # Both from the first round on: a history does not tell who was waited for.
+        {"rounds": "synchronous", "minimum_updates": 2, "optimizer": "adam", "learning_rate": 0.05},
         {"buffer_size": 2, "max_staleness": 1000, "momentum": 0.5, "updates_per_version": 1},
     ],
     ids=["buffered", "synchronous", "momentum"],

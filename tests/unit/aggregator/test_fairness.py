@@ -12,11 +12,12 @@ import pytest
 from aggregator.config import AggregatorConfig
 from aggregator.core import effects as do
 from aggregator.core.fairness import MOST, Fairness, Rates
+from aggregator.core.rounds import Buffered
 from aggregator.lineage import Replay
 from aggregator.rollback import open_lineage
 from aggregator.strategies.base import scaled
 from broker.errors import ConfigError
-from broker.messages import Mode, Reason
+from broker.messages import Mode, Plan, Reason
 from tests.support.builders import snapshot_of, update_of, vector
 from tests.support.ondisk import OnDisk
 from tests.unit.aggregator.driver import Driver
@@ -143,6 +144,13 @@ def test_a_workers_share_of_a_buffer_is_bounded_and_it_is_told() -> None:
     assert driver.machine.version == 1
     send(driver, "a", 3)
     assert driver.machine.fill == 1, "in the next buffer it has its share again"
+
+
+@pytest.mark.parametrize(("share", "wanted"), [(None, 100), (2, 2)])
+def test_a_worker_may_send_more_than_a_buffer_ahead_unless_its_share_is_limited(share: int | None, wanted: int) -> None:
+    rule = Buffered(size=4, max_staleness=5, updates_per_version=100, most_per_worker=share)
+
+    assert rule.plan(Plan()).updates_per_version == wanted
 
 
 def test_who_has_used_up_its_share_is_not_asked_again() -> None:

@@ -8,7 +8,6 @@ import numpy as np
 
 from aggregator.optimizers.base import OptimizerState, add_decay, blocks, minus
 from aggregator.optimizers.moments import Moments
-from aggregator.recipe import Recipe
 from broker.messages import Array, Tensors
 
 __all__ = ["Adam"]
@@ -21,17 +20,6 @@ class Adam(Moments):
     Reddi et al. leave the bias correction out and use ``tau`` = 1e-3 where we have ``epsilon``: set it so for
     their variant's behaviour after the first rounds.
     """
-
-    @classmethod
-    def of(cls, recipe: Recipe) -> Adam:
-        """As ``recipe`` says."""
-        return cls(
-            recipe.learning_rate,
-            recipe.beta1(0.9),
-            0.999 if recipe.beta2 is None else recipe.beta2,
-            1e-8 if recipe.epsilon is None else recipe.epsilon,
-            recipe.weight_decay,
-        )
 
     def apply(
         self, parameters: Tensors, direction: dict[str, Array], state: OptimizerState

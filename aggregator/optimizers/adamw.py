@@ -8,7 +8,6 @@ import numpy as np
 
 from aggregator.optimizers.base import OptimizerState, blocks, minus
 from aggregator.optimizers.moments import Moments
-from aggregator.recipe import Recipe
 from broker.messages import Array, Tensors
 
 __all__ = ["AdamW"]
@@ -17,17 +16,6 @@ __all__ = ["AdamW"]
 @dataclass(frozen=True, slots=True)
 class AdamW(Moments):
     """As torch.optim.AdamW: ``p = p - rate * (mean / (sqrt(square) + epsilon) + decay * p)``."""
-
-    @classmethod
-    def of(cls, recipe: Recipe) -> AdamW:
-        """As ``recipe`` says."""
-        return cls(
-            recipe.learning_rate,
-            recipe.beta1(0.9),
-            0.999 if recipe.beta2 is None else recipe.beta2,
-            1e-8 if recipe.epsilon is None else recipe.epsilon,
-            recipe.weight_decay,
-        )
 
     def apply(
         self, parameters: Tensors, direction: dict[str, Array], state: OptimizerState

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Self
 
 import numpy as np
 
 from aggregator.optimizers.base import OptimizerState, Rated, Slots, blocks
+from aggregator.recipe import Recipe
 from broker.messages import Array
 
 __all__ = ["Moments"]
@@ -20,6 +22,17 @@ class Moments(Rated):
     beta2: float = 0.999
     epsilon: float = 1e-8
     weight_decay: float = 0.0
+
+    @classmethod
+    def of(cls, recipe: Recipe) -> Self:
+        """As ``recipe`` says; what it leaves open is as in torch."""
+        return cls(
+            recipe.learning_rate,
+            recipe.beta1(0.9),
+            0.999 if recipe.beta2 is None else recipe.beta2,
+            1e-8 if recipe.epsilon is None else recipe.epsilon,
+            recipe.weight_decay,
+        )
 
     def init(self) -> OptimizerState:
         """No moments yet."""

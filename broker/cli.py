@@ -68,6 +68,8 @@ def node(*, verbose: VerboseOption = 0) -> None:
     """Run a private RabbitMQ node with its admin UI on free loopback ports, until Ctrl-C.
 
     For trying things out: all that it holds goes with it.
+
+    Example: fedmq broker node
     """
     with guard():
         set_up_logging(verbose)

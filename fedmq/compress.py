@@ -22,7 +22,7 @@ from broker.console import JsonOption, VerboseOption, errors, guard, say, say_ta
 from broker.errors import ConfigError
 from broker.messages import Array, TensorSpec
 
-__all__ = ["compress", "register"]
+__all__ = ["compress"]
 
 DEFAULTS = ("bf16", "fp16", "int8", "eden:4", "eden:3", "eden:2", "eden:1", "topk:0.1", "topk:0.01")
 
@@ -130,11 +130,6 @@ def compress(
             say(json.dumps({"file": str(file), "tensors": selection.count, **chosen, "codecs": rows}, indent=2))
         else:
             _show(selection, rows)
-
-
-def register(app: typer.Typer) -> None:
-    """Add the command to ``app``."""
-    app.command()(compress)
 
 
 @contextmanager

@@ -45,7 +45,7 @@ from worker_client.config import WorkerConfig
 if TYPE_CHECKING:  # torch comes with it
     from worker_client.judging import HeldOut
 
-__all__ = ["CONTRIBUTION_FILE", "calculate", "contribution", "register"]
+__all__ = ["CONTRIBUTION_FILE", "calculate", "contribution"]
 
 log = logging.getLogger("fedmq.contribution")
 
@@ -155,11 +155,6 @@ def calculate(
         ],
         "versions": {str(at): found for at, found in result.by_version.items()},
     }
-
-
-def register(app: typer.Typer) -> None:
-    """Add the command to ``app``."""
-    app.command()(contribution)
 
 
 def _judge(read: Settings, head: SnapshotHead) -> HeldOut:

@@ -28,7 +28,7 @@ from broker.messages import NAME_PATTERN, Action, Command, Scalar
 from broker.settings import Settings, load
 from broker.topology import Topology
 
-__all__ = ["register", "release", "set_"]
+__all__ = ["pause", "release", "resume", "set_", "stop"]
 
 #: What the field calls it, and what it is called here.
 ALIASES = {"server_lr": "learning_rate", "lr": "learning_rate"}
@@ -96,7 +96,8 @@ def release(
 ) -> None:
     """End a worker's quarantine now. Its score is half of what leads there, so that it comes back sooner.
 
-    Nothing happens if it is in none. 'fedmq workers' shows who is.
+    Nothing happens if it is in none. 'fedmq workers' shows who is. Exit code 6: the command waits in the run's queue,
+    and no aggregator has answered yet.
 
     Example: fedmq release w3 --run digits
     """
@@ -107,22 +108,34 @@ def release(
         _give(Action.RELEASE, _settings(config, run, broker), wait, {"worker": worker})
 
 
-PLAIN = {
-    Action.PAUSE: "Have the workers stop training after what they have in hand; no round closes until 'fedmq resume'.",
-    Action.RESUME: "Go on after 'fedmq pause'.",
-    Action.STOP: """End the run: what is in the buffer makes its last version, workers leave, the aggregator exits.
+pause = _plain(
+    Action.PAUSE,
+    """Have the workers stop training after what they have in hand; no round closes until 'fedmq resume'.
 
-    To go on with it later: 'fedmq aggregator --drop-changes', and then the workers.
+    Exit code 6: the command waits in the run's queue, and no aggregator has answered yet.
+
+    Example: fedmq pause --run digits
     """,
-}
+)
+resume = _plain(
+    Action.RESUME,
+    """Go on after 'fedmq pause'.
 
+    Exit code 6: the command waits in the run's queue, and no aggregator has answered yet.
 
-def register(app: typer.Typer) -> None:
-    """Add the commands to ``app``."""
-    app.command("set")(set_)
-    app.command("release")(release)
-    for action, text in PLAIN.items():
-        app.command(action.value)(_plain(action, text))
+    Example: fedmq resume --run digits
+    """,
+)
+stop = _plain(
+    Action.STOP,
+    """End the run: what is in the buffer makes its last version, workers leave, the aggregator exits.
+
+    To go on with it later: 'fedmq aggregator --drop-changes', and then the workers. Exit code 6: the command waits in
+    the run's queue, and no aggregator has answered yet.
+
+    Example: fedmq stop --run digits
+    """,
+)
 
 
 def _settings(config: ConfigOption, run: RunOption, broker: BrokerOption) -> Settings:

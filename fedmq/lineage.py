@@ -40,7 +40,7 @@ from broker.errors import CheckpointNotWritten, ConfigError, LineageError
 from broker.settings import Settings, load
 from fedmq.historydisplay import Wanted, say_history, say_json
 
-__all__ = ["history", "register", "replay", "rollback"]
+__all__ = ["history", "replay", "rollback"]
 
 YesOption = Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")]
 #: Lines that ``history`` shows unless told otherwise.
@@ -175,12 +175,6 @@ def rollback(
         tell(f"version {head.version} of run {read.run!r} is version {version} again; {_loss(*found)}")
         if as_json:
             say(json.dumps(_taken_plainly(head, *found), indent=2))
-
-
-def register(app: typer.Typer) -> None:
-    """Add the commands to ``app``."""
-    for command in (history, replay, rollback):
-        app.command()(command)
 
 
 # ------------------------------------------------------------------------------------------------------- work

@@ -32,7 +32,7 @@ from fedmq.simulation.run import run_with_split
 from fedmq.simulation.sweep import Outcome, Sweep, load_sweep, run_cells
 from fedmq.simulation.tables import write_tables
 
-__all__ = ["register", "simulate"]
+__all__ = ["simulate"]
 
 log = logging.getLogger("fedmq.simulate")
 
@@ -86,11 +86,6 @@ def simulate(
         else:
             _show_all(outcomes)
             say("written: " + ", ".join(map(str, written)))
-
-
-def register(app: typer.Typer) -> None:
-    """Add the command to ``app``."""
-    app.command()(simulate)
 
 
 def _all(sweep: Sweep, folder: Path, jobs: int) -> list[Outcome]:

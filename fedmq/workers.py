@@ -10,7 +10,6 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-import typer
 from rich.markup import escape
 from rich.table import Table as Grid
 
@@ -37,7 +36,7 @@ from broker.console import (
 from broker.settings import Settings, load
 from fedmq.contribution import CONTRIBUTION_FILE
 
-__all__ = ["Tally", "register", "rows_of", "tallied", "workers"]
+__all__ = ["Tally", "rows_of", "tallied", "workers"]
 
 #: ``version`` and ``time`` are those of the newest version with an update of the worker.
 COLUMNS = (
@@ -115,11 +114,6 @@ def workers(
         for row in rows:
             table.add_row(*map(escape, _shown(row)))
         say_table(table)
-
-
-def register(app: typer.Typer) -> None:
-    """Add the command to ``app``."""
-    app.command()(workers)
 
 
 def tallied(

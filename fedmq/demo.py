@@ -25,14 +25,15 @@ from aggregator.strategies import strategy_of
 from aggregator.strategies.base import gathers
 from broker.amqp.node import PrivateNode
 from broker.amqp.transport import AmqpWorkerTransport
-from broker.amqp.watch import AmqpWatch
 from broker.console import stop_on_signals
 from broker.errors import BrokerUnreachable, FedmqError
 from broker.settings import BrokerConfig, Flag, Settings, Table, load, plain, redacted
 from broker.topology import Topology
-from fedmq.display import Board, Display
 from fedmq.initialise import initialise
 from fedmq.local import Member, Processes, Threads, stopping
+from fedmq.monitoring.monitor import Monitor
+from fedmq.monitoring.terminal import Display
+from fedmq.monitoring.watching import watching
 from worker_client.config import WorkerConfig
 
 __all__ = ["DemoConfig", "demo", "demo_settings"]
@@ -107,23 +108,24 @@ def demo(settings: Settings, console: Console) -> Path:
         place = _broker(settings, console, stack)
         config = _write_config(settings, folder)
         members = _members(settings)
-        board = Board()
-        federation = _federation(settings, place, config=config, board=board, stack=stack)
+        federation, monitor = _federation(settings, place, config=config, stack=stack)
         stack.enter_context(stopping(federation))
-        rounds = settings.table("aggregator", AggregatorConfig).stop_after_rounds
-        display = Display(board, console, title=f"fedmq · run {settings.run}", rounds=rounds, footer=place.admin)
+        monitor.rounds = settings.table("aggregator", AggregatorConfig).stop_after_rounds
+        display = Display(monitor, console, title=f"fedmq · run {settings.run}", footer=place.admin)
         with display:
             waiting = [member for member in members if member.after_round > 0]
             for member in members:
                 if member.command != "aggregator":
-                    board.expect(member.name, f"after round {member.after_round}" if member in waiting else "starting")
+                    monitor.expect(
+                        member.name, f"after round {member.after_round}" if member in waiting else "starting"
+                    )
                 if member not in waiting and not stop.is_set():  # a signal may have come while the node started
                     federation.start(member)
             while federation.is_running("aggregator") and not stop.wait(0.2):
                 federation.check()
                 display.refresh()
-                for member in [m for m in waiting if board.version >= m.after_round]:
-                    board.expect(member.name, "starting")
+                for member in [m for m in waiting if monitor.version >= m.after_round]:
+                    monitor.expect(member.name, "starting")
                     federation.start(member)
                     waiting.remove(member)
             if not stop.is_set():
@@ -216,21 +218,20 @@ def _members(settings: Settings) -> list[Member]:
 
 
 def _federation(
-    settings: Settings, place: Place, *, config: Path, board: Board, stack: ExitStack
-) -> Processes | Threads:
+    settings: Settings, place: Place, *, config: Path, stack: ExitStack
+) -> tuple[Processes | Threads, Monitor]:
     if place.url is None:
 
         def resolve(member: Member) -> Settings:
             return load({"worker": WorkerConfig}, file=config, flags=list(member.settings.items()))
 
         threads = Threads(settings, resolve)
-        threads.broker.watch(settings.run, board.take)
-        return threads
+        monitor = Monitor(settings.run)
+        threads.broker.watch(settings.run, monitor.take)
+        return threads, monitor
     broker = settings.broker.model_copy(update={"url": SecretStr(place.url), "url_file": None})
-    watch = AmqpWatch(BrokerConfig.model_validate(broker), Topology(settings.run))
-    watch.open(board.take)
-    stack.callback(watch.close)
-    return Processes(config=config, url=place.url, logs=run_folder(settings) / "logs")
+    monitor = stack.enter_context(watching(BrokerConfig.model_validate(broker), settings.run))
+    return Processes(config=config, url=place.url, logs=run_folder(settings) / "logs"), monitor
 
 
 def _summarise(folder: Path, console: Console) -> None:

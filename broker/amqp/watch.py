@@ -26,7 +26,11 @@ RETRY_SECONDS = 0.5
 
 
 class AmqpWatch:
-    """Hands every event of a run to a sink, from the moment on at which the run exists."""
+    """Hands every event of a run to a sink, from the moment on at which the run exists.
+
+    Among the headers of each is its routing key, as ``key``: a broker that is set up so lets nobody publish under
+    another's, whatever the body says.
+    """
 
     def __init__(self, config: BrokerConfig, topology: Topology) -> None:
         """Nothing happens before :meth:`open`."""
@@ -54,8 +58,9 @@ class AmqpWatch:
         await channel.declare_own_queue(queue, QUEUE_LENGTH)
         await channel.bind(queue, EVENTS, f"{self._topology.run}.#")
 
-        def on_event(_method: object, properties: pika.BasicProperties, body: bytes) -> None:
-            self._sink(Delivery(source=Source.EVENT, body=body, headers=plain(properties.headers)))
+        def on_event(method: pika.spec.Basic.Deliver, properties: pika.BasicProperties, body: bytes) -> None:
+            headers = {**plain(properties.headers), "key": method.routing_key}
+            self._sink(Delivery(source=Source.EVENT, body=body, headers=headers))
 
         await channel.consume(queue, on_event, tag="watch")
         if not self.watching.done():

@@ -7,8 +7,7 @@ from pathlib import Path
 import pytest
 
 from broker.amqp.node import PrivateNode
-from broker.amqp.watch import AmqpWatch
-from fedmq.display import Board
+from fedmq.monitoring.watching import watching
 from tests.support.commands import assert_one_message, fedmq
 from tests.support.node import config_of, fresh_topology
 from tests.support.pair import Pair
@@ -25,11 +24,8 @@ def test_a_run_is_changed_paused_resumed_and_stopped_while_it_goes_on(node: Priv
         assert done.code == 0, done
         return done.out
 
-    board = Board()
-    watch = AmqpWatch(config_of(node), pair.topology)
-    watch.open(board.take)
     with pair.stack:
-        pair.stack.callback(watch.close)
+        monitor = pair.stack.enter_context(watching(config_of(node), pair.topology.run))
         first = pair.start("aggregator", "first")
         worker = pair.start("worker", "worker", "--name", "w0", "--shard", "0/1")
         pair.wait_progress("before any command")
@@ -55,7 +51,9 @@ def test_a_run_is_changed_paused_resumed_and_stopped_while_it_goes_on(node: Priv
         second.wait_log("leads run")
         assert "still in force: buffer_size=4, learning_rate=4.0" in second.log
         paused_at = pair.version()
-        wait_for(lambda: (w := board.workers.get("w0")) and w.state == "waiting", 30, what="a worker that waits")
+        wait_for(
+            lambda: [w["state"] for w in monitor.snapshot()["workers"]] == ["waiting"], 30, what="a worker that waits"
+        )
         assert pair.version() == paused_at
         give("resume")
         pair.wait_progress("after the pause")

@@ -16,9 +16,9 @@ from safetensors.torch import load_file
 from aggregator.checkpoint import CheckpointStore
 from aggregator.history import read_history
 from broker.amqp.node import PrivateNode
-from broker.amqp.watch import AmqpWatch
 from broker.topology import Topology
-from fedmq.display import Board
+from fedmq.monitoring.monitor import Monitor
+from fedmq.monitoring.watching import watching
 from tests.support.commands import Running, fedmq, running
 from tests.support.node import config_of, fresh_topology
 from tests.support.tasks import Counting
@@ -47,10 +47,10 @@ delay = 0.1
 class Federation:
     """A run's folder, and ways to look at it."""
 
-    def __init__(self, folder: Path, node: PrivateNode, topology: Topology) -> None:
+    def __init__(self, folder: Path, node: PrivateNode, topology: Topology, monitor: Monitor) -> None:
         self.folder, self.url, self.run = folder, node.url, topology.run
         self.results = folder / "runs" / topology.run
-        self.board = Board()
+        self.monitor = monitor
         (folder / "fedmq.toml").write_text(f'run = "{topology.run}"\n{SETTINGS}')
 
     def worker(self, index: int, name: str = "") -> AbstractContextManager[Running]:
@@ -79,11 +79,8 @@ class Federation:
 @pytest.fixture
 def federation(tmp_path: Path, node: PrivateNode) -> Iterator[Federation]:
     topology = fresh_topology()
-    made = Federation(tmp_path, node, topology)
-    watch = AmqpWatch(config_of(node), topology)
-    watch.open(made.board.take)
-    yield made
-    watch.close()
+    with watching(config_of(node), topology.run) as monitor:
+        yield Federation(tmp_path, node, topology, monitor)
 
 
 @pytest.mark.broker
@@ -98,7 +95,7 @@ def test_any_order_of_start_and_stop_leads_to_results_that_agree(federation: Fed
         # When the run is made, and its aggregator stopped while one of two updates is in the buffer
         assert fedmq(federation.folder, "init", url=federation.url).code == 0
         with federation.command("aggregator", "first") as first:
-            wait_for(lambda: federation.board.fill == 1, 60, what="an update in the buffer")
+            wait_for(lambda: federation.monitor.snapshot()["buffer"]["fill"] == 1, 60, what="an update in the buffer")
             assert first.terminate() == 0
 
         # Then that update is in the checkpoint

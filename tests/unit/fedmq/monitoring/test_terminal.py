@@ -1,0 +1,159 @@
+from __future__ import annotations
+
+import math
+import re
+
+import pytest
+from rich.console import Console
+
+from broker.messages import Event, EventKind, Scalar
+from broker.transport import Connected, Delivery, Source
+from broker.wire import encode
+from fedmq.monitoring.monitor import Monitor
+from fedmq.monitoring.terminal import Display, render
+from fedmq.monitoring.worker import SILENT_SECONDS
+
+FOOTER = "admin UI: http://127.0.0.1:15672\nuser guest, password guest"
+
+
+def tell(monitor: Monitor, kind: EventKind, source: str, **data: Scalar) -> None:
+    """The event as it comes in."""
+    event = Event(run="test", kind=kind, source=source, time=1.0, data=data)
+    monitor.take(Delivery(source=Source.EVENT, body=encode(event)))
+
+
+def beat(monitor: Monitor, worker: str, **data: Scalar) -> None:
+    tell(monitor, EventKind.HEARTBEAT, worker, **{"state": "training", "version": 3, "confirmed": 2, **data})
+
+
+def folded(monitor: Monitor, worker: str, *staleness: int, fill: int = 1) -> None:
+    text = " ".join(f"{worker}:{one}" for one in staleness)
+    data: dict[str, Scalar] = {"what": "folded", "staleness": text, "fill": fill, "goal": 4}
+    tell(monitor, EventKind.PROGRESS, "aggregator", version=3, **data)
+
+
+def shown(monitor: Monitor, width: int = 80, *, rounds: int | None = 20) -> list[str]:
+    """The lines of the panel on a terminal of this width."""
+    monitor.rounds = rounds
+    console = Console(width=width, height=50, record=True, force_terminal=True, color_system=None)
+    with console.capture() as capture:
+        console.print(render(monitor.snapshot(), title="fedmq · run test", footer=FOOTER))
+    return capture.get().splitlines()
+
+
+def row(lines: list[str], first: str) -> list[str]:
+    """The cells of the line that begins with ``first``."""
+    (line,) = [line for line in lines if re.match(rf"│ +{re.escape(first)} ", line)]
+    return re.split(r" {2,}", line.strip("│ "))
+
+
+def test_nothing_has_been_heard_yet() -> None:
+    lines = shown(Monitor("test"))
+    assert row(lines, "round") == ["round", "0 of 20"]
+    assert row(lines, "buffer") == ["buffer", "-"]
+    assert row(lines, "staleness") == ["staleness", "-"]
+    assert row(lines, "held-out") == ["held-out", "-"]
+
+
+def test_a_run_in_full_swing_fits_in_eighty_columns() -> None:
+    monitor = Monitor("test")
+    beat(monitor, "w0", loss=0.25, seconds=1.5)
+    beat(monitor, "evaluator", role="evaluator", state="evaluating", loss=0.3, seconds=0.1)
+    folded(monitor, "w0", 0, 1, fill=1)
+    folded(monitor, "w0", 5, fill=2)
+    tell(monitor, EventKind.PROGRESS, "aggregator", what="version", version=7, loss=0.75)
+    folded(monitor, "w0", 0, fill=3)
+    tell(
+        monitor, EventKind.EVALUATION, "evaluator", version=7, accuracy=0.5, loss=0.5, examples=9, seconds=1.0, epoch=1
+    )
+    for _ in range(2):
+        tell(monitor, EventKind.PROGRESS, "aggregator", what="rejected", version=7, worker="w0", reason="too-stale")
+
+    lines = shown(monitor)
+
+    assert {len(line) for line in lines} == {80}
+    assert "…" not in "".join(lines)
+    assert row(lines, "round")[:2] == ["round", "7 of 20"]
+    assert row(lines, "buffer")[:2] == ["buffer", "3 of 4"]
+    assert row(lines, "staleness") == ["staleness", "median 1, largest 5"]
+    assert row(lines, "training loss") == ["training loss", "0.7500"]
+    assert row(lines, "held-out")[:2] == ["held-out", "accuracy 0.5000, loss 0.5000 (version 7)"]
+    assert row(lines, "rejected") == ["rejected", "2 too-stale"]
+    assert row(lines, "w0") == ["w0", "training", "3", "2", "0.2500", "1.50", "1.5"]
+    assert row(lines, "evaluator") == ["evaluator", "evaluating", "3", "-", "0.3000", "0.10", "-"]
+    assert "admin UI: http://127.0.0.1:15672" in lines[-4]
+
+
+def test_a_late_worker_is_announced_until_it_is_heard() -> None:
+    monitor = Monitor("test")
+    monitor.expect("w3", "after round 5")
+    assert row(shown(monitor), "w3") == ["w3", "after round 5", "-", "0", "-", "-", "-"]
+    beat(monitor, "w3", state="waiting", version=-1, confirmed=0, seconds=0.0)
+    monitor.expect("w3", "starting")
+    assert row(shown(monitor), "w3") == ["w3", "waiting", "-", "0", "-", "-", "-"]
+
+
+def test_a_worker_is_silent_only_after_it_was_heard(monkeypatch: pytest.MonkeyPatch) -> None:
+    monitor = Monitor("test")
+    beat(monitor, "w0")
+    folded(monitor, "w1", 2)
+    assert row(shown(monitor), "w0")[1] == "training"
+
+    later = monitor.now() + SILENT_SECONDS + 1
+    monkeypatch.setattr(monitor, "now", lambda: later)
+
+    assert row(shown(monitor), "w0")[1] == "silent"
+    assert row(shown(monitor), "w1")[1] == "-"
+
+
+def test_what_is_no_number_does_not_stop_the_display() -> None:
+    monitor = Monitor("test")
+    beat(monitor, "w0", loss=0.25)
+    tell(monitor, EventKind.PROGRESS, "aggregator", what="version", version=1, loss=0.5)
+
+    beat(monitor, "w0", loss=None)
+    tell(monitor, EventKind.PROGRESS, "aggregator", what="version", version=2, loss=None)
+    tell(monitor, EventKind.EVALUATION, "evaluator", version=2, accuracy=math.nan, loss=math.inf)
+
+    lines = shown(monitor)
+    assert row(lines, "w0")[4] == "-"
+    assert row(lines, "training loss") == ["training loss", "-"]
+    assert row(lines, "held-out") == ["held-out", "accuracy no number, loss no number (version 2)"]
+
+
+def test_an_evaluation_that_comes_late_does_not_replace_a_newer_one() -> None:
+    monitor = Monitor("test")
+    for version in (4, 3):
+        tell(monitor, EventKind.EVALUATION, "evaluator", version=version, loss=float(version))
+    assert row(shown(monitor), "held-out")[1] == "loss 4.0000 (version 4)"
+
+
+def test_long_names_leave_the_figures_readable() -> None:
+    monitor = Monitor("test")
+    name = "a-hospital-with-a-name-that-goes-on-and-on-and-on"
+    beat(monitor, name, loss=0.25, seconds=100.25, state="backing-off")
+    lines = shown(monitor)
+    assert {len(line) for line in lines} == {80}
+    assert row(lines, f"{name[:13]}…") == [f"{name[:13]}…", "backing-off", "3", "2", "0.2500", "100.25", "-"]
+    assert row(shown(monitor, 120), name)[1] == "backing-off"
+
+
+def test_bytes_that_are_no_event_are_passed_over() -> None:
+    monitor = Monitor("test")
+    monitor.take(Delivery(source=Source.EVENT, body=b"\xff not ours"))
+    monitor.take(Connected(1))
+    assert row(shown(monitor, rounds=None), "round") == ["round", "0"]
+
+
+def test_where_there_is_no_terminal_a_round_is_a_line() -> None:
+    monitor = Monitor("test")
+    console = Console(width=40, force_terminal=False, color_system=None)
+    with console.capture() as capture, Display(monitor, console, title="") as live:
+        tell(monitor, EventKind.EVALUATION, "evaluator", version=0, accuracy=0.5)
+        tell(monitor, EventKind.PROGRESS, "aggregator", what="version", version=1, loss=0.5)
+        live.refresh()
+        tell(monitor, EventKind.PROGRESS, "aggregator", what="version", version=2, loss=None)
+    assert capture.get().splitlines() == [
+        "round 1: training loss 0.5000, staleness 0.0; version 0 held out: accuracy 0.5000",
+        "round 2: training loss unknown, staleness 0.0; version 0 held out: accuracy 0.5000",
+    ]

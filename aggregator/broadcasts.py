@@ -101,8 +101,8 @@ class Announcer:
         """Whether a version of this size travels in chunks."""
         return self._messages.is_in_chunks(model_bytes, self._transport.max_message_bytes)
 
-    def broadcast(self, effect: do.Broadcast) -> None:
-        """Give a durable version to all workers."""
+    def broadcast(self, effect: do.Broadcast) -> Future[None]:
+        """Give a durable version to all workers; done once the broker has it."""
         message = Parameters(
             run=self._run,
             epoch=effect.epoch,
@@ -115,6 +115,7 @@ class Announcer:
         future = self._transport.broadcast(self._messages.message(message, self._transport.max_message_bytes))
         self._under_way[future] = effect.version
         future.add_done_callback(self._done)
+        return future
 
     def prepare(self, snapshot: Snapshot) -> None:
         """While a version becomes durable its chunks are sent ahead; nobody looks at them before it is broadcast."""

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import socket
 import threading
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated
 
@@ -15,6 +17,7 @@ import typer
 
 from aggregator.checkpoint import CheckpointStore
 from aggregator.config import AggregatorConfig
+from aggregator.meter import Meter
 from aggregator.process import tune
 from aggregator.reign import rules_of
 from aggregator.results import Outcome, replace_file
@@ -32,7 +35,7 @@ from broker.console import (
     stop_on_signals,
 )
 from broker.errors import CheckpointNotWritten, StaleEpoch
-from broker.settings import Settings, load, plain
+from broker.settings import MetricsConfig, Settings, load, plain
 from broker.topology import Topology
 
 __all__ = ["aggregator", "checkpoint_folder", "main", "run_folder", "serve"]
@@ -75,7 +78,7 @@ def aggregator(
         set_up_logging(verbose)
         tune()
         flags = parse_flags(settings or [], run=run, broker__url=broker, aggregator__folder=folder)
-        read = load({"aggregator": AggregatorConfig}, file=config, flags=flags)
+        read = load({"aggregator": AggregatorConfig, "metrics": MetricsConfig}, file=config, flags=flags)
         serve(read, accept_older=accept_older, drop_changes=drop_changes)
 
 
@@ -111,7 +114,8 @@ def serve(settings: Settings, *, accept_older: bool = False, drop_changes: bool 
         for service in serving:
             service.stop()
 
-    with stop_on_signals(stop, also=stop_serving):
+    transports: list[AmqpAggregatorTransport] = []
+    with stop_on_signals(stop, also=stop_serving), _metered(settings, folder, transports) as meter:
         while not stop.is_set():
             service = AggregatorService(
                 folder=folder,
@@ -122,12 +126,14 @@ def serve(settings: Settings, *, accept_older: bool = False, drop_changes: bool 
                 pack_chunks=settings.broker.pack_chunks,
                 accept_older=accept_older,
                 drop_changes=drop_changes,
+                meter=meter,
             )
             serving[:] = [service]
             if stop.is_set():
                 break
             try:
-                return service.run(_transport(settings, config, size))
+                transports[:] = [_transport(settings, config, size)]
+                return service.run(transports[0])
             except StaleEpoch as error:
                 by_command = _by_command(store)
                 log.warning("%s; %s", error, "a command has: taking up what it made" if by_command else "standing by")
@@ -137,6 +143,27 @@ def serve(settings: Settings, *, accept_older: bool = False, drop_changes: bool 
             if service.has_claimed:
                 accept_older = drop_changes = False
     return None
+
+
+@contextlib.contextmanager
+def _metered(settings: Settings, folder: Path, transports: list[AmqpAggregatorTransport]) -> Iterator[Meter]:
+    """What counts, and serves the figures if that is wanted; ``transports`` holds the one that is used, if any."""
+    config = settings.table("metrics", MetricsConfig)
+    if not config.port:
+        yield Meter()
+        return
+    # Here, because whoever wants no metrics need not wait for it.
+    from aggregator.metrics import AggregatorMetrics  # noqa: PLC0415
+    from broker.metrics import serve as serve_metrics  # noqa: PLC0415
+
+    metrics = AggregatorMetrics(
+        settings.run,
+        folder,
+        workers=config.workers,
+        broker=lambda: transports[0].state() if transports else None,
+    )
+    with serve_metrics(config, metrics):
+        yield metrics
 
 
 def _transport(settings: Settings, config: AggregatorConfig, size: int) -> AmqpAggregatorTransport:

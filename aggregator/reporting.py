@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 
 from aggregator.core import effects as do
 from aggregator.core.federated import Federated
@@ -14,7 +14,7 @@ from broker.messages import Event, EventKind, Reason, Scalar, UpdateId
 from broker.transport import AggregatorTransport, Outgoing
 from broker.wire import encode
 
-__all__ = ["Reporter"]
+__all__ = ["Observer", "Reporter"]
 
 log = logging.getLogger("fedmq.aggregator")
 
@@ -29,12 +29,23 @@ MOST_NAMED = 200
 #: Metrics of workers that an event of progress holds.
 SHOWN_METRICS = 50
 
+#: Hears of a fact, and which version was the newest then.
+Observer = Callable[[do.Fact, int], None]
+
 
 class Reporter:
     """Tells what the round machine wants recorded."""
 
-    def __init__(self, run: str, transport: AggregatorTransport, history: History, now: Callable[[], float]) -> None:
-        """``now`` gives seconds since 1970."""
+    def __init__(
+        self,
+        run: str,
+        transport: AggregatorTransport,
+        history: History,
+        now: Callable[[], float],
+        *,
+        observers: Sequence[Observer] = (),
+    ) -> None:
+        """``now`` gives seconds since 1970; ``observers`` hear of each fact, and of the version of then."""
         self.metrics: tuple[int, Mapping[str, float]] = (-1, {})
         """Version and figures of the newest evaluation."""
         self.federated: Federated | None = None
@@ -43,6 +54,7 @@ class Reporter:
         self._transport = transport
         self._history = history
         self._now = now
+        self._observers = tuple(observers)
         self._commands: dict[str, str] = {}
         self._folded: list[do.Folded] = []
         self._folded_version = 0
@@ -91,6 +103,8 @@ class Reporter:
 
     def record(self, fact: do.Fact, version: int) -> None:
         """``fact`` happened while ``version`` was the newest."""
+        for observe in self._observers:
+            observe(fact, version)
         match fact:
             case do.Folded():
                 self._folded.append(fact)

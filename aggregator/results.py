@@ -15,6 +15,7 @@ from typing import BinaryIO
 from aggregator.ancestry import Ancestry
 from aggregator.checkpoint import write_tensors
 from aggregator.core.federated import Federated
+from aggregator.core.machine import RoundMachine
 from broker.errors import CheckpointError, CheckpointNotWritten
 from broker.messages import Tensors
 from broker.variates import without_variates
@@ -42,6 +43,29 @@ class Outcome:
     """What workers have reported last, by data that they hold out."""
     buffered: int = 0
     """Updates of those applied that are in the open round yet."""
+
+    @classmethod
+    def of(
+        cls,
+        machine: RoundMachine,
+        reason: str,
+        epoch: int,
+        evaluation: tuple[int, Mapping[str, float]],
+        federated: Federated | None,
+    ) -> Outcome:
+        """Of ``machine``, whose work ended for ``reason``; ``evaluation`` is the newest one's version and figures."""
+        return cls(
+            reason=reason,
+            version=machine.version,
+            epoch=epoch,
+            applied=machine.applied,
+            rejected=dict(machine.rejected),
+            confirmed=sum(sum(counts.values()) for counts in machine.roster.confirmed().values()),
+            metrics=evaluation[1],
+            evaluated=evaluation[0],
+            federated=federated,
+            buffered=machine.fill,
+        )
 
 
 def is_written(folder: Path) -> bool:

@@ -24,6 +24,7 @@ from aggregator.core.controls import Order
 from aggregator.core.machine import RoundMachine
 from aggregator.core.snapshot import Snapshot
 from aggregator.history import History
+from aggregator.meter import Meter
 from aggregator.reading import from_aside, read_update
 from aggregator.reign import Reign, claim, shown
 from aggregator.reporting import Reporter
@@ -87,6 +88,7 @@ class AggregatorService:
         pack_chunks: bool = False,
         accept_older: bool = False,
         drop_changes: bool = False,
+        meter: Meter | None = None,
     ) -> None:
         """Nothing is claimed before it is this aggregator's turn.
 
@@ -99,6 +101,7 @@ class AggregatorService:
             pack_chunks: pack the chunks.
             accept_older: begin with the newest checkpoint even if newer versions have been seen.
             drop_changes: forget what was changed on the running run.
+            meter: counts what is done; nothing does, if it is None.
         """
         self.folder = folder
         self.run_name = run
@@ -108,6 +111,7 @@ class AggregatorService:
         """Whether it has owned the run."""
         self._config = config
         self._store = store
+        self._meter = meter or Meter()
         self._versions = Broadcasts(run, chunk_bytes=chunk_bytes, codec=config.version_codec, lossless=pack_chunks)
         self._accept_older, self._drop_changes = accept_older, drop_changes
         self._wall = time.time() - time.monotonic()
@@ -144,7 +148,8 @@ class AggregatorService:
         self._announcer = Announcer(
             self.run_name, transport, self._versions, lambda error: self._inbox.put(Failed(error))
         )
-        self._reporter = Reporter(self.run_name, transport, self._history, self._now)
+        self._reporter = Reporter(self.run_name, transport, self._history, self._now, observers=[self._meter.records])
+        self._meter.watch(lambda: self.leads)
         try:
             transport.open(self._inbox.put)
             self._loop(lambda: self._finish is not None)
@@ -349,6 +354,7 @@ class AggregatorService:
         )
         self.has_claimed = True
         self._admit(reign.trainers, reign.machine.model.nbytes)
+        self._meter.reigns(reign)
         return reign
 
     def _read(self, delivery: Delivery) -> on.Happening | None:
@@ -360,7 +366,9 @@ class AggregatorService:
         if delivery.source is not Source.UPDATE:
             return self._read_aside(delivery, self._led.machine)
         assert delivery.token is not None  # noqa: S101  (updates are always acknowledged by hand)
-        event = read_update(delivery.token, delivery)
+        with self._meter.decode:
+            event = read_update(delivery.token, delivery)
+        self._meter.received(delivery, event)
         head = event.update if isinstance(event, on.Arrived) else getattr(event, "head", None)
         if head is not None and head.base_epoch > self._led.epoch:
             # A newer aggregator has spoken to this worker: the update is for it, and goes back to the queue.
@@ -437,8 +445,9 @@ class AggregatorService:
             case do.WriteCheckpoint(commit, snapshot):
                 self._announcer.prepare(snapshot)
                 self._writing = self._writer.write(commit, snapshot, beside=self._sync, after=self._tidy_up)
+                self._meter.writing(self._writing.outcome)
             case do.Broadcast():
-                self._announcer.broadcast(effect)
+                self._meter.broadcasting(self._announcer.broadcast(effect), effect.model.nbytes)
             case do.Tell(worker, reason, detail, update):
                 self._reporter.tell(worker, reason, detail, update)
             case do.WakeAt(moment):
@@ -473,19 +482,8 @@ class AggregatorService:
     def _write_results(self) -> Outcome | None:
         if self._led is None:
             return None
-        machine = self._led.machine
-        outcome = Outcome(
-            reason=self._finish or "",
-            version=machine.version,
-            epoch=self._led.epoch,
-            applied=machine.applied,
-            rejected=dict(machine.rejected),
-            confirmed=sum(sum(counts.values()) for counts in machine.roster.confirmed().values()),
-            metrics=self._reporter.metrics[1],
-            evaluated=self._reporter.metrics[0],
-            federated=self._reporter.federated,
-            buffered=machine.fill,
-        )
+        machine, reporter = self._led.machine, self._reporter
+        outcome = Outcome.of(machine, self._finish or "", self._led.epoch, reporter.metrics, reporter.federated)
         log.info("run %s %s at version %d; results in %s", self.run_name, outcome.reason, outcome.version, self.folder)
         if self._led.begun_at == (outcome.version, True) and is_written(self.folder):
             return outcome  # the run had been done before: what was written then still stands

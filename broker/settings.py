@@ -30,6 +30,7 @@ __all__ = [
     "TABLES",
     "BrokerConfig",
     "Flag",
+    "MetricsConfig",
     "Origin",
     "Settings",
     "Table",
@@ -69,7 +70,7 @@ _WANTED = {
 }
 
 #: Tables that a file may hold. A program reads those it needs; the others belong to another program.
-TABLES = ("broker", "aggregator", "worker", "demo")
+TABLES = ("broker", "aggregator", "worker", "metrics", "demo")
 
 
 class Table(BaseModel):
@@ -143,6 +144,20 @@ class BrokerConfig(Table):
         if not urls:
             raise ConfigError("broker.url is empty: it is like amqp://user:password@host:5672/vhost")
         return urls
+
+
+class MetricsConfig(Table):
+    """``[metrics]``: figures for Prometheus, of the aggregator and of each worker."""
+
+    port: Annotated[int, Field(ge=0, le=65535)] = 0
+    """Where this process serves ``/metrics``, 9464 for instance; 0 for nowhere. On one machine each aggregator and each
+    worker needs a port of its own."""
+    address: Annotated[str, Field(min_length=1)] = "127.0.0.1"
+    """Which of this machine's addresses it is served at: this machine alone can read it, if not set. ``0.0.0.0`` is all
+    of them: the figures are then for whoever reaches the port, without a password."""
+    workers: Annotated[int, Field(ge=0, le=10_000)] = 100
+    """Workers that have series of their own in the aggregator's figures: the first that come. The others are summed up
+    as ``other``."""
 
 
 @dataclass(frozen=True, slots=True)

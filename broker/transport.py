@@ -28,6 +28,7 @@ __all__ = [
     "Disconnected",
     "Failed",
     "Incoming",
+    "LinkState",
     "Outgoing",
     "Sink",
     "Source",
@@ -116,6 +117,23 @@ class Failed:
     """Reconnecting is pointless, for this reason; the transport has stopped."""
 
     error: FedmqError
+
+
+@dataclass(frozen=True, slots=True)
+class LinkState:
+    """How a transport stands with its broker, for whoever watches."""
+
+    connected: bool
+    """Whether all of its connections stand."""
+    blocked: bool
+    """Whether the broker takes no messages for now: a memory or disk alarm."""
+    reconnects: int
+    """How often a connection was made again."""
+    sent_bytes: int
+    """Over all connections, as they were on the wire."""
+    received_bytes: int
+    dead_letters: int = 0
+    """Messages that were moved to the dead letters and confirmed there."""
 
 
 #: Kinds of events that reach the aggregator; the others are for people who watch.

@@ -17,7 +17,7 @@ from pydantic.fields import FieldInfo
 
 from aggregator.config import AggregatorConfig
 from broker.parts import Name
-from broker.settings import BrokerConfig, Table
+from broker.settings import BrokerConfig, MetricsConfig, Table
 from fedmq.demo import DemoConfig
 from fedmq.simulation.scenario import KINDS
 from fedmq.simulation.sweep import SweepTable
@@ -29,6 +29,7 @@ TABLES: Mapping[str, type[Table]] = {
     "broker": BrokerConfig,
     "aggregator": AggregatorConfig,
     "worker": WorkerConfig,
+    "metrics": MetricsConfig,
     "demo": DemoConfig,
 }
 

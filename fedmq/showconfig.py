@@ -18,12 +18,16 @@ from broker.console import (
     say_table,
     set_up_logging,
 )
-from broker.settings import Settings, Table, load, plain
+from broker.settings import MetricsConfig, Settings, Table, load, plain
 from worker_client.config import WorkerConfig
 
 __all__ = ["config"]
 
-KINDS: dict[str, type[Table]] = {"aggregator": AggregatorConfig, "worker": WorkerConfig}
+KINDS: dict[str, type[Table]] = {
+    "aggregator": AggregatorConfig,
+    "worker": WorkerConfig,
+    "metrics": MetricsConfig,
+}
 
 out = Console()
 

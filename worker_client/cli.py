@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -23,9 +24,11 @@ from broker.console import (
     stop_on_signals,
 )
 from broker.errors import TaskError
-from broker.settings import Settings, load
+from broker.messages import Role
+from broker.settings import MetricsConfig, Settings, load
 from broker.topology import Topology
 from worker_client.config import WorkerConfig
+from worker_client.meter import Meter
 
 if TYPE_CHECKING:  # torch comes with it
     from worker_client.session import Summary
@@ -92,7 +95,7 @@ def evaluate(
 def _load(config: Path | None, pairs: list[str] | None, *, run: str | None, broker: str | None, **own: Any) -> Settings:
     named = {f"worker__{key}": value for key, value in own.items()}
     flags = parse_flags(pairs or [], run=run, broker__url=broker, **named)
-    return load({"worker": WorkerConfig}, file=config, flags=flags)
+    return load({"worker": WorkerConfig, "metrics": MetricsConfig}, file=config, flags=flags)
 
 
 def _live(settings: Settings, config: WorkerConfig, *, evaluator: bool) -> None:
@@ -109,12 +112,29 @@ def _live(settings: Settings, config: WorkerConfig, *, evaluator: bool) -> None:
     task = load_task(config.task)
     live: Callable[..., Summary] = run_evaluator if evaluator else run_worker
     stop = threading.Event()
-    with stop_on_signals(stop):
-        transport = AmqpWorkerTransport(settings.broker, Topology(settings.run), worker=config.name)
+    transport = AmqpWorkerTransport(settings.broker, Topology(settings.run), worker=config.name)
+    role = Role.EVALUATOR if evaluator else Role.TRAINER
+    with stop_on_signals(stop), _metered(settings, config.name, role, transport) as meter:
         sizes = {"chunk_bytes": settings.broker.chunk_bytes, "pack_chunks": settings.broker.pack_chunks}
-        summary = live(config, settings.run, transport, task, stop=stop, **sizes)
+        summary = live(config, settings.run, transport, task, stop=stop, meter=meter, **sizes)
     version = f"newest version {summary.version}" if summary.version >= 0 else "no version yet"
     log.info("%s: %d updates confirmed, %s", summary.reason, summary.confirmed, version)
+
+
+@contextlib.contextmanager
+def _metered(settings: Settings, name: str, role: Role, transport: AmqpWorkerTransport) -> Iterator[Meter]:
+    """What counts, and serves the figures if that is wanted."""
+    config = settings.table("metrics", MetricsConfig)
+    if not config.port:
+        yield Meter()
+        return
+    # Here, because whoever wants no metrics need not wait for it.
+    from broker.metrics import serve  # noqa: PLC0415
+    from worker_client.metrics import WorkerMetrics  # noqa: PLC0415
+
+    metrics = WorkerMetrics(settings.run, name, role, broker=transport.state)
+    with serve(config, metrics):
+        yield metrics
 
 
 app = typer.Typer(

@@ -9,6 +9,7 @@ from broker.settings import CHUNK_BYTES
 from broker.transport import WorkerTransport
 from worker_client.config import WorkerConfig
 from worker_client.core import EvaluatorMachine, WorkerMachine
+from worker_client.meter import Meter
 from worker_client.outbox import Outbox
 from worker_client.session import GRACE, Session, StopSignal, Summary
 from worker_client.task import Task
@@ -29,12 +30,13 @@ def run_worker(
     pack_chunks: bool = False,
     stop: StopSignal | None = None,
     grace: float = GRACE,
+    meter: Meter | None = None,
 ) -> Summary:
     """Train for ``run`` until it is over, ``max_updates`` is reached or ``stop`` is set.
 
     With ``config.folder`` the worker keeps its identity there; without, it is a new one each time. The
     transport is opened and closed here. Updates that are larger than ``chunk_bytes`` travel in chunks,
-    packed if that makes them smaller with ``pack_chunks``.
+    packed if that makes them smaller with ``pack_chunks``. ``meter`` counts what is done.
 
     Raises:
         TaskError: the task raised, or its shard is empty.
@@ -63,6 +65,7 @@ def run_worker(
             pack_chunks=pack_chunks,
             stop=stop,
             grace=grace,
+            meter=meter,
         ).run()
     finally:
         outbox.close()
@@ -78,6 +81,7 @@ def run_evaluator(
     pack_chunks: bool = False,
     stop: StopSignal | None = None,
     grace: float = GRACE,
+    meter: Meter | None = None,
 ) -> Summary:
     """Evaluate ``run``'s newest version on the task's held-out data, each time there is a newer one.
 
@@ -99,4 +103,5 @@ def run_evaluator(
         pack_chunks=pack_chunks,
         stop=stop,
         grace=grace,
+        meter=meter,
     ).run()

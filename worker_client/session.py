@@ -25,6 +25,7 @@ from worker_client.core import EvaluatorMachine, WorkerMachine
 from worker_client.core import events as ev
 from worker_client.heap import trim
 from worker_client.mailbox import Bench, Finished, Item, Mailbox, Published
+from worker_client.meter import Meter, Standing
 from worker_client.notices import DIVERGED, MEANINGS
 from worker_client.outbox import Outbox
 from worker_client.preparing import Preparation
@@ -84,6 +85,7 @@ class Session:
         pack_chunks: bool,
         stop: StopSignal | None,
         grace: float,
+        meter: Meter | None = None,
     ) -> None:
         self._config = config
         self._run = run
@@ -91,6 +93,7 @@ class Session:
         self._trainer = trainer
         self._machine = machine
         self._role = role
+        self._meter = meter or Meter()
         sender = Sender(run, config.name, outbox.incarnation, role, pack_chunks=pack_chunks)
         self._presence = Presence(transport, sender, outbox, config.folder)
         who = f"{config.name} {outbox.incarnation}"
@@ -128,6 +131,7 @@ class Session:
 
     def run(self) -> Summary:
         """Live it. Raises what ended it, if that was an error."""
+        self._meter.watch(self._standing, self._trainer.spec.nbytes)
         self._transport.open(self._mailbox.put)
         heartbeat = 0.0
         try:
@@ -172,6 +176,7 @@ class Session:
                 trim()  # gradients, or a version and an update that are done with
 
     def _receive(self, item: Item) -> None:
+        self._meter.receives(item)
         match item:
             case Delivery():
                 self._read(item)
@@ -254,6 +259,7 @@ class Session:
         except ValueError:
             log.warning("update %s was rejected: %s (%s)", update, reason, detail)
             return
+        self._meter.rejected(known)
         level = logging.INFO if known is Reason.RUN_DONE else logging.WARNING
         what = f"update {update} was rejected" if update else "what this worker sends is rejected"
         log.log(level, "%s: %s (%s): %s", what, known, detail, MEANINGS[known])
@@ -315,6 +321,7 @@ class Session:
                 self._fail(error)
 
     def _do(self, effect: ev.Effect) -> None:  # noqa: PLR0912 - one branch a kind of effect
+        self._meter.does(effect)
         match effect:
             case ev.SayHello(version):
                 self._presence.greet(version)
@@ -397,6 +404,11 @@ class Session:
     def _beat(self) -> None:
         state, loss = str(self._machine.state), self._metrics.get("loss")
         self._presence.beat(state, self._version, seconds=self._seconds, loss=loss)
+
+    def _standing(self) -> Standing:
+        machine = self._machine
+        outstanding = (self._publishing.id is not None) + (self._trained is not None)
+        return Standing(machine.state.value, self._version, machine.confirmed, outstanding)
 
     @property
     def _version(self) -> int:

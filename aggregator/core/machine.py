@@ -38,6 +38,7 @@ from aggregator.core.rules import Rules
 from aggregator.core.screen import refusal
 from aggregator.core.screening import Screening
 from aggregator.core.snapshot import Snapshot
+from aggregator.core.timing import Timing
 from aggregator.core.versions import Versions
 from aggregator.strategies.base import gathers
 from aggregator.strategies.rows import MemorySpool, Spool
@@ -93,6 +94,7 @@ class RoundMachine:
         snapshot.require_mode(rules.mode)
         snapshot.require_variates(wanted=rules.control_variates)
         self.rules = rules
+        self.timing = Timing()
         self.done = False
         self.roster = Roster(rules.worker_timeout)
         self.roster.restore(snapshot.trainers, snapshot.confirmed, now)
@@ -296,7 +298,8 @@ class RoundMachine:
 
     def _fold(self, update: Update, token: Token, nbytes: int, norm: float | None, now: float) -> do.Effect:
         staleness = self.version - update.base_version
-        entry = self._buffer.fold(update, self.rules, self.model, staleness, norm=norm, is_lent=self.lends)
+        with self.timing.fold:
+            entry = self._buffer.fold(update, self.rules, self.model, staleness, norm=norm, is_lent=self.lends)
         self.screening.take(norm)
         self._commits.hold(update.id, token, nbytes, now)
         self._round.refused.discard(update.id.worker)
@@ -424,7 +427,8 @@ class RoundMachine:
     def _close(self, now: float) -> list[do.Effect]:
         """The averaged update becomes the next version; see :meth:`Versions.step`, which may raise."""
         taken, rules = self._buffer.take(is_lent=self.lends), self.rules
-        problem = self._versions.step(rules, *taken, opened=self._round.opened, now=now)
+        with self.timing.step:
+            problem = self._versions.step(rules, *taken, opened=self._round.opened, now=now)
         self._take_up(now)
         self._set_done(now)
         self._round = Round(self.version, now, self._plan(0), entries=self._buffer.entries)

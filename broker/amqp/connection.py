@@ -21,6 +21,7 @@ from tenacity import AsyncRetrying, RetryCallState, retry_if_exception, wait_ran
 from broker.amqp.names import Lookups
 from broker.amqp.refusals import FATAL
 from broker.amqp.session import Channel, Session, parameters, quiet_pika
+from broker.amqp.traffic import Traffic
 from broker.errors import BrokerError, BrokerUnreachable, ConnectionLost
 from broker.seldom import Seldom
 from broker.settings import BrokerConfig
@@ -77,6 +78,7 @@ class Link:
         self.connected: Callable[[], object] = lambda: None
         #: Why the last attempt to connect failed.
         self.problem = ""
+        self.traffic = Traffic()
         self._parameters = parameters(config, name)
         self._use = use
         self._down = down
@@ -239,9 +241,11 @@ class Link:
         """One connection from its beginning to its end, which is raised unless it has held for a while."""
         session = await self._connect()
         began = time.monotonic()
+        self.traffic.begin(session)
         try:
             reason = await self._serve(session)
         finally:
+            self.traffic.end()
             closing = asyncio.ensure_future(session.close())
             try:
                 await asyncio.shield(closing)

@@ -149,6 +149,11 @@ class Session:
         """How much has come in, to tell a slow message from none."""
         return int(self._connection.bytes_received)
 
+    @property
+    def sent_bytes(self) -> int:
+        """How much has been given to the connection to send."""
+        return int(self._connection.bytes_sent)
+
     def cut(self) -> None:
         """Break the connection without a word, as a network would."""
         self._connection.abort()

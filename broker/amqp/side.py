@@ -17,7 +17,7 @@ from broker.errors import BrokerError, BrokerUnreachable
 from broker.seldom import Seldom
 from broker.settings import BrokerConfig
 from broker.topology import Topology
-from broker.transport import Connected, Delivery, Disconnected, Failed, Incoming, Sink, Source
+from broker.transport import Connected, Delivery, Disconnected, Failed, Incoming, LinkState, Sink, Source
 
 __all__ = ["OWN_QUEUE_LENGTH", "Side", "delivery_of"]
 
@@ -50,6 +50,7 @@ class Side:
         self._generation = 0
         self._connected = False
         self._opened = False
+        self._dead_letters = 0
         self._failure: BrokerError | None = None
         self._lock = threading.RLock()  # a sink may close the transport
 
@@ -82,6 +83,19 @@ class Side:
     def max_message_bytes(self) -> int:
         """See the port."""
         return self._publisher.max_message_bytes
+
+    def state(self) -> LinkState:
+        """How it stands with the broker. May be asked at any time, from any thread."""
+        links = [link.traffic for link in (self._publisher.link, self._consumer)]
+        sent, received = (sum(amounts) for amounts in zip(*(link.bytes for link in links), strict=True))
+        return LinkState(
+            connected=all(link.is_up for link in links),
+            blocked=any(link.is_blocked for link in links),
+            reconnects=sum(link.reconnects for link in links),
+            sent_bytes=sent,
+            received_bytes=received,
+            dead_letters=self._dead_letters,
+        )
 
     def close(self) -> None:
         """See the port."""

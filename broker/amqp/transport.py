@@ -275,6 +275,7 @@ class AmqpAggregatorTransport(Side):
         self, error: BaseException | None, token: Token, facts: Mapping[str, str | int], body: bytes, attempt: int
     ) -> None:
         if error is None:
+            self._dead_letters += 1
             self.ack(token)
             return
         if self._seldom.may("buried"):

@@ -42,7 +42,13 @@ class Ended:
 
 
 def federate(
-    folder: Path, task: Task, settings: Mapping[str, Any], workers: Mapping[str, Mapping[str, Any]], **common: Any
+    folder: Path,
+    task: Task,
+    settings: Mapping[str, Any],
+    workers: Mapping[str, Mapping[str, Any]],
+    *,
+    meters: Mapping[str, Any] | None = None,
+    **common: Any,
 ) -> Ended:
     """Run to the end, which ``settings`` must set.
 
@@ -51,6 +57,7 @@ def federate(
         task: what is trained.
         settings: ``[aggregator]``.
         workers: by name, what differs from ``common``.
+        meters: what counts, by the worker's name, and of ``aggregator``.
         common: ``[worker]``.
     """
     config = AggregatorConfig.model_validate({"linger": 5.0, **settings})
@@ -63,14 +70,19 @@ def federate(
         store.create(model, parameters, now=0.0)
     size = store.load().model.nbytes
     broker, stop = MemoryBroker(), threading.Event()
+    meters = meters or {}
     service = AggregatorService(
-        folder=folder, run=RUN, config=config, store=CheckpointStore(folder / "checkpoints", RUN)
+        folder=folder,
+        run=RUN,
+        config=config,
+        store=CheckpointStore(folder / "checkpoints", RUN),
+        meter=meters.get("aggregator"),
     )
 
     def work(name: str) -> Summary:
         values = {"name": name, "device": "cpu", "heartbeat_seconds": 0.2, "folder": folder / "workers" / name}
         own = WorkerConfig.model_validate({**values, **common, **workers[name]})
-        return run_worker(own, RUN, broker.worker(RUN, name), task, stop=stop)
+        return run_worker(own, RUN, broker.worker(RUN, name), task, stop=stop, meter=meters.get(name))
 
     with ThreadPoolExecutor(len(workers) + 1) as pool:
         try:

@@ -1,0 +1,41 @@
+"""The port for whoever counts what a worker does. This one counts nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from broker.messages import Reason
+from worker_client.core import events as ev
+from worker_client.mailbox import Item
+
+__all__ = ["Meter", "Standing"]
+
+
+@dataclass(frozen=True, slots=True)
+class Standing:
+    """How a worker stands at a moment."""
+
+    state: str
+    version: int
+    """The newest that it knows of; -1 if none."""
+    confirmed: int
+    """Updates that the broker confirmed to this process."""
+    outstanding: int
+    """Updates that are trained and not confirmed."""
+
+
+class Meter:
+    """What a worker's session tells, on its one thread; a subclass makes figures of it."""
+
+    def watch(self, standing: Callable[[], Standing], model_bytes: int) -> None:
+        """The session begins, with a model of this size; ``standing`` may be called on any thread."""
+
+    def receives(self, item: Item) -> None:
+        """``item`` was taken from the mailbox, and is about to be looked at."""
+
+    def does(self, effect: ev.Effect) -> None:
+        """``effect`` is about to be performed."""
+
+    def rejected(self, reason: Reason) -> None:
+        """The aggregator told that it has rejected an update."""

@@ -65,6 +65,7 @@ format: $(READY) ## lay out the code and repair what can be repaired
 docs: $(READY) ## make the pages that are made from the code
 	$(BIN)/python -m fedmq.reference > docs/configuration.md
 	$(BIN)/python -m fedmq.reference scenario > docs/scenario.md
+	$(BIN)/python -m fedmq.reference metrics > docs/metrics.md
 
 rabbitmq: ## install RabbitMQ's server if it is missing and can be installed
 	@deploy/install-rabbitmq.sh

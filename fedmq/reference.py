@@ -1,13 +1,14 @@
 """``python -m fedmq.reference > docs/configuration.md``: every setting, from the tables' own docstrings.
 
-With ``scenario``, those of ``fedmq simulate``: ``docs/scenario.md``.
+With ``scenario``, those of ``fedmq simulate``: ``docs/scenario.md``. With ``metrics``, every series that Prometheus
+finds: ``docs/metrics.md``.
 """
 
 from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from enum import Enum
 from typing import Any, get_args
 
@@ -16,14 +17,17 @@ from pydantic import SecretStr
 from pydantic.fields import FieldInfo
 
 from aggregator.config import AggregatorConfig
+from aggregator.metrics import SERIES as AGGREGATOR_SERIES
+from broker.metrics import BROKER_SERIES, BUILD, Series
 from broker.parts import Name
 from broker.settings import BrokerConfig, MetricsConfig, Table
 from fedmq.demo import DemoConfig
 from fedmq.simulation.scenario import KINDS
 from fedmq.simulation.sweep import SweepTable
 from worker_client.config import WorkerConfig
+from worker_client.metrics import SERIES as WORKER_SERIES
 
-__all__ = ["SCENARIO", "TABLES", "reference", "scenario_reference"]
+__all__ = ["SCENARIO", "SERIES", "TABLES", "metrics_reference", "reference", "scenario_reference"]
 
 TABLES: Mapping[str, type[Table]] = {
     "broker": BrokerConfig,
@@ -38,6 +42,37 @@ SCENARIO: Mapping[str, type[Table]] = {
     **{name: table for name, table in KINDS.items() if name not in TABLES},
     "sweep": SweepTable,
 }
+
+#: All that is exported, by who does it.
+SERIES: Mapping[str, tuple[Series, ...]] = {
+    "The aggregator": AGGREGATOR_SERIES,
+    "Workers and evaluators": WORKER_SERIES,
+    "Both": (BUILD, *BROKER_SERIES),
+}
+
+METRICS_HEAD = """\
+# Metrics
+
+*The tables are made by `make docs` from the code.*
+
+Aggregator, workers and evaluators serve figures for Prometheus at `http://ADDRESS:PORT/metrics`, each process its own:
+
+```sh
+fedmq aggregator --run digits --set metrics.port=9464
+fedmq worker --run digits --name w1 --set metrics.port=9465    # on one machine each process needs its own port
+```
+
+Without `metrics.port` nothing is served and nothing counted. `metrics.address` is this machine alone (127.0.0.1) unless
+it is set; there is no password, so open it to a network of your own only. If the port is taken there is one warning,
+and the run goes on.
+
+Every series of an aggregator has the label `run`, those of a worker or evaluator `run`, `worker` and `role`. The names
+of workers that an aggregator tells of are bounded: the first `metrics.workers` (100) have series of their own, all
+others share `worker="other"`, which has counters alone. Prometheus adds what it scraped as `instance` and `job`; after
+a takeover another aggregator's counters go on, so sum over them: `sum by (run) (rate(…[5m]))`. Counters begin at 0 with
+each process. The process's own figures (`process_resident_memory_bytes`, `process_cpu_seconds_total`,
+`process_open_fds`, …) are there as well. A standby shows `fedmq_aggregator_leads 0` and little else.
+"""
 
 SCENARIO_HEAD = """\
 # Settings of a scenario
@@ -73,6 +108,19 @@ def reference() -> str:
 def scenario_reference() -> str:
     """The page of a scenario's settings in Markdown."""
     return _page(SCENARIO_HEAD, SCENARIO)
+
+
+def metrics_reference() -> str:
+    """The page of all series in Markdown."""
+    return METRICS_HEAD + "".join(_series(title, series) for title, series in SERIES.items())
+
+
+def _series(title: str, series: Iterable[Series]) -> str:
+    rows = "".join(
+        f"| `{one.name}` | {one.kind} | {', '.join(f'`{label}`' for label in one.labels)} | {one.help} |\n"
+        for one in series
+    )
+    return f"\n## {title}\n\n| series | type | labels | meaning |\n| --- | --- | --- | --- |\n{rows}"
 
 
 def _page(head: str, tables: Mapping[str, type[Table]]) -> str:
@@ -141,4 +189,5 @@ def _bound(rule: Any) -> float:
 
 
 if __name__ == "__main__":
-    sys.stdout.write(scenario_reference() if sys.argv[1:] == ["scenario"] else reference())
+    pages = {"scenario": scenario_reference, "metrics": metrics_reference}
+    sys.stdout.write(pages.get("".join(sys.argv[1:]), reference)())

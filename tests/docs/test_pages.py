@@ -20,7 +20,7 @@ from aggregator.config import AggregatorConfig
 from broker.amqp.node import PrivateNode
 from broker.messages import Reason
 from broker.settings import load
-from fedmq.reference import SCENARIO, TABLES, reference, scenario_reference
+from fedmq.reference import SCENARIO, TABLES, metrics_reference, reference, scenario_reference
 from tests.support.waiting import wait_for
 from worker_client.config import WorkerConfig
 from worker_client.loading import load_task
@@ -50,6 +50,7 @@ def test_the_page_of_settings_is_up_to_date() -> None:
     """If not: make docs."""
     assert (ROOT / "docs" / "configuration.md").read_text() == reference()
     assert (ROOT / "docs" / "scenario.md").read_text() == scenario_reference()
+    assert (ROOT / "docs" / "metrics.md").read_text() == metrics_reference()
 
 
 def test_every_setting_is_explained() -> None:

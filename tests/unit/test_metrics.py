@@ -73,7 +73,19 @@ def test_names_and_units_follow_prometheus_conventions(series: Series) -> None:
     assert (series.kind == "counter") == series.name.endswith("_total")
     # Suffixes that the format itself appends, names of types, units that are not base units, abbreviations.
     taken = {"count", "sum", "bucket", "counter", "gauge", "histogram", "info"}
-    not_base = {"ms", "milliseconds", "minutes", "hours", "days", "kb", "mb", "megabytes", "kilobytes", "bits", "percent"}
+    not_base = {
+        "ms",
+        "milliseconds",
+        "minutes",
+        "hours",
+        "days",
+        "kb",
+        "mb",
+        "megabytes",
+        "kilobytes",
+        "bits",
+        "percent",
+    }
     short = {"s", "sec", "secs", "b"}
     words = set(series.name.removesuffix("_total").split("_")[1:])
     assert not words & (taken - {"info"} | not_base | short)

@@ -133,11 +133,14 @@ class Announcer:
         )
         self._transport.prepare(self._messages.message(message, self._transport.max_message_bytes))
 
-    def wait(self, timeout: float, *, before: int | None = None) -> None:
-        """Until everything was sent, for ``timeout`` seconds at most; ``before``: only versions before this one."""
+    def wait(self, timeout: float, *, before: int | None = None) -> bool:
+        """Until everything was sent, for ``timeout`` seconds at most; ``before``: only versions before this one.
+
+        Whether it was.
+        """
         # A copy: callbacks take from it on other threads.
         futures = [one for one, version in self._under_way.copy().items() if before is None or version < before]
-        wait(futures, timeout=timeout)
+        return not wait(futures, timeout=timeout).not_done
 
     def _done(self, future: Future[None]) -> None:
         self._under_way.pop(future, None)

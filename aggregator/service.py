@@ -11,7 +11,6 @@ import queue
 import time
 from collections import deque
 from collections.abc import Callable, Iterable
-from concurrent.futures import wait
 from pathlib import Path
 
 from aggregator.archive import UpdateArchive
@@ -29,7 +28,8 @@ from aggregator.reading import from_aside, read_update
 from aggregator.reign import Reign, claim, shown
 from aggregator.reporting import Reporter
 from aggregator.results import Outcome, is_written, write_results
-from aggregator.writing import CheckpointWriter, Writing
+from aggregator.room import Room
+from aggregator.writing import CheckpointWriter
 from broker.errors import (
     CheckpointError,
     CheckpointNotWritten,
@@ -63,15 +63,6 @@ RETRY_SECONDS = 5.0
 LISTEN_SECONDS = 2.0
 #: How long a leaving aggregator goes on settling what has been delivered already.
 DRAIN_SECONDS = 0.3
-#: How long an update waits until a checkpoint lets go of memory, and one second more for each so many bytes of model;
-#: far below the minute after which health checks think that it hangs. If the disk takes longer, memory is taken.
-WAIT_SECONDS = 1.0
-WAIT_BYTES = 250e6
-MAX_WAIT_SECONDS = 10.0
-#: So much longer than a disk may a broker take, over a network.
-SENDING = 3.0
-#: Below this size of a model, in bytes, copying takes less than waiting.
-LARGE = 16 * 2**20
 
 
 class AggregatorService:
@@ -119,9 +110,8 @@ class AggregatorService:
         self._history = History(folder / "history.jsonl")
         self._inbox: queue.SimpleQueue[Incoming | on.Happening] = queue.SimpleQueue()
         self._writer = CheckpointWriter(store, self._inbox.put)
-        self._writing: Writing | None = None
         self._wake_at: float | None = None
-        self._awaited = -1
+        self._is_to_stop = False
         self._touched = 0.0
         self._finish: str | None = None
         self._delivery: Delivery | None = None
@@ -135,6 +125,7 @@ class AggregatorService:
 
     def stop(self) -> None:
         """Ask the service to commit what is folded and to leave. May be called from any thread, or a signal."""
+        self._is_to_stop = True
         self._inbox.put(on.StopRequested())
 
     def run(self, transport: AggregatorTransport) -> Outcome | None:
@@ -148,6 +139,7 @@ class AggregatorService:
         self._announcer = Announcer(
             self.run_name, transport, self._versions, lambda error: self._inbox.put(Failed(error))
         )
+        self._room = Room(self._announcer, self._handle, self._waits_no_longer)
         self._reporter = Reporter(self.run_name, transport, self._history, self._now, observers=[self._meter.records])
         self._meter.watch(lambda: self.leads)
         try:
@@ -214,7 +206,7 @@ class AggregatorService:
         """
         while self._parked and time.monotonic() >= self._park_until:
             item, event = self._delivery, self._arrival = self._parked[0]
-            self._await_disk(machine)
+            self._room.wait(machine)
             self._fetch_next(item)
             try:
                 effects = machine.handle(event, self._now())
@@ -233,33 +225,6 @@ class AggregatorService:
         self._wake_at = None  # the machine says it anew, if there is anything that time alone will change
         for effect in effects:
             self._perform(effect)
-
-    def _await_disk(self, machine: RoundMachine) -> None:
-        """Give the checkpoint on its way some time, lest the next update takes the memory of another model.
-
-        It could be taken in at once: the machine copies the accumulator while that is read, and begins another one
-        beside two versions of the parameters. What is heard of here the inbox has, too, but behind others.
-        """
-        writing = self._writing
-        if writing is None or machine.model.nbytes < LARGE or not (machine.lends or machine.trails):
-            return
-        self._writing = None  # once: updates that are not folded would wait as well
-        patience = _patience(machine)
-        if machine.lends and writing.is_copied.wait(patience):
-            self._handle(on.CheckpointCopied(writing.commit), machine)
-        elif machine.trails and wait([writing.outcome], patience).done and not writing.outcome.exception():
-            outcome = writing.outcome.result()
-            if outcome is not None:
-                self._handle(outcome, machine)
-
-    def _await_broadcast(self, machine: RoundMachine) -> None:
-        """Give an older version that is being sent some time, before a round takes memory beside it and its successor.
-
-        Not for ever: a broker that is short of memory waits for what is acknowledged.
-        """
-        if machine.fill == 0 and machine.version != self._awaited and machine.model.nbytes >= LARGE:
-            self._awaited = machine.version  # once for each
-            self._announcer.wait(min(SENDING * _patience(machine), MAX_WAIT_SECONDS), before=machine.version)
 
     def _listen(self) -> None:
         """Superseded: because the turn was lost (one that hung hears of it late), or though it was not?"""
@@ -285,6 +250,10 @@ class AggregatorService:
                     (self.folder / "alive").touch()
             except OSError as error:
                 log.warning("the folder %s does not answer as it should: %s", self.folder, error)
+
+    def _waits_no_longer(self) -> bool:
+        self._show_life()
+        return self._is_to_stop
 
     def _require_ours(self) -> None:
         """Raise :class:`StaleEpoch` if the run has a newer owner. Whatever else is wrong, the next write will tell."""
@@ -444,8 +413,8 @@ class AggregatorService:
                 self._transport.reject(token, reason, detail, self._delivery)
             case do.WriteCheckpoint(commit, snapshot):
                 self._announcer.prepare(snapshot)
-                self._writing = self._writer.write(commit, snapshot, beside=self._sync, after=self._tidy_up)
-                self._meter.writing(self._writing.outcome)
+                self._room.writing = self._writer.write(commit, snapshot, beside=self._sync, after=self._tidy_up)
+                self._meter.writing(self._room.writing.outcome)
             case do.Broadcast():
                 self._meter.broadcasting(self._announcer.broadcast(effect), effect.model.nbytes)
             case do.Tell(worker, reason, detail, update):
@@ -490,8 +459,3 @@ class AggregatorService:
         seconds = self._now() - self._led.started
         write_results(self.folder, self.run_name, outcome, machine.parameters, seconds=seconds)
         return outcome
-
-
-def _patience(machine: RoundMachine) -> float:
-    """Seconds that an update of this model's size may wait for memory."""
-    return min(WAIT_SECONDS + machine.model.nbytes / WAIT_BYTES, MAX_WAIT_SECONDS)

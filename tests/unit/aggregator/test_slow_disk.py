@@ -1,23 +1,24 @@
-"""A checkpoint that takes long: the next update waits for it a while, lest it takes the memory of another model."""
+"""A disk or a broker that takes long: the next update waits for it a while, lest it takes another model's memory."""
 
 from __future__ import annotations
 
 import threading
 from collections.abc import Callable
-from concurrent.futures import wait
+from concurrent.futures import Future, wait
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from aggregator import service
+from aggregator import room
+from aggregator.broadcasts import Announcer
 from aggregator.checkpoint import CheckpointStore
 from aggregator.config import AggregatorConfig
 from aggregator.core.machine import RoundMachine
 from aggregator.core.snapshot import Snapshot
 from aggregator.service import AggregatorService
 from aggregator.strategies import Accumulator
-from broker.memory import MemoryBroker
+from broker.memory import MemoryAggregatorTransport, MemoryBroker
 from broker.transport import Outgoing
 from broker.wire import encode
 from tests.support.builders import RUN, spec_of, update_of, vector
@@ -52,7 +53,8 @@ class Service:
         broker.run(RUN).declared = True
         config = AggregatorConfig(buffer_size=size, commit_count=1, linger=0.0)
         self.service = AggregatorService(folder=folder, run=RUN, config=config, store=self.store)
-        self.thread = threading.Thread(target=self.service.run, args=(broker.aggregator(RUN),), daemon=True)
+        self.transport = broker.aggregator(RUN)
+        self.thread = threading.Thread(target=self.service.run, args=(self.transport,), daemon=True)
         self.thread.start()
         self._worker = broker.worker(RUN, "w0")
         self._worker.open(lambda _item: None)
@@ -81,9 +83,9 @@ def test_an_update_waits_for_the_copy_and_not_for_ever(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, gives_back: bool
 ) -> None:
     """While one checkpoint hangs, the next update is folded: in place if it was given back, else into a copy."""
-    monkeypatch.setattr(service, "LARGE", 0)
-    monkeypatch.setattr(service, "WAIT_SECONDS", 60.0 if gives_back else 0.05)
-    monkeypatch.setattr(service, "MAX_WAIT_SECONDS", 60.0)
+    monkeypatch.setattr(room, "LARGE", 0)
+    monkeypatch.setattr(room, "WAIT_SECONDS", 60.0 if gives_back else 0.05)
+    monkeypatch.setattr(room, "MAX_WAIT_SECONDS", 60.0)
     copies: list[int] = []
     copy = Accumulator.copy
 
@@ -107,9 +109,9 @@ def test_an_update_waits_for_the_copy_and_not_for_ever(
 def test_a_round_is_not_begun_beside_two_versions_if_the_disk_comes_to_an_end(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(service, "LARGE", 0)
-    monkeypatch.setattr(service, "MAX_WAIT_SECONDS", 60.0)
-    monkeypatch.setattr(service, "WAIT_SECONDS", 60.0)
+    monkeypatch.setattr(room, "LARGE", 0)
+    monkeypatch.setattr(room, "MAX_WAIT_SECONDS", 60.0)
+    monkeypatch.setattr(room, "WAIT_SECONDS", 60.0)
     running = Service(tmp_path, gives_back=True, size=2)
     waits: list[bool] = []
 
@@ -118,7 +120,7 @@ def test_a_round_is_not_begun_beside_two_versions_if_the_disk_comes_to_an_end(
         running.store.goes_on.set()
         return wait(futures, timeout)
 
-    monkeypatch.setattr(service, "wait", let_go)
+    monkeypatch.setattr(room, "wait", let_go)
     for _ in range(3):
         running.publish()
         assert running.store.begun.wait(20)
@@ -127,3 +129,40 @@ def test_a_round_is_not_begun_beside_two_versions_if_the_disk_comes_to_an_end(
     assert waits[0]
     loaded = running.stop()
     assert (loaded.version, len(loaded.entries), float(loaded.parameters["w"][0])) == (1, 1, 1.0)
+
+
+@pytest.mark.parametrize("is_sent", [True, False])
+def test_a_round_is_not_begun_while_an_older_version_is_being_sent(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, is_sent: bool
+) -> None:
+    """Until that is over, or somebody asks the aggregator to leave."""
+    monkeypatch.setattr(room, "LARGE", 0)
+    monkeypatch.setattr(room, "LOOK_SECONDS", 0.01)
+    sent: list[Future[None]] = []
+    looked: list[int | None] = []
+
+    def held_back(_transport: MemoryAggregatorTransport, _message: Outgoing) -> Future[None]:
+        sent.append(Future())
+        return sent[-1]
+
+    monkeypatch.setattr(MemoryAggregatorTransport, "broadcast", held_back)
+    look = Announcer.wait
+
+    def counted(announcer: Announcer, timeout: float, *, before: int | None = None) -> bool:
+        looked.append(before)
+        return look(announcer, min(timeout, 0.1), before=before)
+
+    monkeypatch.setattr(Announcer, "wait", counted)
+    running = Service(tmp_path, gives_back=True, size=1)
+    running.store.goes_on.set()
+
+    running.publish()
+    wait_for(lambda: bool(looked), what="the first update")
+    wait_for(lambda: running.machine.version == 1 and not running.machine.trails, what="the first version")
+    running.publish()
+    wait_for(lambda: looked.count(1) > 3, what="looking for the version before")
+    assert (running.machine.version, running.machine.fill) == (1, 0)
+    if is_sent:
+        sent[0].set_result(None)
+        wait_for(lambda: running.machine.version == 2, what="the second version")
+    assert running.stop().version == 2  # if it was not sent, the memory is taken

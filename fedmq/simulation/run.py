@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib import import_module
 
-from broker.errors import ConfigError, TaskError
+from broker.errors import ConfigError, FedmqError, TaskError
 from broker.messages import Rounds
 from fedmq.simulation.objectives import Objective
 from fedmq.simulation.population import names_of
@@ -27,7 +29,7 @@ def objective_of(scenario: Scenario) -> Objective:
         _require_torch()
         from fedmq.simulation.tasks import TaskObjective  # noqa: PLC0415 (needs torch)
 
-        return TaskObjective(scenario, _names(scenario))
+        return TaskObjective(scenario, _names(scenario), shards=_shards(scenario))
     return Quadratic(
         scenario.objective,
         workers=len(_names(scenario)),
@@ -45,6 +47,12 @@ def trace_of(scenario: Scenario) -> Trace | None:
 def _names(scenario: Scenario) -> list[str]:
     trace = trace_of(scenario)
     return names_of(scenario.population.workers) if trace is None else trace.names
+
+
+def _shards(scenario: Scenario) -> int:
+    """Into how many the data are cut: workers of a trace may have been there without an update that counted."""
+    names, population = _names(scenario), scenario.population
+    return max(len(names), population.workers) if "workers" in population.model_fields_set else len(names)
 
 
 def _world(scenario: Scenario) -> World:
@@ -74,14 +82,30 @@ def simulate(scenario: Scenario) -> Result:
         ConfigError: it comes to a standstill, or measures something that is not there.
         FedmqError: what would have ended the aggregator or a worker.
     """
-    return _world(scenario).run()
+    with _enough_memory(scenario):
+        return _world(scenario).run()
+
+
+@contextmanager
+def _enough_memory(scenario: Scenario) -> Iterator[None]:
+    """Say what takes the memory that there is not."""
+    try:
+        yield
+    except MemoryError as error:
+        table = scenario.objective
+        what = f" of {table.dimensions:,} dimensions" if table.kind == "quadratic" else ""
+        raise FedmqError(
+            f"no memory left for {scenario.population.workers:,} workers{what} ({error}); take fewer population.workers"
+            + (" or objective.dimensions" if what else "")
+        ) from None
 
 
 def run_with_split(scenario: Scenario) -> tuple[Result, list[list[int]] | None, float]:
     """As :func:`simulate`; also the examples by worker and class, if there are any, and the seconds that it took."""
     started = time.monotonic()
-    world = _world(scenario)
-    result = world.run()
-    took = time.monotonic() - started
-    counts = world.objective.counts()
+    with _enough_memory(scenario):
+        world = _world(scenario)
+        result = world.run()
+        took = time.monotonic() - started
+        counts = world.objective.counts()
     return result, None if counts is None else counts.tolist(), took

@@ -70,7 +70,7 @@ class PopulationTable(Table):
     """``[population]``: how many workers there are, how fast, and when they are there."""
 
     workers: Annotated[int, Field(ge=1, le=10_000_000)] = 10
-    """Virtual workers."""
+    """Virtual workers; with a ``trace``, how many shards the data are cut into, if there were more than it names."""
     speed: Literal["constant", "lognormal", "halfnormal", "zipf"] = "constant"
     """How the seconds of a training are spread over the workers: all the same, a heavy tail (``lognormal``), FedBuff's
     ``halfnormal``, or multiples of ``seconds`` that follow Zipf's law."""
@@ -263,18 +263,33 @@ def _check(scenario: Scenario) -> None:
         raise ConfigError(
             "aggregator.update_codec has no effect without the wire: set run.wire = true, or leave it out"
         )
+    if scenario.population.trace is not None:
+        return  # who is there, it says
     if aggregator.rounds is Rounds.BUFFERED:
-        allowed = workers * (aggregator.updates_per_version or aggregator.buffer_size)
-        if aggregator.buffer_size > allowed:
-            raise ConfigError(
-                f"aggregator.buffer_size = {aggregator.buffer_size} can never be reached: {workers} workers may send "
-                f"{aggregator.updates_per_version} from one version each, {allowed} in all; take a smaller buffer, "
-                "more population.workers or a larger aggregator.updates_per_version"
-            )
+        _require_enough_workers(aggregator, workers)
     elif aggregator.minimum_updates > workers:
         raise ConfigError(
             f"aggregator.minimum_updates = {aggregator.minimum_updates} can never be reached: there are {workers} "
             "workers, each of which answers once; take a smaller number, or more population.workers"
+        )
+
+
+def _require_enough_workers(aggregator: AggregatorConfig, workers: int) -> None:
+    """Raise :class:`ConfigError` if a buffer cannot fill, however long it waits; a deadline closes it with fewer."""
+    bounds = {
+        "one_per_worker": 1 if aggregator.one_per_worker else None,
+        "worker_share": aggregator.most_per_worker,
+        "updates_per_version": aggregator.updates_per_version,
+    }
+    for name, each in bounds.items():
+        if each is None or workers * each >= aggregator.buffer_size:
+            continue
+        if aggregator.deadline is not None and workers * each >= aggregator.minimum_updates:
+            continue
+        raise ConfigError(
+            f"aggregator.buffer_size = {aggregator.buffer_size} can never be reached: by aggregator.{name} each of "
+            f"{workers} workers may have {each} in a buffer, {workers * each} in all; take a smaller buffer, more "
+            f"population.workers, or another aggregator.{name}"
         )
 
 

@@ -13,13 +13,15 @@ import os
 import re
 import signal
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures import Future, ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from pydantic import Field
 
+from aggregator.config import AggregatorConfig
 from broker.errors import ConfigError, FedmqError
 from broker.messages import Scalar
 from broker.settings import Flag, Origin, Table, load_tables
@@ -96,6 +98,7 @@ def load_sweep(file: Path, flags: Sequence[Flag] = ()) -> Sweep:
         return Sweep(base.run.name, (Cell(base.run.name, base),), is_sweep=False)
     if table.seeds and any(flag[0] == "run.seed" for flag in flags):
         raise ConfigError(f"run.seed has no effect: [sweep] in {file} has seeds of its own; set sweep.seeds there")
+    _require_effect(table, file)
     cells = []
     for variant, changes in _variants(table):
         for seed in table.seeds or (base.run.seed,):
@@ -105,7 +108,25 @@ def load_sweep(file: Path, flags: Sequence[Flag] = ()) -> Sweep:
     names = [cell.file_name for cell in cells]
     if len(set(names)) < len(names):
         raise ConfigError(f"{file}: two cells of [sweep] would have one name: give each seed and each value once")
+    metrics = {cell.scenario.run.metric: cell.variant for cell in cells}
+    if len(metrics) > 1 or len({cell.scenario.objective.kind for cell in cells}) > 1:
+        raise ConfigError(
+            f"{file}: the variants of [sweep] measure different things, so that they cannot stand in one "
+            "table: give all of them the same objective.kind and run.metric"
+        )
     return Sweep(base.run.name, tuple(cells), is_sweep=True)
+
+
+def _require_effect(table: SweepTable, file: Path) -> None:
+    """Raise :class:`ConfigError` for what would silently do nothing."""
+    for name in itertools.chain(table.grid, *table.variants.values()):
+        if name == "run.seed":
+            raise ConfigError(f"{file}: run.seed in a variant or in sweep.grid has no effect: set sweep.seeds")
+        if name.startswith("sweep."):
+            raise ConfigError(f"{file}: {name} in a variant or in sweep.grid has no effect: set it in [sweep]")
+    empty = [name for name, values in table.grid.items() if not values]
+    if empty:
+        raise ConfigError(f"{file}: sweep.grid has no value for {empty[0]}, so that there is nothing to simulate")
 
 
 def _variants(table: SweepTable) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -162,9 +183,21 @@ def _computed(cells: Sequence[Cell], folder: Path, jobs: int) -> Iterator[tuple[
         try:
             for future in as_completed(running):
                 yield running[future], future.result()
+        except BrokenProcessPool:
+            open_ = [
+                f"{cell.variant}, seed {cell.seed}" for future, cell in running.items() if not _is_computed(future)
+            ]
+            raise FedmqError(
+                f"a process of the sweep was killed, perhaps because there was no memory left; {len(open_)} cells are "
+                f"not computed: {'; '.join(open_[:3])}. What is computed is kept: run it again, with a smaller --jobs"
+            ) from None
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)
             raise
+
+
+def _is_computed(future: Future[Outcome | FedmqError]) -> bool:
+    return future.done() and not future.cancelled() and future.exception() is None
 
 
 def _leave_signals() -> None:
@@ -174,6 +207,8 @@ def _leave_signals() -> None:
 
 def _compute(cell: Cell, file: Path) -> Outcome | FedmqError:
     try:
+        # A process of its own knows no part that the file has named by its path; to read the settings again names it.
+        AggregatorConfig.model_validate(cell.scenario.aggregator.model_dump())
         result, split, took = run_with_split(cell.scenario)
     except FedmqError as error:
         # Not an instance of its own class: not all of them can be sent from one process to another.

@@ -19,7 +19,8 @@ from fedmq.simulation.scenario import Scenario
 from worker_client.config import WorkerConfig
 from worker_client.loading import load_task
 from worker_client.momentum import Momentum
-from worker_client.task import Shard, Task
+from worker_client.splitting import usable
+from worker_client.task import Shard, Task, blamed
 from worker_client.training import Trainer, initial_parameters
 
 __all__ = ["TaskObjective"]
@@ -35,8 +36,9 @@ class TaskObjective:
         ConfigError: its data cannot be cut as ``[data]`` says.
     """
 
-    def __init__(self, scenario: Scenario, names: list[str]) -> None:
+    def __init__(self, scenario: Scenario, names: list[str], *, shards: int) -> None:
         self._names = names
+        self._shards = shards
         self._config = scenario.worker
         self._task = load_task(scenario.worker.task)
         self._bad = bad_workers(scenario.attack, len(names))
@@ -47,13 +49,13 @@ class TaskObjective:
         self._labels: Array | None = None
         self._parts: list[NDArray[np.int64]] | None = None
         if scenario.data.partition != "task" or self._flips:
-            self._all = self._task.data(Shard("all", 0, 1))
+            self._all = self._loaded(Shard("all", 0, 1))
             self._labels = labels_of(self._all)
         if scenario.data.partition != "task":
             self._parts = cut(
                 scenario.data,
                 len(self._all),
-                len(names),
+                shards,
                 labels=self._labels,
                 groups=groups_of(self._task, self._all),
                 seed=scenario.run.seed,
@@ -117,7 +119,7 @@ class TaskObjective:
     def _trainer(self, worker: int) -> Trainer:
         trainer = self._trainers.get(worker)
         if trainer is None:
-            settings = self._settings(self._names[worker], f"{worker}/{len(self._names)}")
+            settings = self._settings(self._names[worker], f"{worker}/{self._shards}")
             own = _WithData(self._task, self._data(worker)).task() if self._has_own(worker) else self._task
             trainer = self._trainers[worker] = Trainer(own, settings)
         return trainer
@@ -125,9 +127,14 @@ class TaskObjective:
     def _has_own(self, worker: int) -> bool:
         return self._parts is not None or (self._flips and worker in self._bad)
 
+    def _loaded(self, shard: Shard) -> Any:
+        with blamed(self._task, "data"):
+            data = self._task.data(shard)
+        return usable(data, f"{type(self._task).__name__}.data gave, for shard {shard.index} of {shard.count}")
+
     def _data(self, worker: int) -> Any:
         if self._parts is None:
-            data = self._task.data(Shard(self._names[worker], worker, len(self._names)))
+            data = self._loaded(Shard(self._names[worker], worker, self._shards))
         else:
             data = subset(self._all, self._parts[worker])
         return flipped(data, self._classes) if self._flips and worker in self._bad else data
@@ -196,7 +203,8 @@ def groups_of(task: Task, dataset: Any) -> Array | None:
     name_groups = getattr(task, "groups", None)
     if name_groups is None:
         return None
-    groups = np.asarray(name_groups(dataset))
+    with blamed(task, "groups"):
+        groups = np.asarray(name_groups(dataset))
     if groups.shape != (len(dataset),):
         raise ConfigError(f"{type(task).__name__}.groups gave {groups.shape}; one for each of {len(dataset)} is wanted")
     return groups

@@ -7,7 +7,8 @@ from typing import Any
 
 import pytest
 
-from broker.errors import ConfigError
+from broker.errors import ConfigError, FedmqError
+from fedmq.simulation.run import simulate
 from fedmq.simulation.scenario import load_scenario
 from tests.support.scenarios import scenario_of, written
 
@@ -20,6 +21,14 @@ from tests.support.scenarios import scenario_of, written
         ({"populaton.workers": 1}, r"unknown key 'populaton.workers' \(did you mean 'population'\?\)"),
         ({"population.speed": "lognormel"}, "population.speed = 'lognormel': .*'lognormal'"),
         ({"aggregator.buffer_size": 13, "aggregator.updates_per_version": 1}, "buffer_size = 13 can never be reached"),
+        (
+            {"aggregator.buffer_size": 13, "aggregator.one_per_worker": True},
+            "by aggregator.one_per_worker each of 12 wo",
+        ),
+        (
+            {"aggregator.buffer_size": 50, "aggregator.worker_share": 0.08},
+            "each of 12 workers may have 4 in a buffer, 48 i",
+        ),
         ({"aggregator.rounds": "synchronous", "aggregator.minimum_updates": 13}, "minimum_updates = 13 can never be"),
         ({"aggregator.version_codec": "bf16"}, "version_codec is not simulated"),
         ({"aggregator.control_variates": True}, "control_variates is not simulated"),
@@ -47,3 +56,17 @@ def test_flags_take_precedence_and_change_the_digest(tmp_path: Path) -> None:
 
     assert (plain.run.seed, changed.run.seed) == (0, 3)
     assert plain.digest != changed.digest == load_scenario(file, [("run.seed", "3")]).digest
+
+
+def test_a_deadline_closes_a_buffer_that_cannot_fill(tmp_path: Path) -> None:
+    changes = {"aggregator.buffer_size": 13, "aggregator.one_per_worker": True, "aggregator.deadline": 3.0}
+
+    assert simulate(scenario_of(tmp_path, changes)).updates == 200
+
+
+def test_memory_that_there_is_not_is_told_by_what_takes_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("fedmq.simulation.run.names_of", range)  # what names take comes before, and there is that
+    changes = {"population.workers": 10_000_000, "objective.dimensions": 1_000_000}
+
+    with pytest.raises(FedmqError, match=r"no memory left for 10,000,000 workers of 1,000,000 dimensions .*; take"):
+        simulate(scenario_of(tmp_path, changes))

@@ -4,13 +4,18 @@ from __future__ import annotations
 
 import csv
 import json
+import multiprocessing
+import os
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from broker.errors import ConfigError
+from aggregator.recipe import Recipe
+from aggregator.strategies import Mean
+from broker.errors import ConfigError, FedmqError
 from fedmq.simulation.figures import figures, require_matplotlib
 from fedmq.simulation.report import summaries, write_report
 from fedmq.simulation.run import simulate
@@ -67,8 +72,15 @@ def test_what_was_computed_is_kept_and_what_changed_is_computed_again(tmp_path: 
     assert after_change == [False] * 4
 
 
-def test_processes_give_what_one_process_gives(tmp_path: Path) -> None:
-    one, _ = computed(tmp_path)
+def mortal(recipe: Recipe) -> Mean:
+    """A mean that, if it is told so, takes a sweep's process with it, as the system does where memory is short."""
+    if multiprocessing.parent_process() is not None and recipe.options == "die":
+        os._exit(9)
+    return Mean.of(recipe)
+
+
+def test_processes_give_what_one_process_gives_with_parts_of_ones_own(tmp_path: Path) -> None:
+    one, _ = computed(tmp_path, {"aggregator.strategy": f"{__name__}:mortal"})
 
     several, failed = run_cells(
         load_sweep(tmp_path / "scenario.toml"), tmp_path / "again", jobs=2, done=lambda *_: None
@@ -76,6 +88,18 @@ def test_processes_give_what_one_process_gives(tmp_path: Path) -> None:
 
     assert not failed
     assert [o.result for o in several] == [o.result for o in one]
+
+
+def test_a_process_that_is_killed_is_told_and_what_was_computed_is_kept(tmp_path: Path) -> None:
+    own = {"aggregator.strategy": f"{__name__}:mortal"}
+    variants = {"good": own, "bad": {**own, "aggregator.options": "die"}, "worse": {**own, "aggregator.options": "die"}}
+    sweep = load_sweep(written(tmp_path, TWO | {"sweep.variants": variants, "sweep.seeds": [3]}))
+    run_cells(replace(sweep, cells=sweep.cells[:1]), tmp_path / "cells", jobs=1, done=lambda *_: None)
+
+    with pytest.raises(FedmqError, match=r"was killed, .* 2 cells are not computed: bad, seed 3; worse, seed 3"):
+        run_cells(sweep, tmp_path / "cells", jobs=2, done=lambda *_: None)
+
+    assert [file.name for file in (tmp_path / "cells").iterdir()] == ["good-seed3.json"]
 
 
 def test_a_cell_that_fails_is_named_and_the_others_are_kept(tmp_path: Path) -> None:
@@ -96,6 +120,14 @@ def test_a_cell_that_fails_is_named_and_the_others_are_kept(tmp_path: Path) -> N
         ({"sweep.variants": {"odd": {"aggregator.bufer_size": 3}}}, "variant odd: unknown key 'aggregator.bufer_size'"),
         ({"sweep.variants": {"odd": {"aggregator.buffer_size": 0}}}, "variant odd: aggregator.buffer_size = 0"),
         ({"sweep.seeds": [1, 1]}, "give each seed and each value once"),
+        (
+            {"sweep.variants": {"odd": {"run.seed": 3}}},
+            "run.seed in a variant or in sweep.grid has no effect: set sweep.s",
+        ),
+        ({"sweep.grid": {"run.seed": [3, 4]}}, "run.seed in a variant or in sweep.grid has no effect: set sweep.seeds"),
+        ({"sweep.variants": {"odd": {"sweep.seeds": 3}}}, "sweep.seeds in a variant .* has no effect"),
+        ({"sweep.grid": {"run.updates": []}}, "sweep.grid has no value for run.updates"),
+        ({"sweep.variants": {"odd": {"run.metric": "loss"}, "even": {}}}, "measure different things"),
         ({"sweep.sedes": [1]}, r"unknown key 'sweep.sedes' \(did you mean 'seeds'\?\)"),
     ],
 )

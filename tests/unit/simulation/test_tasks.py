@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import pytest
@@ -15,6 +15,8 @@ from fedmq.simulation.record import Result
 from fedmq.simulation.run import objective_of, simulate
 from fedmq.simulation.tasks import flipped, labels_of, subset
 from tests.support.scenarios import scenario_of
+from tests.support.tasks import Line
+from worker_client.task import Examples, Shard
 
 LINE: dict[str, Any] = {
     "objective.kind": "task",
@@ -31,6 +33,30 @@ DIGITS: dict[str, Any] = {
     "data.partition": "label",
     "population.workers": 10,
 }
+
+
+class Spoiled(Line):
+    """Its data are gone."""
+
+    def data(self, shard: Shard) -> Examples:
+        raise KeyError("gone")
+
+
+class Watched(Line):
+    """Tells which shards it was asked for."""
+
+    shards: ClassVar[list[Shard]] = []
+
+    def data(self, shard: Shard) -> Examples:
+        self.shards.append(shard)
+        return super().data(shard)
+
+
+class Grouped(Line):
+    """Cannot name its groups."""
+
+    def groups(self, dataset: Examples) -> list[int]:
+        raise ValueError(f"{len(dataset)} examples without names")
 
 
 def run(folder: Path, base: dict[str, Any], **changes: Any) -> Result:
@@ -92,6 +118,16 @@ def test_labels_that_are_none_are_none() -> None:
         ({"data.partition": "groups"}, ConfigError, "give the task a method groups"),
         ({"attack.kind": "label-flip", "attack.share": 0.5}, ConfigError, "needs classes"),
         ({"attack.kind": "sing-flip"}, ConfigError, "did you mean sign-flip"),
+        (
+            {"worker.task": f"{__name__}:Spoiled", "data.partition": "iid"},
+            TaskError,
+            "Spoiled.data raised KeyError: 'gone'",
+        ),
+        (
+            {"worker.task": f"{__name__}:Grouped", "data.partition": "groups"},
+            TaskError,
+            "Grouped.groups raised ValueErr",
+        ),
         ({"worker.task": "tests.support.tasks:Lime"}, TaskError, "did you mean 'Line'"),
     ],
 )
@@ -108,3 +144,19 @@ def test_what_runs_ask_of_local_work_is_asked_of_simulated_workers_too(tmp_path:
         changed = run(tmp_path, LINE, **changes)
         assert changed.digest != plain.digest
         assert changed.points[-1].metrics["loss"] < changed.points[0].metrics["loss"] / 2
+
+
+@pytest.mark.parametrize(("workers", "shards"), [(None, 2), (1, 2), (5, 5)])
+def test_of_a_trace_workers_says_how_many_shards_there_were(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, workers: int | None, shards: int
+) -> None:
+    monkeypatch.setattr(Watched, "shards", [])
+    (tmp_path / "trace.csv").write_text("worker,start,end\nb,0,2\na,0,1\n")
+    changes = {"worker.task": f"{__name__}:Watched", "population.trace": str(tmp_path / "trace.csv")}
+
+    run(tmp_path, LINE | changes, aggregator__buffer_size=2, population__workers=workers)
+
+    assert [shard for shard in Watched.shards if shard.worker != "test"] == [
+        Shard("a", 0, shards),
+        Shard("b", 1, shards),
+    ]

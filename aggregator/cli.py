@@ -17,10 +17,11 @@ import typer
 
 from aggregator.checkpoint import CheckpointStore
 from aggregator.config import AggregatorConfig
+from aggregator.disk import replace_file
 from aggregator.meter import Meter
 from aggregator.process import tune
 from aggregator.reign import rules_of
-from aggregator.results import Outcome, replace_file
+from aggregator.results import Outcome
 from aggregator.service import AggregatorService
 from broker.amqp.transport import AmqpAggregatorTransport
 from broker.console import (

@@ -21,6 +21,7 @@ from aggregator.core.effects import EvaluationRecord, Quarantined, Released
 from aggregator.core.federated import Federated
 from aggregator.core.snapshot import Entry, VersionRecord
 from aggregator.disk import sync_folder, write_all
+from aggregator.software import software
 from broker.errors import CheckpointCorrupt, CheckpointError, CheckpointNotWritten, first_problem
 
 __all__ = ["History", "read_history", "scan_history", "version_line", "version_record"]
@@ -67,7 +68,8 @@ class History:
         """Add the versions in ``records`` that the file lacks, and note the start. After :meth:`mend`."""
         for record in records:
             self.version(record)
-        self._append({"kind": "start", "epoch": epoch, "version": version, "time": round(now, 3)})
+        start = {"kind": "start", "epoch": epoch, "version": version, "time": round(now, 3)}
+        self._append({**start, "software": software()})
 
     def sync(self) -> None:
         """Make durable what was appended, so that the checkpoint need not repeat it.
@@ -140,6 +142,11 @@ class History:
         if isinstance(fact, Quarantined):
             line |= {"kind": "quarantine", "score": round(fact.score, 4), "until": round(fact.until, 3)}
         self._append({**line, "time": round(now, 3)})
+
+    def rejected(self, workers: Mapping[str, Mapping[str, int]], *, version: int, now: float) -> None:
+        """Updates were rejected since the last such line: how many of each worker, by reason."""
+        plain = {name: dict(reasons) for name, reasons in workers.items()}
+        self._append({"kind": "rejected", "version": version, "workers": plain, "time": round(now, 3)})
 
     def _append(self, line: Mapping[str, Any]) -> None:
         with self._lock:

@@ -26,6 +26,11 @@ FOLDED_SECONDS = 0.05
 #: Updates that one such event names.
 MOST_NAMED = 200
 
+#: Seconds between two lines in the history about rejections, if no version is made meanwhile.
+REJECTED_SECONDS = 10.0
+#: Workers that such a line names; the others are counted under the empty name.
+MOST_REJECTED = 200
+
 #: Metrics of workers that an event of progress holds.
 SHOWN_METRICS = 50
 
@@ -59,6 +64,9 @@ class Reporter:
         self._folded: list[do.Folded] = []
         self._folded_version = 0
         self._told_folded = 0.0
+        self._rejected: dict[str, Counter[str]] = {}
+        self._rejected_version = 0
+        self._told_rejected = 0.0
 
     def expect(self, command: str, text: str) -> None:
         """``command``, which will be executed, is called ``text`` when it is."""
@@ -86,7 +94,9 @@ class Reporter:
         return max(0.0, self._told_folded + FOLDED_SECONDS - self._now()) if self._folded else None
 
     def tell_folded(self, *, at_once: bool = False) -> None:
-        """Tell of the updates that were folded, if it is time."""
+        """Tell of the updates that were folded, if it is time; with ``at_once`` the history of rejections, too."""
+        if at_once:
+            self._tell_rejected()
         if not self._folded or not (at_once or self._now() - self._told_folded >= FOLDED_SECONDS):
             return
         self._told_folded = self._now()
@@ -130,6 +140,7 @@ class Reporter:
                 # What was on its way when the last round closed is the end of every healthy run.
                 level = logging.INFO if reason is Reason.RUN_DONE else logging.WARNING
                 log.log(level, "rejected %s of %s: %s: %s", update or "a message", worker or "?", reason, detail)
+                self._count_rejected(worker, reason, version)
             case do.Came(worker, role):
                 log.info("%s %s is here", role, worker)
             case do.Went(worker, role, ""):
@@ -149,6 +160,19 @@ class Reporter:
                 self._standing(fact)
             case do.Warn(text):
                 log.warning("%s", text)
+
+    def _count_rejected(self, worker: str, reason: Reason, version: int) -> None:
+        name = worker if worker in self._rejected or len(self._rejected) < MOST_REJECTED else ""
+        self._rejected.setdefault(name, Counter())[reason.value] += 1
+        self._rejected_version = version
+        if self._now() - self._told_rejected >= REJECTED_SECONDS:
+            self._tell_rejected()
+
+    def _tell_rejected(self) -> None:
+        if self._rejected:
+            self._told_rejected = self._now()
+            self._history.rejected(self._rejected, version=self._rejected_version, now=self._told_rejected)
+            self._rejected = {}
 
     def _evaluated(self, fact: do.EvaluationRecord | Federated, version: int) -> None:
         if isinstance(fact, do.EvaluationRecord):

@@ -1,26 +1,25 @@
-"""What a run leaves behind besides its checkpoints: ``summary.json`` and ``model.safetensors``."""
+"""What a run leaves behind besides its checkpoints: ``summary.json``, ``model.safetensors``, ``report.html``."""
 
 from __future__ import annotations
 
 import json
 import logging
 import math
-import os
-import secrets
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO
 
 from aggregator.ancestry import Ancestry
-from aggregator.checkpoint import write_tensors
+from aggregator.checkpoint import CheckpointStore, write_tensors
 from aggregator.core.federated import Federated
 from aggregator.core.machine import RoundMachine
+from aggregator.disk import replace_file
+from aggregator.report import try_report
 from broker.errors import CheckpointError, CheckpointNotWritten
 from broker.messages import Tensors
 from broker.variates import without_variates
 
-__all__ = ["Outcome", "is_written", "replace_file", "write_model", "write_results"]
+__all__ = ["Outcome", "is_written", "write_model", "write_results"]
 
 log = logging.getLogger("fedmq.aggregator")
 
@@ -73,10 +72,15 @@ def is_written(folder: Path) -> bool:
     return all((folder / name).exists() for name in ("summary.json", "model.safetensors"))
 
 
-def write_results(folder: Path, run: str, outcome: Outcome, parameters: Tensors, *, seconds: float) -> None:
-    """Write both files, each whole or not at all. Raises :class:`CheckpointNotWritten`."""
+def write_results(
+    folder: Path, store: CheckpointStore, outcome: Outcome, parameters: Tensors, *, seconds: float
+) -> None:
+    """Write both files, each whole or not at all, and ``report.html`` if the run is over and it can be made.
+
+    Raises :class:`CheckpointNotWritten`.
+    """
     summary = {
-        "run": run,
+        "run": store.run,
         "outcome": outcome.reason,
         "rounds": outcome.version,
         "epoch": outcome.epoch,
@@ -97,11 +101,13 @@ def write_results(folder: Path, run: str, outcome: Outcome, parameters: Tensors,
     try:
         text = (json.dumps(summary, indent=2) + "\n").encode()
         replace_file(folder / "summary.json", lambda file: file.write(text))
-        write_model(folder / "model.safetensors", run, parameters)
+        write_model(folder / "model.safetensors", store.run, parameters)
     except OSError as error:
         raise CheckpointNotWritten(
             f"{folder}: {error.strerror}; the run itself is safe in its checkpoint: make room, start again"
         ) from None
+    if outcome.reason == "done":
+        try_report(folder, store)
 
 
 def _taken_back(folder: Path, outcome: Outcome) -> int | None:
@@ -123,16 +129,3 @@ def write_model(target: Path, run: str, parameters: Tensors, **facts: str) -> No
     """
     metadata = {"format": "pt", "run": run, **facts}
     replace_file(target, lambda file: write_tensors(file, without_variates(parameters), metadata))
-
-
-def replace_file(target: Path, write: Callable[[BinaryIO], object]) -> None:
-    """Have ``write`` write ``target``, which is there whole, or as it was before. Raises :class:`OSError`."""
-    temporary = target.with_name(f".{target.name}.{secrets.token_hex(8)}")
-    try:
-        with temporary.open("xb") as file:
-            write(file)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(target)
-    finally:
-        temporary.unlink(missing_ok=True)

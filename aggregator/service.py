@@ -457,5 +457,5 @@ class AggregatorService:
         if self._led.begun_at == (outcome.version, True) and is_written(self.folder):
             return outcome  # the run had been done before: what was written then still stands
         seconds = self._now() - self._led.started
-        write_results(self.folder, self.run_name, outcome, machine.parameters, seconds=seconds)
+        write_results(self.folder, self._store, outcome, machine.parameters, seconds=seconds)
         return outcome

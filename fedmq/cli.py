@@ -84,6 +84,10 @@ COMMANDS = {
         "fedmq.workers:workers",
         "Show the workers of a run: updates, pace, staleness, agreement, rejections, score, quarantine, contribution.",
     ),
+    "report": Command(
+        "fedmq.report:report",
+        "Tell of a run on one page of HTML, with figures: loss, metrics, staleness, workers, lineage, settings.",
+    ),
     "simulate": Command(
         "fedmq.simulate:simulate",
         "Let a federation happen in virtual time: the real aggregation code, with workers and faults that are made up.",

@@ -21,8 +21,9 @@ from aggregator.cli import FolderOption, checkpoint_folder, run_folder
 from aggregator.config import AggregatorConfig
 from aggregator.contribution import METHODS, Kept, Report
 from aggregator.core.snapshot import SnapshotHead
-from aggregator.results import replace_file
+from aggregator.disk import replace_file
 from aggregator.rollback import open_lineage
+from aggregator.tally import CONTRIBUTION_FILE
 from broker.console import (
     ConfigOption,
     JsonOption,
@@ -45,12 +46,9 @@ from worker_client.config import WorkerConfig
 if TYPE_CHECKING:  # torch comes with it
     from worker_client.judging import HeldOut
 
-__all__ = ["CONTRIBUTION_FILE", "calculate", "contribution"]
+__all__ = ["calculate", "contribution"]
 
 log = logging.getLogger("fedmq.contribution")
-
-#: In the run's folder: what was calculated last.
-CONTRIBUTION_FILE = "contribution.json"
 
 LEAVE_ONE_OUT = "leave-one-out"
 

@@ -21,6 +21,7 @@ from rich.table import Table as Grid
 from aggregator.checkpoint import CheckpointStore
 from aggregator.cli import checkpoint_folder, run_folder
 from aggregator.config import AggregatorConfig
+from aggregator.report import REPORT_FILE
 from aggregator.strategies import strategy_of
 from aggregator.strategies.base import gathers
 from broker.amqp.node import PrivateNode
@@ -252,4 +253,6 @@ def _summarise(folder: Path, console: Console) -> None:
         grid.add_row("", reasons)
     grid.add_row("seconds", f"{summary['seconds']:.1f}")
     grid.add_row("results", str(folder))
+    if (report := folder / REPORT_FILE).exists():
+        grid.add_row("report", str(report))
     console.print(grid)

@@ -48,6 +48,8 @@ class Wanted:
             return self.version is None or line.get("kind") != "start"
         if line.get("kind") in {"quarantine", "release"}:
             return bool(line.get("worker") == self.worker)
+        if line.get("kind") == "rejected":
+            return self.worker in (line.get("workers") or {})
         return any(entry.get("worker") == self.worker for entry in _entries(line, "updates", "dropped"))
 
 
@@ -150,6 +152,13 @@ def _spreads(metrics: Any) -> str:
     )
 
 
+def _rejections(workers: Any) -> str:
+    """``2 of w0 (not-finite), 1 of w1 (stale)``, as many workers as a version names."""
+    pairs = [(w, r) for w, r in (workers.items() if isinstance(workers, Mapping) else ()) if isinstance(r, Mapping)]
+    texts = [f"{sum(r.values())} of {w or '?'} ({', '.join(map(str, r))})" for w, r in pairs[:SHOWN_NAMES]]
+    return ", ".join(texts) + (f" and of {len(pairs) - SHOWN_NAMES} more" if pairs[SHOWN_NAMES:] else "")
+
+
 def _event(line: Line) -> str:  # noqa: PLR0911 - one a kind of line
     match line.get("kind"):
         case "start":
@@ -165,6 +174,8 @@ def _event(line: Line) -> str:  # noqa: PLR0911 - one a kind of line
             metrics = line.get("metrics")
             figures = metrics.items() if isinstance(metrics, Mapping) else ()
             return f"{line.get('worker')}: " + ", ".join(f"{name} {_number(value)}" for name, value in figures)
+        case "rejected":
+            return f"rejected: {_rejections(line.get('workers'))}"
         case "federated":
             return f"{line.get('workers')} workers on their own data: {_spreads(line.get('metrics'))}"
     return str(line.get("kind"))

@@ -3,32 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from html import escape
 from pathlib import Path
 from statistics import median
 
+from aggregator.report.page import escape, figure, page, section, table
 from fedmq.simulation.figures import as_data_url
 from fedmq.simulation.sweep import Outcome
 
 __all__ = ["Summary", "summaries", "write_report"]
 
 Summary = dict[str, str]
-
-_PAGE = """<!doctype html>
-<html lang="en"><head><meta charset="utf-8"><title>{title}</title><style>
-body {{ font: 15px/1.5 system-ui, sans-serif; max-width: 62rem; margin: 2rem auto; padding: 0 1rem; color: #222 }}
-table {{ border-collapse: collapse }}
-th, td {{ padding: .25rem .7rem; border-bottom: 1px solid #ddd; text-align: right }}
-th:first-child, td:first-child {{ text-align: left }} figure {{ margin: 1.5rem 0 }} img {{ max-width: 100% }}
-pre {{ background: #f5f5f5; padding: .8rem; overflow-x: auto }}
-</style></head><body><h1>{title}</h1>
-<p>{count} simulations. Times are virtual seconds; from several seeds the median is shown, and the lowest and the
-highest in brackets.</p>
-{table}
-{figures}
-<h2>Scenario</h2><pre>{scenario}</pre>
-</body></html>
-"""
 
 
 def summaries(outcomes: Sequence[Outcome]) -> list[Summary]:
@@ -50,20 +34,19 @@ def write_report(
         scenario: the file's text.
     """
     rows = summaries(outcomes)
-    head = "".join(f"<th>{escape(name)}</th>" for name in rows[0])
-    body = "".join("<tr>" + "".join(f"<td>{escape(v)}</td>" for v in row.values()) + "</tr>\n" for row in rows)
     pictures = "".join(
-        f'<figure><figcaption>{escape(name)}</figcaption><img alt="{escape(name)}" src="{as_data_url(png)}"></figure>\n'
-        for name, png in figures.items()
+        figure(name, "", f'<img alt="{escape(name)}" src="{as_data_url(png)}">') for name, png in figures.items()
     )
-    page = _PAGE.format(
-        title=escape(title),
-        count=len(outcomes),
-        table=f"<table><tr>{head}</tr>\n{body}</table>",
-        figures=pictures,
-        scenario=escape(scenario),
+    body = (
+        table(list(rows[0]), (list(row.values()) for row in rows)),
+        section("Figures", f'<div class="figures">{pictures}</div>') if pictures else "",
+        section("Scenario", f"<pre>{escape(scenario)}</pre>"),
     )
-    file.write_text(page, encoding="utf-8")
+    subtitle = (
+        f"{len(outcomes)} simulations by fedmq. Times are virtual seconds; from several seeds the median is shown, and "
+        "the lowest and the highest in brackets."
+    )
+    file.write_text(page(title, subtitle, "\n".join(part for part in body if part)), encoding="utf-8")
 
 
 def _row(name: str, outcomes: Sequence[Outcome]) -> Summary:

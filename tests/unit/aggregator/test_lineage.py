@@ -18,7 +18,7 @@ from aggregator.results import Outcome, write_results
 from aggregator.rollback import adopt, find_checkpoint, open_lineage, roll_back
 from broker.errors import CheckpointCorrupt, CheckpointOutdated, LineageError, StaleEpoch
 from broker.messages import Array, Reason
-from tests.support.builders import RUN, vector
+from tests.support.builders import vector
 from tests.support.ondisk import OnDisk
 
 MODEL = {"w": np.arange(4, dtype=np.float32)}
@@ -463,13 +463,13 @@ def test_the_summary_says_how_many_updates_were_taken_back(make: Callable[..., O
     run.round("a", "b", "a")
 
     outcome = Outcome("stopped", run.version, 2, run.machine.applied, {}, 0, {}, buffered=run.machine.fill)
-    write_results(run.folder, RUN, outcome, run.machine.parameters, seconds=1.0)
+    write_results(run.folder, run.store, outcome, run.machine.parameters, seconds=1.0)
 
     updates = json.loads((run.folder / "summary.json").read_text())["updates"]
     assert (updates["applied"], updates["taken_back"]) == (9, 4)
     history = run.folder / "history.jsonl"
     history.write_text("".join(line for line in history.read_text().splitlines(True) if '"version": 5' not in line))
-    write_results(run.folder, RUN, outcome, run.machine.parameters, seconds=1.0)
+    write_results(run.folder, run.store, outcome, run.machine.parameters, seconds=1.0)
     assert json.loads((run.folder / "summary.json").read_text())["updates"]["taken_back"] is None
 
 

@@ -6,10 +6,10 @@ from pathlib import Path
 
 from aggregator.core import effects as do
 from aggregator.core.snapshot import Entry
-from aggregator.history import History
-from aggregator.reporting import FOLDED_SECONDS, MOST_NAMED, Reporter
+from aggregator.history import History, read_history
+from aggregator.reporting import FOLDED_SECONDS, MOST_NAMED, MOST_REJECTED, REJECTED_SECONDS, Reporter
 from broker.memory import MemoryBroker
-from broker.messages import Event, UpdateId
+from broker.messages import Event, Reason, UpdateId
 from broker.transport import Delivery, Incoming
 from broker.wire import decode
 from tests.support.builders import RUN
@@ -82,3 +82,28 @@ def test_at_the_end_nothing_is_kept_back(tmp_path: Path) -> None:
     desk.fold("w1")
     desk.reporter.tell_folded(at_once=True)
     assert [event.data["staleness"] for event in desk.seen] == ["w0:0", "w1:0"]
+
+
+def test_the_history_tells_of_rejections_now_and_then(tmp_path: Path) -> None:
+    desk = Desk(tmp_path)
+
+    def told() -> list[dict[str, dict[str, int]]]:
+        return [line["workers"] for line in read_history(tmp_path / "history.jsonl") if line["kind"] == "rejected"]
+
+    def reject(worker: str, reason: Reason = Reason.NOT_FINITE) -> None:
+        desk.reporter.record(do.Rejected(worker, reason, ""), 3)
+
+    reject("w0")
+    assert told() == [{"w0": {"not-finite": 1}}]
+    for worker in ("w0", "w1", "w0"):
+        reject(worker)
+    assert len(told()) == 1
+    desk.now += REJECTED_SECONDS
+    reject("w1", Reason.TOO_STALE)
+    assert told()[1:] == [{"w0": {"not-finite": 2}, "w1": {"not-finite": 1, "too-stale": 1}}]
+    for number in range(MOST_REJECTED + 5):
+        reject(f"n{number}")
+    desk.reporter.tell_folded(at_once=True)
+    assert len(told()) == 3
+    assert len(told()[2]) == MOST_REJECTED + 1
+    assert told()[2][""] == {"not-finite": 5}

@@ -35,7 +35,7 @@ LEAVES = {name: command for name, command in COMMANDS.items() if not hasattr(com
 #: Commands whose result is no list or table of facts.
 NOTHING_LISTED = {
     *("demo", "init", "aggregator", "worker", "evaluate", "set", "release", "pause", "resume", "stop"),
-    *("checkpoint export", "dead replay", "dead drop", "broker check", "broker node"),
+    *("checkpoint export", "dead replay", "dead drop", "broker check", "broker node", "report"),
 }
 #: What makes a command slow to start, and only those that work with it may import.
 HEAVY = ("torch", "matplotlib", "sklearn", "transformers", "fedmq.simulation")

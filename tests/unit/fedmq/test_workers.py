@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from aggregator.core.standing import Standing
-from fedmq.workers import rows_of, tallied
+from aggregator.tally import rows_of, tallied
 from tests.support.builders import snapshot_of, vector
 from tests.support.commands import fedmq
 from tests.support.ondisk import OnDisk

@@ -38,6 +38,10 @@ __all__ = ["METHODS", "Contributions", "Judge", "Kept", "Method"]
 
 #: A loss that is no number, of a model that diverged, counts as this: worse than any.
 WORST = 1e9
+#: Strategies whose aggregate is the sum of what each update brings.
+ADDING = frozenset({"mean", "fednova"})
+#: Workers of a round of which each is left out once to value an update.
+MOST_WITHOUT = 50
 #: Models that leaving workers out holds at the same time.
 TOGETHER = 8
 
@@ -160,10 +164,11 @@ def first_order(kept: Kept, version: int, judge: Judge, seed: int, report: Repor
     """Minus the gradient of the loss times what an update moved.
 
     The gradient is the mean of those before and after the version, so that the sum over a round is what the loss
-    fell, but for terms of third order (the trapezoidal rule); with the one before alone they are of second. An
-    update moves its direction times the weight with which it went in, all in proportion to the step that was made:
-    for ``sgd`` that is what it moved, for other optimisers and for rules that are no mean it is an approximation.
-    Statistics, like those of batch norm, are not seen.
+    fell, but for terms of third order (the trapezoidal rule); with the one before alone they are of second. Where the
+    step is gradient descent along a mean, an update moves its direction times the weight with which it went in
+    (:func:`_by_parts`); other optimisers and rules give no update a part of its own, and it is told by what the round
+    would have been with it alone and without it (:func:`_by_marginals`). Statistics, like those of batch norm, are
+    not seen.
     """
     del seed
     last: list[tuple[str, Tensors]] = []
@@ -178,7 +183,8 @@ def first_order(kept: Kept, version: int, judge: Judge, seed: int, report: Repor
     def of_round(round_: Round, after: Rebuild, counted: _Counted) -> dict[str, float]:
         del counted
         before, later = gradient(round_.state), gradient(after)
-        return _first_order(round_, after, {name: (before[name] + later[name]) / 2 for name in before})
+        value = _by_parts if _is_sum(round_) else _by_marginals
+        return value(round_, after, {name: (before[name] + later[name]) / 2 for name in before})
 
     return _by_rounds(kept, version, judge, report, of_round)
 
@@ -244,7 +250,14 @@ def _by_rounds(
     return result
 
 
-def _first_order(round_: Round, after: Rebuild, gradient: Tensors) -> dict[str, float]:
+def _is_sum(round_: Round) -> bool:
+    """Whether the step is the sum of what each update brings, but for its scale."""
+    settings = round_.link.record.settings
+    return settings.get("strategy") in ADDING and settings.get("optimizer") == "sgd"
+
+
+def _by_parts(round_: Round, after: Rebuild, gradient: Tensors) -> dict[str, float]:
+    """Of a step that is a sum: minus ``gradient`` times each update, all in proportion to the step that was made."""
     folded = round_.folded()
     start, model = round_.state.parameters, after.model
     settings = round_.link.record.settings
@@ -269,6 +282,34 @@ def _first_order(round_: Round, after: Rebuild, gradient: Tensors) -> dict[str, 
     for (entry, _), gain in zip(folded, gains, strict=True):
         found[entry.id.worker] += scale * gain
     return found
+
+
+def _by_marginals(round_: Round, after: Rebuild, gradient: Tensors) -> dict[str, float]:
+    """Of any other step: about Shapley's value of what each worker's updates move along minus ``gradient``.
+
+    That is the mean over s of what a worker adds to s others. For s = 0 it is the step from its updates alone, for
+    all others the step that was made less that without it; those between are taken to fall as a + b / (s + 1), as
+    they do for a mean, to which each further update adds less. What is then missing to the step that was made, or too
+    much, is the same for all. Beyond :data:`MOST_WITHOUT` workers only the first is calculated: the rounds without
+    each of many take too long, and differ little.
+    """
+    workers, start = round_.workers, round_.state.parameters
+    count = len(workers)
+
+    def moved(state: Rebuild) -> float:
+        return -math.fsum(
+            float(((state.parameters[name].astype(np.float64) - start[name]) * slope).sum())
+            for name, slope in gradient.items()
+        )
+
+    all_ = moved(after)
+    early = (math.fsum(1 / size for size in range(1, count + 1)) - 1) / (count - 1) if count > 1 else 1.0
+    found = {worker: early * moved(round_.of(frozenset({worker}))) for worker in workers}
+    if 1 < count <= MOST_WITHOUT:
+        for worker in workers:
+            found[worker] += (1 - early) * (all_ - moved(round_.of(frozenset(workers) - {worker})))
+    missing = (all_ - math.fsum(found.values())) / count
+    return {worker: gain + missing for worker, gain in found.items()}
 
 
 def _direction(values: Values, origin: Array, mode: Mode) -> Array:

@@ -10,6 +10,7 @@ from pathlib import Path
 from aggregator.archive import UpdateArchive, base_file
 from aggregator.checkpoint import CheckpointStore
 from aggregator.config import AggregatorConfig
+from aggregator.core.ledger import counted
 from aggregator.core.machine import RoundMachine
 from aggregator.core.rules import Rules
 from aggregator.core.snapshot import Changes, Snapshot, SnapshotHead
@@ -18,6 +19,7 @@ from aggregator.recipe import Recipe
 from aggregator.results import is_written
 from aggregator.schedules import schedule_of
 from aggregator.spool import DiskSpool
+from aggregator.status import StatusTeller
 from aggregator.strategies import stepping, strategy_of
 from broker.errors import CheckpointNotWritten, ConfigError
 from broker.messages import Scalar
@@ -46,6 +48,17 @@ class Reign:
         self.trainers = snapshot.trainers
         self.begun_at = (snapshot.version, snapshot.done)
         self._based_at = 0
+        # By worker, the updates that counted when this began.
+        self._applied: dict[str, int] | None = counted(snapshot.ledger)
+
+    def tell_status(
+        self, teller: StatusTeller, evaluation: tuple[int, Mapping[str, float]], *, leaves: bool = False
+    ) -> None:
+        """Let whoever watches know how the run stands; see :meth:`StatusTeller.tell`."""
+        if self._applied is not None:
+            teller.figures.begin(self._applied)
+            self._applied = None
+        teller.tell(self.machine, self.epoch, evaluation, leaves=leaves)
 
     def keep_another_base(self, store: CheckpointStore, snapshot: Snapshot) -> None:
         """Keep ``snapshot`` as a state to begin replays with, if much was kept since the last and no round is open.

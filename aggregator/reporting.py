@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 from aggregator.core import effects as do
 from aggregator.core.federated import Federated
 from aggregator.core.snapshot import VersionRecord
 from aggregator.history import History
+from aggregator.status import MOST_LETTERS
 from broker.messages import Event, EventKind, Reason, Scalar, UpdateId
 from broker.transport import AggregatorTransport, Outgoing
 from broker.wire import encode
@@ -23,7 +24,7 @@ SHOWN_NAMES = 8
 #: Seconds between two events about updates that were folded: people do not look more often, and with small updates
 #: one each would take as long as the folding.
 FOLDED_SECONDS = 0.05
-#: Updates that one such event names.
+#: Updates that one such event tells of. It names as many as fit.
 MOST_NAMED = 200
 
 #: Seconds between two lines in the history about rejections, if no version is made meanwhile.
@@ -106,7 +107,7 @@ class Reporter:
             self._folded_version,
             updates=len(facts),
             # A name has no colon and no space.
-            staleness=" ".join(f"{fact.entry.id.worker}:{fact.entry.staleness}" for fact in facts),
+            staleness=_joined(f"{fact.entry.id.worker}:{fact.entry.staleness}" for fact in facts),
             fill=facts[-1].fill,
             goal=facts[-1].goal,
         )
@@ -198,6 +199,12 @@ class Reporter:
         else:
             self.progress("release", fact.version, worker=fact.worker)
             log.info("%s is out of quarantine", fact.worker)
+
+
+def _joined(words: Iterable[str]) -> str:
+    """As many of ``words`` as a text on the wire may hold."""
+    text = " ".join(words)
+    return text if len(text) <= MOST_LETTERS else text[: text.rindex(" ", 0, MOST_LETTERS + 1)]
 
 
 def _senders(record: VersionRecord) -> str:

@@ -29,6 +29,7 @@ from aggregator.reign import Reign, claim, shown
 from aggregator.reporting import Reporter
 from aggregator.results import Outcome, is_written, write_results
 from aggregator.room import Room
+from aggregator.status import StatusTeller
 from aggregator.writing import CheckpointWriter
 from broker.errors import (
     CheckpointError,
@@ -140,7 +141,10 @@ class AggregatorService:
             self.run_name, transport, self._versions, lambda error: self._inbox.put(Failed(error))
         )
         self._room = Room(self._announcer, self._handle, self._waits_no_longer)
-        self._reporter = Reporter(self.run_name, transport, self._history, self._now, observers=[self._meter.records])
+        self._status = StatusTeller(self.run_name, transport, self._store.folder, self._now)
+        self._reporter = Reporter(
+            self.run_name, transport, self._history, self._now, observers=[self._meter.records, self._status.note]
+        )
         self._meter.watch(lambda: self.leads)
         try:
             transport.open(self._inbox.put)
@@ -148,6 +152,7 @@ class AggregatorService:
             deadline = time.monotonic() + DRAIN_SECONDS
             self._loop(lambda: time.monotonic() > deadline and self._inbox.empty())
             self._reporter.tell_folded(at_once=True)
+            self._tell_status(leaves=True)
             self._announcer.wait(timeout=10.0)
         except StaleEpoch:
             self._listen()
@@ -250,6 +255,13 @@ class AggregatorService:
                     (self.folder / "alive").touch()
             except OSError as error:
                 log.warning("the folder %s does not answer as it should: %s", self.folder, error)
+            self._tell_status()
+
+    def _tell_status(self, *, leaves: bool = False) -> None:
+        if self._stands_by:
+            self._status.tell_standby(leaves=leaves)
+        elif self._led is not None and self.leads:
+            self._led.tell_status(self._status, self._reporter.metrics, leaves=leaves)
 
     def _waits_no_longer(self) -> bool:
         self._show_life()

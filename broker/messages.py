@@ -164,6 +164,8 @@ class EventKind(StrEnum):
     CHECK = "check"
     """A worker's figures for a version, on data that it holds out."""
     NOTICE = "notice"
+    STATUS = "status"
+    """An aggregator's word on itself, about every second (``aggregator.status`` says what is in it)."""
 
 
 # --------------------------------------------------------------------------------------------------- updates

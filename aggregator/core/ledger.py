@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping
 
 from broker.messages import UpdateId
 
-__all__ = ["Ledger", "PlainLedger"]
+__all__ = ["Ledger", "PlainLedger", "counted"]
 
 #: Closed intervals of sequence numbers by worker and incarnation.
 PlainLedger = Mapping[str, Mapping[str, list[list[int]]]]
@@ -91,3 +91,11 @@ class Ledger:
         for (worker, incarnation), pairs in sorted(self._intervals.items()):
             plain.setdefault(worker, {})[incarnation] = [list(pair) for pair in pairs]
         return plain
+
+
+def counted(ledger: PlainLedger) -> dict[str, int]:
+    """How many updates of each worker are in ``ledger``."""
+    return {
+        worker: sum(last - first + 1 for pairs in by_incarnation.values() for first, last in pairs)
+        for worker, by_incarnation in ledger.items()
+    }

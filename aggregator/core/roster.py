@@ -113,6 +113,11 @@ class Roster:
         for name in self._here:
             self._expect(name)
 
+    @property
+    def members(self) -> Mapping[str, Member]:
+        """All who were heard of, here or not. Not to be changed."""
+        return self._members
+
     def restore(self, trainers: tuple[str, ...], confirmed: Mapping[str, Mapping[str, int]], now: float) -> None:
         """Take over what a checkpoint says; everybody gets a full timeout to be heard again, and is no news."""
         self._confirmed = {name: dict(by_incarnation) for name, by_incarnation in confirmed.items()}

@@ -6,7 +6,7 @@ the checkpoints.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, replace
 
 from broker.messages import Reason
@@ -70,6 +70,16 @@ class Standings:
         """The score of ``worker`` when ``version`` is the newest."""
         known = self._standings.get(worker)
         return 0.0 if known is None else known.score * 0.5 ** ((version - known.version) / self.policy.half_life)
+
+    @property
+    def workers(self) -> Collection[str]:
+        """Those of whom something is known."""
+        return self._standings.keys()
+
+    def rejected(self, worker: str) -> Mapping[str, int]:
+        """Rejected updates of ``worker``, by reason."""
+        known = self._standings.get(worker)
+        return {} if known is None else known.rejected
 
     def until(self, worker: str) -> float | None:
         """When ``worker``'s quarantine ends; None if it is in none."""

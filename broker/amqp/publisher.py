@@ -31,6 +31,8 @@ SMALLEST_LIMIT = 16 * 2**20
 
 # How often to look again whether pika has sent enough of what it was given.
 PUMP_SECONDS = 0.002
+#: Messages that wait, as while the broker is away, beyond which what may get lost is.
+MOST_WAITING = 1000
 
 
 @dataclass(slots=True)
@@ -111,7 +113,9 @@ class Publisher:
         return future
 
     def send(self, exchange: str, key: str, message: Outgoing, *, kind: str) -> None:
-        """Publish something that may get lost."""
+        """Publish something that may get lost, as it does where too much waits for the broker already."""
+        if len(self._waiting) >= MOST_WAITING:
+            return
         properties = _properties(message, kind, persistent=False)
         self._enqueue(_Publication(exchange, key, message.body, properties, mandatory=False, future=None))
 

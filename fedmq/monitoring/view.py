@@ -8,16 +8,15 @@ Times are seconds since 1970 by the watcher's clock, but for the end of a quaran
 
 from __future__ import annotations
 
-import json
 import math
 from collections import Counter, deque
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
 from typing import Any
 
 from broker.messages import Event, EventKind, Reason, evaluation_metrics
 from fedmq.monitoring.curve import Curve
 from fedmq.monitoring.facts import BrokerFacts
+from fedmq.monitoring.leading import DISK, Leaders, Status, figures_of, parsed
 from fedmq.monitoring.log import Entry, EventLog, Level
 from fedmq.monitoring.text import clean, count, number, real, whole
 from fedmq.monitoring.worker import MOST_REASONS, Pace, Worker
@@ -27,41 +26,12 @@ __all__ = ["SILENT_SECONDS", "View"]
 #: An aggregator that was not heard for so long is silent: it tells its status about every second, but a slow disk may
 #: keep it for some.
 SILENT_SECONDS = 15.0
-#: Then it is forgotten.
-GONE_SECONDS = 300.0
 
 #: Beyond, who was not heard for longest is forgotten.
 MOST_WORKERS = 2000
-MOST_AGGREGATORS = 20
 #: Values of staleness that are looked at, and seconds over which rates are told.
 RECENT = 500
 RATE_SECONDS = 60.0
-
-
-@dataclass(slots=True)
-class Leader:
-    """One aggregator, as it says."""
-
-    active: bool
-    epoch: int
-    heard: float
-
-
-@dataclass(slots=True)
-class Status:
-    """What the active aggregator has said of the run last, but for workers."""
-
-    state: str = ""
-    updates_per_second: float | None = None
-    rounds_per_minute: float | None = None
-    staleness: dict[str, float | None] = field(default_factory=dict)
-    rejected: dict[str, int] | None = None
-    disk: dict[str, float | None] = field(default_factory=dict)
-    workers: int = 0
-    pages: frozenset[int] = frozenset()
-    """Which pages of workers have come since the watch began."""
-    of: int = 0
-    """How many there are."""
 
 
 class View:
@@ -78,13 +48,15 @@ class View:
         self.fill = self.goal = 0
         self.rounds: int | None = None
         """After which the run ends, if it does."""
+        self.has_left = False
+        """Whether the active aggregator has said goodbye."""
         self.workers: dict[str, Worker] = {}
         self.rejected: Counter[str] = Counter()
         """Since the watch began."""
         self.facts = BrokerFacts()
         self.missing: dict[str, str] = {}
         """By source: what cannot be known, and why."""
-        self._leaders: dict[str, Leader] = {}
+        self._leaders = Leaders()
         self._status: Status | None = None
         self._heard: float | None = None
         self._staleness: deque[int] = deque(maxlen=RECENT)
@@ -114,8 +86,10 @@ class View:
             case EventKind.EVALUATION:
                 self._evaluation(event, now)
             case EventKind.PROGRESS:
-                self._heard = now
+                self._heard, self.has_left = now, False
                 self._progress(event.data, now)
+            case EventKind.STATUS:
+                self._told(event.data, now)
             case _:
                 pass
 
@@ -135,7 +109,7 @@ class View:
             if is_silent and worker.name not in self._silent:
                 self._silent.add(worker.name)
                 self._log.add(now, "warning", "worker", f"{worker.name} is silent")
-        self._leaders = {n: one for n, one in self._leaders.items() if now - one.heard < GONE_SECONDS}
+        self._leaders.forget(now)
 
     # ------------------------------------------------------------------------------------ what comes out
 
@@ -151,21 +125,22 @@ class View:
             "rounds": self.rounds,
             "state": self.state(now),
             "heard_seconds": None if self._heard is None else round(max(0.0, now - self._heard), 1),
-            "aggregators": self._aggregators(now),
+            "aggregators": self._leaders.snapshot(self.facts.aggregators or (), now),
             "buffer": {"fill": self.fill, "goal": self.goal},
             "rates": self._rates(now),
-            "staleness": status.staleness or _spread(self._staleness),
+            "staleness": dict(status.staleness) if status.staleness else _spread(self._staleness),
+            "updates": status.applied,
             "loss": self.loss,
             "evaluation": {
                 "version": self.evaluated if self.evaluated >= 0 else None,
                 "metrics": {name: real(value) for name, value in sorted(self.metrics.items())},
             },
             "workers": [self.workers[name].snapshot(pace, now) for name in sorted(self.workers)],
-            "rejected": dict(self.rejected) if status.rejected is None else status.rejected,
+            "rejected": dict(self.rejected if status.rejected is None else status.rejected),
             "dead_letters": self.facts.dead_letters,
             "queues": [queue.snapshot() for queue in self.facts.queues],
             "alarms": None if self.facts.alarms is None else list(self.facts.alarms),
-            "disk": {name: status.disk.get(name) for name in ("checkpoints", "bytes", "free", "total")},
+            "disk": {name: status.disk.get(name) for name in DISK},
             "missing": self._missing(now),
         }
 
@@ -176,14 +151,14 @@ class View:
         known = self._status.state if self._status is not None else ""
         if known == "done":
             return known
-        if now - self._heard > SILENT_SECONDS:
+        if self.has_left or now - self._heard > SILENT_SECONDS:
             return "silent"
         return known or "running"
 
     @property
     def is_complete(self) -> bool:
         """Whether everything that the active aggregator tells has come since the watch began."""
-        return self._status is not None and self._status.of > 0 and len(self._status.pages) >= self._status.of
+        return self._status is not None and self._status.is_complete
 
     def series(self) -> dict[str, dict[str, list[Any]]]:
         """The run's curves since the watch began: of the versions, and of their evaluations."""
@@ -271,21 +246,35 @@ class View:
         text = f"round {self.version}: training loss {loss}, staleness {mean:.1f}{shown}"
         self._log.add(now, "info", "version", text)
 
+    def _told(self, data: Mapping[str, Any], now: float) -> None:
+        """An aggregator's own word."""
+        name, epoch = clean(data.get("aggregator")), whole(data.get("epoch"), 0)
+        if (gone := self._leaders.hear(data, now)) is not None:
+            self._log.add(now, "info", "aggregator", f"aggregator {gone} has left")
+        if not data.get("active") or epoch < self.epoch:
+            return  # one that was replaced, and has not noticed, knows nothing of what is now
+        if epoch > self.epoch:
+            self._log.add(now, "info", "aggregator", f"aggregator {name} leads, epoch {epoch}")
+        self._heard, self.epoch, self.has_left = now, epoch, bool(data.get("leaves"))
+        # Not the larger of both: a run may be taken back, and goes on from there under a new epoch.
+        self.version = whole(data.get("version"), self.version)
+        self.fill, self.goal = whole(data.get("fill"), 0), whole(data.get("goal"), 0) or self.goal
+        self.rounds = count(data.get("rounds"))
+        if (loss := real(data.get("loss"))) is not None:
+            self.loss = loss
+        evaluated = whole(data.get("evaluated"), -1)
+        if evaluated > self.evaluated:
+            self.evaluated, self.metrics = evaluated, figures_of(data.get("metrics"))
+        self._status = Status.read(data, self._status)
+        for key, text in data.items():
+            row = parsed(text) if key.startswith("row") else None
+            if isinstance(row, Mapping) and "name" in row:
+                self._worker(row["name"]).told(row, now)
+
     # --------------------------------------------------------------------------------------- the snapshot
 
     def _newest(self) -> tuple[int, int]:
         return self.facts.newest or (0, 0)
-
-    def _aggregators(self, now: float) -> list[dict[str, Any]]:
-        found = {
-            name: {"name": name, "active": one.active, "epoch": one.epoch if one.active else None}
-            | {"seen_seconds": round(max(0.0, now - one.heard), 1)}
-            for name, one in self._leaders.items()
-        }
-        for name, active in self.facts.aggregators or ():
-            shown = clean(name)
-            found.setdefault(shown, {"name": shown, "active": active, "epoch": None, "seen_seconds": None})
-        return sorted(found.values(), key=lambda one: (not one["active"], one["name"]))[:MOST_AGGREGATORS]
 
     def _rates(self, now: float) -> dict[str, float | None]:
         status = self._status
@@ -307,6 +296,8 @@ class View:
         state = self.state(now)
         if state == "waiting":
             found.append("no aggregator has been heard: workers, rates, staleness and the buffer are not known")
+        elif self.has_left and state == "silent":
+            found.append("the aggregator has left, and no other leads: its figures are the last ones")
         elif state == "silent":
             found.append(
                 f"the aggregator has not been heard for {now - (self._heard or now):.0f} s: its figures are old"
@@ -335,11 +326,3 @@ def _pairs(text: object) -> Iterator[tuple[str, int]]:
         name, _, digits = part.partition(":")
         if digits.isdecimal() and len(digits) < 16:
             yield name, int(digits)
-
-
-def _parsed(text: object) -> Any:
-    """What ``text`` says as JSON; None if it says nothing."""
-    try:
-        return json.loads(str(text))
-    except (ValueError, RecursionError):
-        return None

@@ -163,7 +163,7 @@ class Worker:
             found.append(f"score {self.score:.1f}")
         found += self._slowness(pace)
         if self.farewell:
-            found.append(f"left: {self.farewell}")
+            found.append("left" if self.farewell == "left" else f"left: {self.farewell}")
         return found
 
     def _slowness(self, pace: Pace) -> list[str]:

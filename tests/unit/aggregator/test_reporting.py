@@ -107,3 +107,14 @@ def test_the_history_tells_of_rejections_now_and_then(tmp_path: Path) -> None:
     assert len(told()) == 3
     assert len(told()[2]) == MOST_REJECTED + 1
     assert told()[2][""] == {"not-finite": 5}
+
+
+def test_as_many_are_named_as_a_text_may_hold(tmp_path: Path) -> None:
+    desk = Desk(tmp_path)
+    for index in range(MOST_NAMED):
+        desk.fold(f"{index:064}")
+    desk.reporter.tell_folded(at_once=True)
+    told = [str(event.data["staleness"]).split() for event in desk.seen]  # as a watcher decodes them
+    assert sum(int(str(event.data["updates"])) for event in desk.seen) == MOST_NAMED
+    assert [len(names) for names in told] == [1, 14]
+    assert all(name.endswith(":0") for names in told for name in names)

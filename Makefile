@@ -27,7 +27,7 @@ PARALLEL ?= -n 3 --dist worksteal
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: help demo test test-fast chaos bench lint format docs rabbitmq venv secrets clean
+.PHONY: help demo test test-fast chaos bench lint format docs rabbitmq chromium venv secrets clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -40,7 +40,7 @@ help: ## list the targets
 demo: $(READY) rabbitmq ## a whole federation on this machine
 	$(BIN)/fedmq demo $(if $(BROKER),--broker '$(BROKER)') $(ARGS)
 
-test: lint rabbitmq ## everything that CI checks
+test: lint rabbitmq chromium ## everything that CI checks
 	$(BIN)/python -m pytest $(PARALLEL) $(ARGS)
 
 test-fast: $(READY) ## the tests that need no broker and take no time
@@ -69,6 +69,9 @@ docs: $(READY) ## make the pages that are made from the code
 
 rabbitmq: ## install RabbitMQ's server if it is missing and can be installed
 	@deploy/install-rabbitmq.sh
+
+chromium: ## install a browser for the tests of the live page if it is missing and can be installed
+	@deploy/install-chromium.sh
 
 venv: $(READY) ## make or refresh the virtual environment
 

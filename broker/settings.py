@@ -70,7 +70,7 @@ _WANTED = {
 }
 
 #: Tables that a file may hold. A program reads those it needs; the others belong to another program.
-TABLES = ("broker", "aggregator", "worker", "metrics", "demo")
+TABLES = ("broker", "aggregator", "worker", "metrics", "dashboard", "demo")
 
 
 class Table(BaseModel):

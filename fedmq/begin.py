@@ -38,6 +38,9 @@ def demo(
     broker: BrokerOption = None,
     workers: Annotated[int | None, typer.Option("--workers", help="Training processes.")] = None,
     rounds: Annotated[int | None, typer.Option("--rounds", help="Rounds until the run is done.")] = None,
+    dashboard: Annotated[
+        bool | None, typer.Option("--dashboard/--no-dashboard", help="Serve the live page.", show_default="on")
+    ] = None,
     settings: SetOption = None,
     verbose: VerboseOption = 0,
 ) -> None:
@@ -59,6 +62,7 @@ def demo(
             run=run,
             broker__url=broker,
             demo__workers=workers,
+            demo__dashboard=dashboard,
             aggregator__stop_after_rounds=rounds,
         )
         demonstration.demo(demonstration.demo_settings(config, flags), Console())

@@ -80,6 +80,10 @@ COMMANDS = {
         "fedmq.contribution:contribution",
         "Calculate what each worker brought, from kept updates (aggregator.keep_updates) and the task's held-out data.",
     ),
+    "dashboard": Command(
+        "fedmq.dashboard.command:dashboard",
+        "Serve a page on this machine that shows a run as it goes on: curves, workers, queues, events.",
+    ),
     "workers": Command(
         "fedmq.workers:workers",
         "Show the workers of a run: updates, pace, staleness, agreement, rejections, score, quarantine, contribution.",

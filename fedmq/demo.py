@@ -12,11 +12,13 @@ from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
+from urllib.parse import urlsplit
 
 import tomli_w
 from pydantic import Field, SecretStr
 from rich.console import Console
 from rich.table import Table as Grid
+from rich.text import Text
 
 from aggregator.checkpoint import CheckpointStore
 from aggregator.cli import checkpoint_folder, run_folder
@@ -27,9 +29,11 @@ from aggregator.strategies.base import gathers
 from broker.amqp.node import PrivateNode
 from broker.amqp.transport import AmqpWorkerTransport
 from broker.console import stop_on_signals
-from broker.errors import BrokerUnreachable, FedmqError
+from broker.errors import BrokerUnreachable, ConfigError, FedmqError
 from broker.settings import BrokerConfig, Flag, Settings, Table, load, plain, redacted
 from broker.topology import Topology
+from fedmq.dashboard.beside import page_of
+from fedmq.dashboard.config import DashboardConfig
 from fedmq.initialise import initialise
 from fedmq.local import Member, Processes, Threads, stopping
 from fedmq.monitoring.monitor import Monitor
@@ -53,6 +57,8 @@ class DemoConfig(Table):
     """The last of them joins when this round has closed."""
     finish_seconds: Annotated[float, Field(ge=0)] = 20.0
     """How long workers may take to leave when the run is done."""
+    dashboard: bool = True
+    """Serve the live page as well; see ``[dashboard]``."""
     in_process: bool = False
     """Use the in-process broker and threads, even where RabbitMQ can be had."""
 
@@ -83,7 +89,8 @@ class Place:
 
 def demo_settings(file: Path | None, flags: Sequence[Flag]) -> Settings:
     """The settings of a demonstration: defaults of its own under the user's."""
-    kinds: dict[str, type[Table]] = {"aggregator": AggregatorConfig, "worker": WorkerConfig, "demo": DemoConfig}
+    kinds: dict[str, type[Table]] = {"aggregator": AggregatorConfig, "worker": WorkerConfig}
+    kinds |= {"dashboard": DashboardConfig, "demo": DemoConfig}
     given = load(kinds, file=file, flags=flags)
     recipe = given.table("aggregator", AggregatorConfig).recipe()
     # Weights by examples are what this data is best trained with, and not every strategy goes with them.
@@ -110,6 +117,8 @@ def demo(settings: Settings, console: Console) -> Path:
         config = _write_config(settings, folder)
         members = _members(settings)
         federation, monitor = _federation(settings, place, config=config, stack=stack)
+        if settings.table("demo", DemoConfig).dashboard:
+            _show_page(monitor, settings, console, stack)
         stack.enter_context(stopping(federation))
         monitor.rounds = settings.table("aggregator", AggregatorConfig).stop_after_rounds
         display = Display(monitor, console, title=f"fedmq · run {settings.run}", footer=place.admin)
@@ -233,6 +242,18 @@ def _federation(
     broker = settings.broker.model_copy(update={"url": SecretStr(place.url), "url_file": None})
     monitor = stack.enter_context(watching(BrokerConfig.model_validate(broker), settings.run))
     return Processes(config=config, url=place.url, logs=run_folder(settings) / "logs"), monitor
+
+
+def _show_page(monitor: Monitor, settings: Settings, console: Console, stack: ExitStack) -> None:
+    """Serve the live page, or say why not: the demonstration does without."""
+    config = settings.table("dashboard", DashboardConfig)
+    try:
+        url = stack.enter_context(page_of(monitor, config, run_folder(settings), any_port=True))
+    except ConfigError as error:
+        console.print(Text(f"no live page: {error}", style="yellow"), soft_wrap=True)
+        return
+    taken = "" if config.port in (0, urlsplit(url).port) else f" (port {config.port} is taken)"
+    console.print(f"live page while this runs: {url}{taken}", soft_wrap=True)
 
 
 def _summarise(folder: Path, console: Console) -> None:

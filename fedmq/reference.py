@@ -21,6 +21,7 @@ from aggregator.metrics import SERIES as AGGREGATOR_SERIES
 from broker.metrics import BROKER_SERIES, BUILD, Series
 from broker.parts import Name
 from broker.settings import BrokerConfig, MetricsConfig, Table
+from fedmq.dashboard.config import DashboardConfig
 from fedmq.demo import DemoConfig
 from fedmq.simulation.scenario import KINDS
 from fedmq.simulation.sweep import SweepTable
@@ -34,6 +35,7 @@ TABLES: Mapping[str, type[Table]] = {
     "aggregator": AggregatorConfig,
     "worker": WorkerConfig,
     "metrics": MetricsConfig,
+    "dashboard": DashboardConfig,
     "demo": DemoConfig,
 }
 

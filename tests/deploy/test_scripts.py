@@ -111,20 +111,22 @@ def test_a_node_with_this_configuration_lets_the_secret_in_and_not_guest(tmp_pat
             pika.BlockingConnection(parameters)
 
 
-def install(tmp_path: Path, *, ci: bool, programs: dict[str, str]) -> subprocess.CompletedProcess[str]:
-    """Run install-rabbitmq.sh where nothing but ``programs`` (name: script) and the basic tools can be found."""
+def install(
+    tmp_path: Path, *, ci: bool, programs: dict[str, str], script: str = "install-rabbitmq.sh"
+) -> subprocess.CompletedProcess[str]:
+    """Run ``script`` where nothing but ``programs`` (name: text) and the basic tools can be found."""
     tools = tmp_path / "bin"
     tools.mkdir()
     for name in ("bash", "env", "sh", "touch", "cat", "mkdir", "chmod"):
         (tools / name).symlink_to(f"/bin/{name}" if Path(f"/bin/{name}").exists() else f"/usr/bin/{name}")
-    for name, script in programs.items():
-        (tools / name).write_text(f"#!/bin/sh\n{script}\n")
+    for name, text in programs.items():
+        (tools / name).write_text(f"#!/bin/sh\n{text}\n")
         (tools / name).chmod(0o755)
     environment = {"PATH": str(tools), "RABBITMQ_PLACES": str(tmp_path / "rabbit*"), "LOG": str(tmp_path / "log")}
     if ci:
         environment["CI"] = "true"
     return subprocess.run(
-        [BASH, str(ROOT / "deploy" / "install-rabbitmq.sh")],
+        [BASH, str(ROOT / "deploy" / script)],
         env=environment,
         capture_output=True,
         text=True,
@@ -170,14 +172,47 @@ def test_a_server_that_is_there_is_left_alone(tmp_path: Path) -> None:
     ids=["sudo asks for a password", "no sudo", "no apt-get", "apt-get fails", "apt-get brings nothing"],
 )
 @pytest.mark.parametrize("ci", [False, True])
-def test_without_a_server_it_goes_on_at_home_and_stops_in_ci(
-    tmp_path: Path, programs: dict[str, str], ci: bool
+@pytest.mark.parametrize(
+    ("script", "words"),
+    [
+        ("install-rabbitmq.sh", ("RabbitMQ is not installed", "in-process broker")),
+        ("install-chromium.sh", ("Chromium is not installed", "will be skipped")),
+    ],
+    ids=["rabbitmq", "chromium"],
+)
+def test_what_cannot_be_installed_is_done_without_at_home_and_stops_ci(
+    tmp_path: Path, programs: dict[str, str], ci: bool, script: str, words: tuple[str, str]
 ) -> None:
-    done = install(tmp_path, ci=ci, programs=programs)
+    done = install(tmp_path, ci=ci, programs=programs, script=script)
 
     assert done.returncode == int(ci)
-    assert "RabbitMQ is not installed" in (done.stderr if ci else done.stdout)
-    assert ("in-process broker" in done.stdout) is not ci
+    assert words[0] in (done.stderr if ci else done.stdout)
+    assert (words[1] in done.stdout) is not ci
+
+
+def test_a_browser_that_is_there_is_left_alone_and_one_that_is_not_is_installed(tmp_path: Path) -> None:
+    browser = tmp_path / "bin" / "chromium"
+    brings = f'{RECORD}\ncase "$*" in *install*) echo >{browser}; chmod +x {browser};; esac'
+
+    done = install(
+        tmp_path,
+        ci=True,
+        programs={"id": USER, "sudo": brings, "apt-get": RECORD},
+        script="install-chromium.sh",
+    )
+
+    assert done.returncode == 0, done.stderr
+    assert "--no-install-recommends chromium" in (tmp_path / "log").read_text()
+    (tmp_path / "log").unlink()
+    again = subprocess.run(
+        [BASH, str(ROOT / "deploy" / "install-chromium.sh")],
+        env={"PATH": str(tmp_path / "bin"), "LOG": str(tmp_path / "log"), "CI": "true"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert (again.returncode, again.stdout, again.stderr) == (0, "", "")
+    assert not (tmp_path / "log").exists()
 
 
 def test_it_installs_quietly_and_starts_no_service(tmp_path: Path) -> None:

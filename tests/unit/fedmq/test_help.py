@@ -34,6 +34,7 @@ LEAVES = {name: command for name, command in COMMANDS.items() if not hasattr(com
 
 #: Commands whose result is no list or table of facts.
 NOTHING_LISTED = {
+    "dashboard",
     *("demo", "init", "aggregator", "worker", "evaluate", "set", "release", "pause", "resume", "stop"),
     *("checkpoint export", "dead replay", "dead drop", "broker check", "broker node", "report"),
 }

@@ -8,15 +8,14 @@ from __future__ import annotations
 import json
 import os
 import statistics
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from fedmq.contribution import CONTRIBUTION_FILE
+from aggregator.tally import CONTRIBUTION_FILE, Tally, count, read_contributions
 from fedmq.monitoring.curve import Curve
 from fedmq.monitoring.text import clean, real, whole
-from fedmq.workers import Tally
 
 __all__ = ["MOST_METRICS", "Past", "curve"]
 
@@ -49,6 +48,8 @@ class Past:
         self.evaluated = -1
         self.metrics: dict[str, float | None] = {}
         self.tallies: dict[str, Tally] = {}
+        self.rejected: dict[str, Counter[str]] = {}
+        """Rejections by reason, by worker."""
         self.lines: deque[tuple[float, str, str, str]] = deque(maxlen=LOG_LINES)
         """Time, level, kind and text of what happened, oldest first; :meth:`read` adds to it."""
         self.curves: dict[str, Curve] = {}
@@ -66,25 +67,15 @@ class Past:
 
     def outcome(self) -> str:
         """How the run ended, as its summary has it; empty if it has not."""
-        return clean(self._facts("summary.json").get("outcome") or "")
+        try:
+            facts = json.loads((self.folder / "summary.json").read_text())
+        except (OSError, ValueError, RecursionError):
+            return ""
+        return clean(facts.get("outcome", "")) if isinstance(facts, Mapping) else ""
 
     def contributions(self) -> dict[str, float]:
         """What ``fedmq contribution`` found last, by worker."""
-        rows = self._facts(CONTRIBUTION_FILE).get("workers")
-        found = {}
-        for row in rows if isinstance(rows, list) else []:
-            value = real(row.get("contribution")) if isinstance(row, Mapping) else None
-            if value is not None:
-                found[clean(row.get("worker"))] = value
-        return found
-
-    def _facts(self, name: str) -> Mapping[str, Any]:
-        """What a file of JSON says; nothing if it is not there, or damaged."""
-        try:
-            facts = json.loads((self.folder / name).read_text())
-        except (OSError, ValueError, RecursionError):
-            return {}
-        return facts if isinstance(facts, Mapping) else {}
+        return read_contributions(self.folder / CONTRIBUTION_FILE)
 
     def _fresh(self) -> Iterator[Mapping[str, Any]]:
         try:
@@ -124,6 +115,8 @@ class Past:
             case "start":
                 self.epoch = max(self.epoch, whole(line.get("epoch"), 0))
                 self._tell(time, "info", "aggregator", f"an aggregator began, epoch {self.epoch}, at version {version}")
+            case "rejected":
+                self._rejected(line.get("workers"))
             case "command":
                 self._tell(time, "info", "command", f"{line.get('what')}: in force at version {version}")
             case "quarantine":
@@ -141,8 +134,7 @@ class Past:
         self.loss = real(line.get("loss"))
         entries = line.get("updates")
         updates = [entry for entry in entries if isinstance(entry, Mapping)] if isinstance(entries, list) else []
-        for entry in updates:
-            self.tallies.setdefault(clean(entry.get("worker")), Tally()).add(entry, version, time)
+        count(self.tallies, line)
         stale = [float(n) for entry in updates if (n := whole(entry.get("staleness"), -1)) >= 0]
         self._add("loss", version, time, self.loss)
         self._add("seconds", version, time, line.get("seconds"))
@@ -157,6 +149,12 @@ class Past:
             self._add(f"held:{name}", version, time, value)
         if version >= self.evaluated:
             self.evaluated, self.metrics = version, metrics
+
+    def _rejected(self, workers: object) -> None:
+        for worker, reasons in _items(workers):
+            known = self.rejected.setdefault(worker, Counter())
+            for reason, times in _items(reasons):
+                known[reason] += whole(times, 0)
 
     def _add(self, name: str, version: int, time: float, value: object) -> None:
         if name not in self.curves:

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import threading
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, Protocol
 
+from aggregator.tally import Tally
+from broker.messages import Reason, Role
 from fedmq.dashboard.feed import Picture, cleaned
 from fedmq.dashboard.past import MOST_METRICS, Past, curve
 from fedmq.monitoring.curve import Curve
 from fedmq.monitoring.log import Entry
-from fedmq.workers import Tally
 
 __all__ = ["Scene", "Watched", "following"]
 
@@ -132,32 +133,10 @@ class Scene:
         if view["heard_seconds"] is None and past.version:
             view["state"] = "done" if self._outcome == "done" else view["state"]
             view["missing"] = [f"nothing is heard of this run now: what stands here is from {past.folder}"]
-            view["workers"] += [
-                self._absent(name, past.tallies[name]) for name in sorted(past.tallies.keys() - known.keys())
-            ]
+            absent = (past.tallies.keys() | past.rejected.keys()) - known.keys()
+            view["workers"] += [_absent(name, past, self._contributions.get(name)) for name in sorted(absent)]
+            view["rejected"] = dict(sum(past.rejected.values(), Counter()))
         return view
-
-    def _absent(self, name: str, tally: Tally) -> dict[str, Any]:
-        """A worker of which only the folder tells."""
-        return {
-            "name": name,
-            "role": "trainer",
-            "state": "",
-            "seen_seconds": None,
-            "version": tally.newest or None,
-            "updates": tally.updates,
-            "sent": None,
-            "seconds": None,
-            "pace": tally.mean("pace"),
-            "staleness": tally.mean("staleness"),
-            "loss": None,
-            "rejected": {},
-            "score": None,
-            "quarantined_until": None,
-            "cosine": tally.mean("cosine"),
-            "contribution": self._contributions.get(name),
-            "remarks": [],
-        }
 
     # -------------------------------------------------------------------------------------------- curves
 
@@ -174,6 +153,31 @@ class Scene:
             if len(waiting):
                 found[name] = _points(waiting.columns())
         return found
+
+
+def _absent(name: str, past: Past, contribution: float | None) -> dict[str, Any]:
+    """A worker of which only the folder tells, as the view would have it."""
+    tally, rejected = past.tallies.get(name, Tally()), past.rejected.get(name, Counter())
+    bad = {reason: times for reason, times in rejected.items() if reason != Reason.RUN_DONE}
+    return {
+        "name": name,
+        "role": Role.TRAINER.value,
+        "state": "",
+        "seen_seconds": None,
+        "version": tally.newest or None,
+        "updates": tally.updates,
+        "sent": None,
+        "seconds": None,
+        "pace": tally.mean("pace"),
+        "staleness": tally.mean("staleness"),
+        "loss": None,
+        "rejected": dict(rejected),
+        "score": None,
+        "quarantined_until": None,
+        "cosine": tally.mean("cosine"),
+        "contribution": contribution,
+        "remarks": [f"{sum(bad.values())} rejected: {', '.join(sorted(bad))}"] if bad else [],
+    }
 
 
 def _heard(live: Mapping[str, Mapping[str, Sequence[Any]]]) -> Iterator[tuple[str, list[Point]]]:

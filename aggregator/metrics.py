@@ -21,7 +21,7 @@ from aggregator.core.snapshot import Entry, VersionRecord
 from aggregator.core.timing import Timing
 from aggregator.meter import Meter
 from aggregator.reign import Reign
-from broker.messages import Role
+from broker.messages import Reason, Role
 from broker.metrics import OTHER, Figures, Histogram, Names, Series, Stopwatch, Value, broker_sources, half_decades
 from broker.transport import Delivery, LinkState
 
@@ -133,7 +133,8 @@ class AggregatorMetrics(Meter, Collector):
         self._reign: Reign | None = None
         self._leads: Callable[[], bool] = lambda: False
         self._counts: Counter[Series] = Counter()
-        self._reasons: Counter[tuple[str, ...]] = Counter()
+        # All from the beginning: Prometheus does not see a counter's first step if it appears with it.
+        self._reasons: Counter[tuple[str, ...]] = Counter({(reason.value,): 0 for reason in Reason})
         self._by_worker: dict[Series, dict[tuple[str, ...], float]] = {}
         self._roles: dict[str, Role] = {}
         self._goal: int | None = None
@@ -153,6 +154,9 @@ class AggregatorMetrics(Meter, Collector):
     def watch(self, leads: Callable[[], bool]) -> None:
         """See the port."""
         self._leads, self._reign = leads, None
+        self._roles = {}
+        for series in (WORKER_PRESENT, WORKER_SILENT):  # who stands by does not know
+            self._by_worker.pop(series, None)
 
     def reigns(self, reign: Reign) -> None:
         """See the port."""

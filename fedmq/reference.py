@@ -66,7 +66,9 @@ fedmq worker --run digits --name w1 --set metrics.port=9465    # on one machine 
 
 Without `metrics.port` nothing is served and nothing counted. `metrics.address` is this machine alone (127.0.0.1) unless
 it is set; there is no password, so open it to a network of your own only. If the port is taken there is one warning,
-and the run goes on.
+and the run goes on. In the containers of `docker-compose.yml` metrics are on (port 9464 inside, not published);
+`docker compose --profile monitoring up` starts Prometheus and Grafana beside them, with a dashboard and alerts:
+[operating.md](operating.md#from-grafana).
 
 Every series of an aggregator has the label `run`, those of a worker or evaluator `run`, `worker` and `role`. The names
 of workers that an aggregator tells of are bounded: the first `metrics.workers` (100) have series of their own, all

@@ -26,5 +26,5 @@ def node() -> Iterator[PrivateNode]:
         yield given
         return
     require_rabbitmq()
-    with PrivateNode() as running:
+    with PrivateNode(plugins=("rabbitmq_management", "rabbitmq_prometheus")) as running:
         yield running

@@ -77,9 +77,22 @@ _guard_resets()
 
 
 class Connection(AsyncioConnection):  # type: ignore[misc]
-    """pika's connection, with three things that it keeps to itself, and small frames sent together."""
+    """pika's connection, with what it keeps to itself, and small frames sent together."""
 
     _transport: Any
+    _past = (0, 0)
+
+    @property
+    def traffic(self) -> tuple[int, int]:
+        """Bytes sent and received, also once it has ended."""
+        sent, received = self._past
+        return sent + int(self.bytes_sent), received + int(self.bytes_received)
+
+    def _init_connection_state(self) -> None:
+        """Pika begins to count anew when the connection has ended."""
+        counted = self.traffic if hasattr(self, "bytes_received") else (0, 0)
+        super()._init_connection_state()
+        self._past = counted
 
     def widen(self) -> None:
         """Read in larger pieces."""

@@ -150,9 +150,9 @@ class Session:
         return int(self._connection.bytes_received)
 
     @property
-    def sent_bytes(self) -> int:
-        """How much has been given to the connection to send."""
-        return int(self._connection.bytes_sent)
+    def traffic(self) -> tuple[int, int]:
+        """Bytes that went out and came in, also once it is closed."""
+        return self._connection.traffic
 
     def cut(self) -> None:
         """Break the connection without a word, as a network would."""

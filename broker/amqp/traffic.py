@@ -14,6 +14,7 @@ class Traffic:
         self.connections = 0
         # In one value, so that a reader never sees the bytes of a connection twice or not at all.
         self._state: tuple[Session | None, int, int] = (None, 0, 0)
+        self._most = (0, 0)
 
     def begin(self, session: Session) -> None:
         """A connection was made."""
@@ -45,4 +46,7 @@ class Traffic:
     def bytes(self) -> tuple[int, int]:
         """Sent and received, over all connections."""
         session, sent, received = self._state
-        return (sent, received) if session is None else (sent + session.sent_bytes, received + session.received_bytes)
+        more_sent, more_received = (0, 0) if session is None else session.traffic
+        # At the moment at which a connection ends its own figures may be missing; what is counted never falls.
+        self._most = max(self._most[0], sent + more_sent), max(self._most[1], received + more_received)
+        return self._most

@@ -19,7 +19,8 @@ from worker_client.config import WorkerConfig
 
 ROOT = compose.ROOT
 OURS = ("init", "aggregator", "evaluator", "worker")
-ALL = ("rabbitmq", *OURS)
+MONITORING = ("prometheus", "grafana")
+ALL = ("rabbitmq", *OURS, *MONITORING)
 
 
 def test_it_follows_the_compose_specification() -> None:
@@ -44,14 +45,15 @@ def test_a_service_gives_up_all_rights_that_it_does_not_need(name: str) -> None:
     assert service["restart"] in {"unless-stopped", "on-failure", "on-failure:3"}
 
 
-@pytest.mark.parametrize("name", OURS)
-def test_our_services_write_to_volumes_and_tmp_only(name: str) -> None:
+@pytest.mark.parametrize("name", [*OURS, *MONITORING])
+def test_services_write_to_volumes_and_tmp_only(name: str) -> None:
     service = compose.services()[name]
 
     assert service["read_only"] is True
     assert [mount.partition(":")[0] for mount in service["tmpfs"]] == ["/tmp"]  # noqa: S108 the container's
+    where = {"prometheus": "/prometheus", "grafana": "/var/lib/grafana"}.get(name, "/var/lib/fedmq")
     for mount in service.get("volumes", []):
-        assert mount.partition(":")[2] == "/var/lib/fedmq"
+        assert mount.partition(":")[2] == where
 
 
 def test_rabbitmq_runs_as_its_own_user_under_a_name_that_stays() -> None:
@@ -68,7 +70,7 @@ def test_an_image_has_a_version_and_is_built_from_a_stage_that_exists(name: str)
     service = compose.services()[name]
     tag = service["image"].partition(":")[2]
 
-    assert tag[:1].isdigit()
+    assert tag.removeprefix("v")[:1].isdigit()
     if name in OURS:
         assert service["build"]["target"] in compose.stages()
         assert (ROOT / service["build"]["context"] / "Dockerfile").is_file()
@@ -121,7 +123,7 @@ def test_every_file_that_it_mounts_from_the_repository_is_there() -> None:
 def test_ports_are_open_to_this_machine_only() -> None:
     for name, service in compose.services().items():
         ports = service.get("ports", [])
-        assert (ports == []) == (name != "rabbitmq")
+        assert (ports == []) == (name in OURS)
         assert all(port.startswith("127.0.0.1:") for port in ports)
 
 
@@ -129,6 +131,15 @@ def test_ports_can_be_opened_on_purpose() -> None:
     opened = compose.load({"BIND_ADDRESS": "192.0.2.1", "AMQP_PORT": "5673"})["services"]["rabbitmq"]["ports"]
 
     assert opened[0] == "192.0.2.1:5673:5672"
+
+
+def test_what_asks_for_no_password_is_never_open_to_others() -> None:
+    everywhere = compose.load({"BIND_ADDRESS": "0.0.0.0"})["services"]  # noqa: S104 - that it is not opened
+
+    for name in MONITORING:
+        assert everywhere[name]["profiles"] == ["monitoring"]
+        assert all(port.startswith("127.0.0.1:") for port in everywhere[name]["ports"])
+    assert all("profiles" not in everywhere[name] for name in ("rabbitmq", *OURS))
 
 
 def test_workers_can_be_scaled() -> None:

@@ -1,4 +1,4 @@
-"""A whole federation as threads in one process, over the in-process broker."""
+"""A whole federation as threads in one process, over the in-process broker or another."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from aggregator.checkpoint import CheckpointStore
 from aggregator.config import AggregatorConfig
@@ -15,16 +15,27 @@ from aggregator.core.snapshot import Snapshot
 from aggregator.history import read_history
 from aggregator.service import AggregatorService, Outcome
 from broker.memory import MemoryBroker
+from broker.transport import AggregatorTransport, WorkerTransport
 from broker.variates import with_variates, zeros
 from worker_client.client import Summary, run_worker
 from worker_client.config import WorkerConfig
 from worker_client.task import Task
 from worker_client.training import initial_parameters
 
-__all__ = ["Ended", "federate"]
+__all__ = ["RUN", "Ended", "Place", "federate"]
 
 RUN = "together"
 LIMIT = 60.0
+
+
+class Place(Protocol):
+    """Where the members meet."""
+
+    def aggregator(self, run: str, *, prefetch: int) -> AggregatorTransport:
+        """The aggregator's transport."""
+
+    def worker(self, run: str, name: str) -> WorkerTransport:
+        """A worker's."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,6 +59,7 @@ def federate(
     workers: Mapping[str, Mapping[str, Any]],
     *,
     meters: Mapping[str, Any] | None = None,
+    place: Place | None = None,
     **common: Any,
 ) -> Ended:
     """Run to the end, which ``settings`` must set.
@@ -58,6 +70,7 @@ def federate(
         settings: ``[aggregator]``.
         workers: by name, what differs from ``common``.
         meters: what counts, by the worker's name, and of ``aggregator``.
+        place: where they meet; an in-process broker, if None.
         common: ``[worker]``.
     """
     config = AggregatorConfig.model_validate({"linger": 5.0, **settings})
@@ -69,7 +82,7 @@ def federate(
             parameters |= zeros(model)
         store.create(model, parameters, now=0.0)
     size = store.load().model.nbytes
-    broker, stop = MemoryBroker(), threading.Event()
+    broker, stop = place or MemoryBroker(), threading.Event()
     meters = meters or {}
     service = AggregatorService(
         folder=folder,

@@ -23,7 +23,7 @@ CONFIG = BrokerConfig.model_validate({"url": "amqp://u:p@somewhere/"})
 class FakeSession:
     """A connection that ends as soon as it is used."""
 
-    sent_bytes = received_bytes = 0
+    traffic = (0, 0)
 
     def __init__(self) -> None:
         self.closed: asyncio.Future[BrokerError] = asyncio.get_running_loop().create_future()

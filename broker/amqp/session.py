@@ -135,6 +135,18 @@ class Session:
         return session
 
     @property
+    def product(self) -> str:
+        """What the broker calls itself, with its version."""
+        facts = self._connection.server_properties or {}
+        return f"{facts.get('product', 'a broker')} {facts.get('version', 'of an unknown version')}"
+
+    @property
+    def agreed(self) -> tuple[int, int, int]:
+        """What both sides have agreed on: channels of one connection, bytes of a frame, seconds of the heartbeat."""
+        params = self._connection.params
+        return int(params.channel_max), int(params.frame_max), int(params.heartbeat or 0)
+
+    @property
     def max_message_bytes(self) -> int:
         """What this broker takes if its operator has not changed it."""
         return 16 * 2**20 if self.version >= (4, 0, 0) else 128 * 2**20

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import base64
 import json
+import time
 import urllib.error
 import urllib.request
+from email.utils import parsedate_to_datetime
 from typing import Any
 from urllib.parse import quote, unquote, urlsplit
 
@@ -29,16 +31,25 @@ class Admin:
         if urlsplit(url).scheme not in {"http", "https"}:
             raise BrokerError(f"the admin UI's address begins with http:// or https://, not {url!r}")
         self.url = url.rstrip("/")
+        self.vhost = "/"
+        #: Seconds by which the broker's clock was ahead of ours at the last answer, to about a second; None if unknown.
+        self.clock: float | None = None
         self._user = user
         self._authorization = "Basic " + base64.b64encode(f"{user}:{password}".encode()).decode()
         self._timeout = timeout
 
     @classmethod
     def of(cls, config: BrokerConfig, *, timeout: float = 10.0) -> Admin:
-        """The API that belongs to ``config``, with the user of its first address."""
+        """The API that belongs to ``config``, with the user and the virtual host of its first address."""
         parts = urlsplit(config.urls()[0])
         url = config.management_url or f"http://{parts.hostname or '127.0.0.1'}:15672"
-        return cls(url, unquote(parts.username or "guest"), unquote(parts.password or "guest"), timeout=timeout)
+        admin = cls(url, unquote(parts.username or "guest"), unquote(parts.password or "guest"), timeout=timeout)
+        admin.vhost = unquote(parts.path[1:]) or "/"
+        return admin
+
+    def get(self, path: str) -> object:
+        """``GET`` anything, such as ``/whoami`` or ``/nodes``."""
+        return self._request("GET", path)
 
     def overview(self) -> Facts:
         """Versions, totals, listeners."""
@@ -90,7 +101,9 @@ class Admin:
             headers={"Authorization": self._authorization, "Content-Type": "application/json", **(headers or {})},
         )
         try:
+            asked = time.time()
             with urllib.request.urlopen(request, timeout=self._timeout) as answer:  # noqa: S310
+                self._compare_clocks(answer.headers.get("Date"), asked)
                 text = answer.read()
             return json.loads(text) if text else None
         except urllib.error.HTTPError as error:
@@ -100,14 +113,33 @@ class Admin:
             reason = getattr(error, "reason", error)
             raise BrokerUnreachable(f"the admin UI at {self.url} does not answer: {reason}") from None
 
+    def _compare_clocks(self, date: str | None, asked: float) -> None:
+        try:
+            theirs = parsedate_to_datetime(date or "").timestamp()
+        except (ValueError, TypeError):
+            return
+        # Theirs is cut to the second, and was written between the two of ours.
+        now = time.time()
+        early, late = theirs - now, theirs + 1 - asked
+        self.clock = 0.0 if early <= 0 <= late else early if early > 0 else late
+
     def _refusal(self, error: urllib.error.HTTPError, method: str, path: str) -> BrokerError:
         detail = error.read(500).decode(errors="replace")
         if error.code in {401, 403}:
             return AccessRefused(
-                f"user {self._user!r} may not use the admin UI at {self.url}: give it the tag 'monitoring' "
-                f"(rabbitmqctl set_user_tags {self._user} monitoring)"
+                f"user {self._user!r} may not use the admin UI at {self.url} for {path} ({_reason_of(detail)}): give "
+                f"it the tag 'monitoring' (rabbitmqctl set_user_tags {self._user} monitoring), and permissions in the "
+                "virtual host"
             )
         return BrokerError(f"{self.url}: {method} {path}: {error.code} {detail}")
+
+
+def _reason_of(detail: str) -> str:
+    """What RabbitMQ says, or the beginning of what something else does."""
+    try:
+        return str(json.loads(detail)["reason"])
+    except (ValueError, KeyError, TypeError):
+        return " ".join(detail.split())[:80] or "no reason given"
 
 
 def _quoted(part: str) -> str:

@@ -92,6 +92,10 @@ COMMANDS = {
         "fedmq.report:report",
         "Tell of a run on one page of HTML, with figures: loss, metrics, staleness, workers, lineage, settings.",
     ),
+    "doctor": Command(
+        "fedmq.doctor.command:doctor",
+        "Examine broker, run, machine and settings: what is well, what is not, and what to change.",
+    ),
     "simulate": Command(
         "fedmq.simulate:simulate",
         "Let a federation happen in virtual time: the real aggregation code, with workers and faults that are made up.",

@@ -30,8 +30,9 @@ __all__ = ["ROLES", "Examination", "Greeting", "Role", "Trial", "examine"]
 Role = Literal["aggregator", "worker"]
 ROLES: tuple[Role, ...] = ("aggregator", "worker")
 
-#: No operation takes as long on a broker that answers.
+#: No operation takes as long on a broker that answers, nor do all of them.
 SECONDS = 10.0
+ALL_SECONDS = 60.0
 NO_NUMBER = "doctor"
 
 
@@ -116,17 +117,26 @@ async def _examine(
         place = session.place
         found.greetings.append(
             Greeting(
-                *(place.address, place.vhost, place.user, None),
-                *(session.product, session.version, channel_max, frame_max, heartbeat, took),
+                place.address,
+                place.vhost,
+                place.user,
+                product=session.product,
+                version=session.version,
+                channel_max=channel_max,
+                frame_max=frame_max,
+                heartbeat=heartbeat,
+                seconds=took,
             )
         )
         try:
             if not is_tried:
                 is_tried = True
-                attempts = _Attempts(session, config, topology, worker, model_bytes, found)
-                await attempts.run(roles)
-        except BrokerError:
-            pass  # the connection has ended; what was found until then stays
+                attempts = _Attempts(session, params, config, topology, found, worker=worker, model_bytes=model_bytes)
+                await asyncio.wait_for(attempts.run(roles), ALL_SECONDS)
+        except TimeoutError:
+            found.trials.append(Trial(roles[0], "the trials", ConnectionLost(f"not over after {ALL_SECONDS:g} s")))
+        except BrokerError as error:
+            found.trials.append(Trial(roles[0], "the trials", error))
         finally:
             await session.close()
     return found
@@ -138,14 +148,19 @@ class _Attempts:
     def __init__(
         self,
         session: Session,
+        params: pika.URLParameters,
         config: BrokerConfig,
         topology: Topology,
+        found: Examination,
+        *,
         worker: str,
         model_bytes: int,
-        found: Examination,
     ) -> None:
         self._session, self._config, self._topology, self._found = session, config, topology, found
         self._worker, self._model_bytes = worker, model_bytes
+        # A broker with an alarm reads nothing more of a connection that has published: all else goes over another.
+        self._params = params
+        self._publishing: Session | None = None
         self._nonce = secrets.token_hex(4)
         self._made: list[tuple[Literal["queue", "exchange"], str]] = []
 
@@ -159,7 +174,8 @@ class _Attempts:
                 await self._as_worker()
             await self._try_size()
         finally:
-            self._found.is_blocked = self._session.is_blocked
+            if self._publishing is not None:
+                await self._publishing.close()
             await self._clean_up()
 
     # ------------------------------------------------------------------------------------------------ the roles
@@ -214,6 +230,8 @@ class _Attempts:
         largest = min(self._config.chunk_bytes + CHUNK_OVERHEAD, self._config.max_message_bytes or 2**40)
         for exchange in (EVENTS, UPDATES):
             reason = await self._refusal(exchange, self._topology.event_key("doctor", self._worker), bytes(largest))
+            if self._found.is_blocked:
+                return
             if isinstance(reason, MessageTooLarge):
                 self._found.largest, self._found.limit = largest, limit_of(reason)
                 return
@@ -249,22 +267,36 @@ class _Attempts:
 
     async def _publish(self, role: Role, exchange: str, key: str) -> None:
         what = f"publish to exchange {exchange!r}" + (f" with key {key!r}" if key else "")
-        self._found.trials.append(Trial(role, what, await self._refusal(exchange, key)))
+        reason = await self._refusal(exchange, key)
+        if not self._found.is_blocked:
+            self._found.trials.append(Trial(role, what, reason))
 
     async def _refusal(self, exchange: str, key: str, body: bytes = b"") -> BrokerError | None:
         """Why such a message is refused; None if for its expiration, which is looked at last."""
-        if self._session.is_blocked:
-            return ConnectionLost("not tried: the broker takes no messages for now (memory or disk alarm)")
-        channel = await self._session.channel()
+        if self._found.is_blocked:
+            return None
+        if self._publishing is None:
+            self._publishing = await Session.connect(self._params)
+        seconds = ALL_SECONDS / 2 if body else SECONDS
+        try:
+            reason = await asyncio.wait_for(self._send(self._publishing, exchange, key, body), seconds)
+        except TimeoutError:
+            reason = ConnectionLost(f"no answer in {seconds:g} s")
+            self._found.is_blocked |= self._publishing.is_blocked
+            self._publishing.cut()
+            self._publishing = None
+        else:
+            self._found.is_blocked |= self._publishing.is_blocked
+        if self._found.is_blocked:
+            return None
+        return None if "expiration" in str(reason) else reason
+
+    async def _send(self, session: Session, exchange: str, key: str, body: bytes) -> BrokerError:
+        """Why the broker ends the channel over such a message."""
+        channel = await session.channel()
         channel.expect(Operation(f"publish to exchange {exchange!r} with key {key!r}"))
         channel.raw.basic_publish(exchange, key, body, pika.BasicProperties(expiration=NO_NUMBER, app_id="fedmq"))
-        try:
-            reason = await asyncio.wait_for(channel.ended(), SECONDS)
-        except TimeoutError:
-            self._found.is_blocked = True
-            self._session.cut()
-            return ConnectionLost(f"no answer in {SECONDS:g} s: a memory or disk alarm blocks publishers")
-        return None if "expiration" in str(reason) else reason
+        return await channel.ended()
 
     async def _consume(self, role: Role, queue: str) -> None:
         async def consume(channel: Channel) -> None:
@@ -297,9 +329,7 @@ class _Attempts:
 
     async def _is_there(self, *, queue: str = "", exchange: str = "") -> bool:
         try:
-            await self._session.require(
-                queues=(queue,) if queue else (), exchanges=(exchange,) if exchange else ()
-            )
+            await self._session.require(queues=(queue,) if queue else (), exchanges=(exchange,) if exchange else ())
         except Unroutable:
             return False
         except BrokerError:

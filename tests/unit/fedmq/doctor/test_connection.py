@@ -1,0 +1,131 @@
+"""What the doctor makes of how a broker greets and of what was tried."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+
+from broker.amqp.trial import ROLES, Examination, Greeting, Role, Trial
+from broker.errors import AccessRefused, BrokerUnreachable, ConnectionLost, TopologyMismatch, Unroutable
+from fedmq.doctor.connection import TESTED, of_greeting, of_sizes, of_trials, permissions_for
+from fedmq.doctor.findings import Finding, Level, worst
+from tests.support.commands import ROOT
+
+GREETING = Greeting(
+    "host:5672",
+    "/",
+    "anna",
+    product="RabbitMQ 3.10.8",
+    version=(3, 10, 8),
+    channel_max=2047,
+    frame_max=131072,
+    heartbeat=30,
+    seconds=0.01,
+)
+REFUSED = AccessRefused("refused … topic): ACCESS_REFUSED - access to queue 'q' in vhost '/' refused")
+OF_TOPIC = AccessRefused("refused … topic): ACCESS_REFUSED - access to topic 'r.w' in exchange 'fedmq.updates' refused")
+
+
+def levels(findings: list[Finding]) -> dict[str, Level]:
+    return {finding.area: finding.level for finding in findings}
+
+
+def texts(findings: list[Finding], level: Level) -> str:
+    return "\n".join(f"{finding.text} {finding.advice}" for finding in findings if finding.level is level)
+
+
+def test_a_broker_as_it_should_be_gives_no_note() -> None:
+    assert worst(of_greeting(GREETING, heartbeat=30)) is Level.OK
+
+
+def test_the_versions_that_count_as_tested_are_those_that_the_docs_name() -> None:
+    page = (ROOT / "docs" / "rabbitmq-versions.md").read_text()
+
+    for version in TESTED:
+        assert f"\n| {'.'.join(map(str, version))} (" in page
+
+
+@pytest.mark.parametrize(
+    ("change", "level", "words"),
+    [
+        ({"version": (3, 13, 7), "product": "RabbitMQ 3.13.7"}, Level.NOTE, "3.13.7"),
+        ({"heartbeat": 0}, Level.PROBLEM, "heartbeat = 30"),
+        ({"channel_max": 4}, Level.PROBLEM, "channel_max"),
+        ({"frame_max": 4096}, Level.NOTE, "frame_max"),
+        ({"seconds": 3.0}, Level.NOTE, "3.0 s"),
+        ({"error": BrokerUnreachable("host:5672: Connection refused")}, Level.PROBLEM, "Connection refused"),
+        ({"error": REFUSED}, Level.PROBLEM, "refused"),
+    ],
+)
+def test_what_is_otherwise_is_named_with_what_to_change(change: dict[str, object], level: Level, words: str) -> None:
+    found = of_greeting(replace(GREETING, **change), heartbeat=30)  # type: ignore[arg-type]
+
+    assert worst(found) is level
+    assert words in texts(found, level)
+
+
+def trials(aggregator: Exception | None, worker: Exception | None) -> Examination:
+    return Examination(
+        [GREETING],
+        [Trial("aggregator", "declare it", aggregator), Trial("worker", "publish it", worker)],  # type: ignore[arg-type]
+    )
+
+
+def verdicts(examination: Examination, roles: tuple[Role, ...] = ROLES, *, is_asked: bool = False) -> list[Level]:
+    found = of_trials(examination, "r", "w", roles=roles, is_asked=is_asked)
+    return [finding.level for finding in found]
+
+
+def test_of_two_roles_one_is_enough_unless_it_was_asked_for() -> None:
+    assert verdicts(trials(None, None)) == [Level.OK, Level.OK]
+    assert verdicts(trials(REFUSED, None)) == [Level.NOTE, Level.OK]
+    assert verdicts(trials(None, REFUSED)) == [Level.OK, Level.NOTE]
+    assert verdicts(trials(REFUSED, REFUSED)) == [Level.PROBLEM, Level.PROBLEM]
+    assert verdicts(trials(REFUSED, None), ("aggregator",), is_asked=True) == [Level.PROBLEM]
+
+
+def test_what_is_not_there_could_not_be_tried_and_is_no_refusal() -> None:
+    (found,) = of_trials(trials(None, Unroutable("NOT_FOUND")), "r", "w", roles=("worker",), is_asked=True)
+
+    assert found.level is Level.NOTE
+    assert "publish it" in found.text
+
+
+def test_an_object_of_another_kind_and_a_broken_connection_are_problems_of_their_own() -> None:
+    mismatch = of_trials(trials(TopologyMismatch("queue 'q' exists"), None), "r", "w", roles=ROLES, is_asked=False)
+    broken = of_trials(trials(ConnectionLost("no answer in 10 s"), None), "r", "w", roles=ROLES, is_asked=False)
+
+    assert levels(mismatch)["objects"] is Level.PROBLEM
+    assert "no answer" in texts(broken, Level.PROBLEM)
+
+
+def test_a_command_gives_what_is_missing_and_topics_only_where_a_topic_was_refused() -> None:
+    def advice(error: AccessRefused) -> str:
+        (found,) = of_trials(trials(None, error), "r", "w", roles=("worker",), is_asked=True)
+        return found.advice
+
+    assert advice(REFUSED).startswith("rabbitmqctl set_permissions -p '/' anna ")
+    assert "set_topic_permissions" not in advice(REFUSED)
+    assert "set_topic_permissions -p '/' anna fedmq.updates '^r\\.w(\\.chunk)?$'" in advice(OF_TOPIC)
+
+
+def test_odd_names_are_quoted_for_the_shell() -> None:
+    first = permissions_for("worker", "my host", "o'neil; rm", "r", "w")[0]
+
+    assert first.startswith(r"rabbitmqctl set_permissions -p 'my host' 'o'\''neil; rm' ")
+
+
+def test_a_message_that_is_too_large_is_a_note_since_fedmq_cuts_smaller_ones() -> None:
+    fits = of_sizes(Examination(largest=4_195_328), chunk_bytes=2**22)
+    small = of_sizes(Examination(largest=4_195_328, limit=2**20), chunk_bytes=2**22)
+    tiny = of_sizes(Examination(largest=4_195_328, limit=70_000), chunk_bytes=2**22)
+
+    assert worst(fits) is Level.OK
+    assert worst(small) is Level.NOTE
+    assert "broker.chunk_bytes = 524288" in texts(small, Level.NOTE)
+    assert worst(tiny) is Level.PROBLEM
+
+
+def test_a_broker_that_takes_nothing_is_a_problem() -> None:
+    assert worst(of_sizes(Examination(is_blocked=True), chunk_bytes=2**22)) is Level.PROBLEM

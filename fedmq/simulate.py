@@ -8,7 +8,7 @@ import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
@@ -67,7 +67,7 @@ def simulate(
         if not sweep.is_sweep and out is None:
             result, _, took = run_with_split(sweep.cells[0].scenario)
             outcome = Outcome(sweep.name, result.seed, result.plain(), None, took)
-            say(json.dumps(outcome.result, indent=2, allow_nan=False)) if as_json else _show(outcome)
+            say(_as_json(outcome.result)) if as_json else _show(outcome)
             return
         folder = out or Path("results") / sweep.name
         if not no_figures:
@@ -82,10 +82,15 @@ def simulate(
             written.append(report)
         if as_json:
             rows = [{"variant": o.variant, "seed": o.seed, **o.result} for o in outcomes]
-            say(json.dumps(rows, indent=2, allow_nan=False))
+            say(_as_json(rows))
         else:
             _show_all(outcomes)
             say("written: " + ", ".join(map(str, written)))
+
+
+def _as_json(plain: Any) -> str:
+    """With null for what is no number: the loss of a model that diverged."""
+    return json.dumps(json.loads(json.dumps(plain), parse_constant=lambda _: None), indent=2)
 
 
 def _all(sweep: Sweep, folder: Path, jobs: int) -> list[Outcome]:

@@ -13,11 +13,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from broker.messages import ModelSpec, TensorRole, Values, whole
-from fedmq.simulation.attacks import Scene, attack_of
+from fedmq.simulation.attacks import Scene, attack_of, bad_workers
 from fedmq.simulation.randomness import stream
 from fedmq.simulation.scenario import AttackTable
 
-__all__ = ["Attackers", "bad_workers"]
+__all__ = ["Attackers"]
 
 Array = NDArray[Any]
 
@@ -25,17 +25,12 @@ Array = NDArray[Any]
 MOST_KNOWN = 100
 
 
-def bad_workers(table: AttackTable, count: int) -> range:
-    """The numbers of the bad ones among ``count`` workers."""
-    return range(count - int(table.share * count), count)
-
-
 class Attackers:
     """All bad workers of a scenario. Raises :class:`ConfigError` for an attack that there is not."""
 
     def __init__(self, table: AttackTable, count: int, model: ModelSpec, seed: int) -> None:
         self._attack = attack_of(table.kind)
-        self._bad = bad_workers(table, count)
+        self._bad = bad_workers(table.share, count)
         self._generator = stream(seed, "attack")
         self._specs = [t for t in model.tensors if t.role is TensorRole.PARAMETER and "float" in t.dtype]
         self._known: dict[int, Array] = {}
@@ -53,7 +48,8 @@ class Attackers:
             self._known[worker] = own
             return tensors
         honest = np.stack([self._known[w] for w in sorted(self._known)]) if self._known else own[None]
-        bad = self._attack(Scene(own=own, honest=honest, bad=len(self._bad), generator=self._generator))
+        with np.errstate(over="ignore"):  # what is not finite is sent, too
+            bad = self._attack(Scene(own=own, honest=honest, bad=len(self._bad), generator=self._generator))
         result, start = dict(tensors), 0
         for spec in self._specs:
             values = whole(tensors[spec.name])

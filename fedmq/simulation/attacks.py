@@ -40,7 +40,7 @@ from numpy.typing import NDArray
 
 from broker.errors import ConfigError
 
-__all__ = ["ATTACKS", "Scene", "alie_deviations", "attack_of", "flip_labels", "flips_labels"]
+__all__ = ["ATTACKS", "Scene", "alie_deviations", "attack_of", "bad_workers", "flip_labels", "flips_labels"]
 
 Array = NDArray[Any]
 
@@ -170,6 +170,11 @@ def attack_of(text: str) -> Attack:
         return ATTACKS[name](argument)
     except ValueError as error:
         raise ConfigError(f"attack {text!r}: {error}") from None
+
+
+def bad_workers(share: float, count: int) -> range:
+    """The numbers of the bad ones, the highest, among ``count`` workers of which ``share``, rounded down, are bad."""
+    return range(count - int(share * count + 1e-9), count)  # 0.29 of 100 are 29, and not 28.999999999999996
 
 
 def flips_labels(text: str) -> bool:

@@ -13,7 +13,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from broker.errors import ConfigError
-from fedmq.simulation.objectives import GROWS
 from fedmq.simulation.sweep import Outcome
 
 __all__ = ["as_data_url", "figures", "require_matplotlib"]
@@ -90,7 +89,7 @@ def _curves(axes: Any, variants: Mapping[str, Sequence[Outcome]], metric: str, a
     if target is not None:
         axes.axhline(target, color="grey", linestyle="--", linewidth=1)
     positive = all(p["metrics"][metric] > 0 for os in variants.values() for o in os for p in o.result["points"])
-    if metric not in GROWS and positive:
+    if not next(iter(variants.values()))[0].result["grows"] and positive:
         axes.set_yscale("log")
     if is_wide:
         axes.set_xscale("log")

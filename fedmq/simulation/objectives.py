@@ -10,12 +10,13 @@ from numpy.typing import NDArray
 
 from broker.messages import ModelSpec, Parameters, Tensors, Values
 
-__all__ = ["GROWS", "Objective", "Work"]
+__all__ = ["FALLS", "GROWS", "Objective", "Work"]
 
 Array = NDArray[Any]
 
-#: Metrics of which more is better; of all others, less.
-GROWS = frozenset({"accuracy", "f1", "auc", "recall", "precision"})
+#: Metrics of which it is known whether more is better; of others ``run.goal`` says it.
+GROWS = frozenset({"accuracy", "auc", "f1", "precision", "recall"})
+FALLS = frozenset({"error", "gap", "loss", "mae", "mse", "perplexity", "rmse"})
 
 
 @dataclass(frozen=True, slots=True)

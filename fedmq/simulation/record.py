@@ -32,6 +32,8 @@ class Result:
     seed: int
     metric: str
     target: float | None
+    grows: bool = False
+    """Whether more of the metric is better."""
     ended: str = ""
     """Why: ``updates``, ``versions``, ``seconds``, ``target`` or ``trace``."""
     seconds: float = 0.0

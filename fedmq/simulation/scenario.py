@@ -18,7 +18,7 @@ from aggregator.config import AggregatorConfig
 from broker.errors import ConfigError
 from broker.messages import NAME_PATTERN, Rounds
 from broker.settings import Flag, Table, load_tables
-from fedmq.simulation.attacks import attack_of, flips_labels
+from fedmq.simulation.attacks import attack_of, bad_workers, flips_labels
 from worker_client.config import WorkerConfig
 
 __all__ = [
@@ -59,7 +59,10 @@ class RunTable(Table):
     metric: str | None = None
     """What ``target`` is for; if not set, ``accuracy`` for a task that has it, else ``loss``."""
     target: float | None = None
-    """Value of ``metric`` at which it ends: at least, for ``accuracy`` and others that grow; at most, for ``loss``."""
+    """Value of ``metric`` at which it ends."""
+    goal: Literal["at-least", "at-most"] | None = None
+    """Whether ``target`` is reached from below or from above; must be said of metrics that are not as usual as
+    ``accuracy`` or ``loss``."""
     evaluate_every: Count = 1
     """Versions between two evaluations."""
     wire: bool = True
@@ -244,7 +247,7 @@ def _check(scenario: Scenario) -> None:
     run = scenario.run
     if (run.updates, run.versions, run.seconds, scenario.population.trace) == (None, None, None, None):
         raise ConfigError("nothing ends this scenario: set run.updates, versions or seconds (a target may never come)")
-    attack_of(scenario.attack.kind)
+    _check_attack(scenario)
     if scenario.objective.kind == "quadratic":
         _check_quadratic(scenario)
     given = scenario.worker.model_fields_set
@@ -272,6 +275,17 @@ def _check(scenario: Scenario) -> None:
             f"aggregator.minimum_updates = {aggregator.minimum_updates} can never be reached: there are {workers} "
             "workers, each of which answers once; take a smaller number, or more population.workers"
         )
+
+
+def _check_attack(scenario: Scenario) -> None:
+    attack, workers = scenario.attack, scenario.population.workers
+    attack_of(attack.kind)
+    if attack.kind == "none":
+        return
+    if "share" not in attack.model_fields_set:
+        raise ConfigError(f"attack.kind = {attack.kind!r}, and nobody attacks: set attack.share, like 0.2")
+    if attack.share and not bad_workers(attack.share, workers) and scenario.population.trace is None:
+        raise ConfigError(f"attack.share = {attack.share:g} of {workers} workers is nobody: take more of either")
 
 
 def _require_enough_workers(aggregator: AggregatorConfig, workers: int) -> None:

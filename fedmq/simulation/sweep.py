@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -30,8 +31,8 @@ from fedmq.simulation.scenario import KINDS, Scenario, scenario_from
 
 __all__ = ["Cell", "Outcome", "Sweep", "SweepTable", "load_sweep", "run_cells"]
 
-#: Of the cells' files; another one is computed again.
-FORMAT = 1
+#: Of the cells' files; another one is computed again. So are those of another release, which may calculate otherwise.
+FORMAT = 2
 
 
 class SweepTable(Table):
@@ -223,6 +224,7 @@ def _compute(cell: Cell, file: Path) -> Outcome | FedmqError:
 def _keep(file: Path, cell: Cell, outcome: Outcome) -> None:
     content = {
         "format": FORMAT,
+        "fedmq": _release(),
         "scenario": cell.scenario.digest,
         "result": outcome.result,
         "split": outcome.split,
@@ -233,11 +235,18 @@ def _keep(file: Path, cell: Cell, outcome: Outcome) -> None:
     temporary.replace(file)
 
 
+def _release() -> str:
+    try:
+        return version("fedmq")
+    except PackageNotFoundError:
+        return ""
+
+
 def _kept(file: Path, cell: Cell) -> Outcome | None:
-    """None if it is not there, not readable, or of another scenario."""
+    """None if it is not there, not readable, or of another scenario or release."""
     try:
         content = json.loads(file.read_text())
-        if (content["format"], content["scenario"]) != (FORMAT, cell.scenario.digest):
+        if (content["format"], content["fedmq"], content["scenario"]) != (FORMAT, _release(), cell.scenario.digest):
             return None
         return Outcome(cell.variant, cell.seed, content["result"], content["split"], content["took"])
     except (OSError, ValueError, KeyError, TypeError):

@@ -11,8 +11,7 @@ from numpy.typing import NDArray
 
 from broker.errors import ConfigError
 from broker.messages import Parameters, Plan, Tensors
-from fedmq.simulation.attackers import bad_workers
-from fedmq.simulation.attacks import flip_labels, flips_labels
+from fedmq.simulation.attacks import bad_workers, flip_labels, flips_labels
 from fedmq.simulation.objectives import Work
 from fedmq.simulation.partitions import cut
 from fedmq.simulation.scenario import Scenario
@@ -41,7 +40,7 @@ class TaskObjective:
         self._shards = shards
         self._config = scenario.worker
         self._task = load_task(scenario.worker.task)
-        self._bad = bad_workers(scenario.attack, len(names))
+        self._bad = bad_workers(scenario.attack.share, len(names))
         self._flips = flips_labels(scenario.attack.kind) if self._bad else False
         self._classes = 0
         self.model, self._initial = initial_parameters(self._task)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import heapq
 from collections.abc import Callable
 from dataclasses import replace
+from typing import NoReturn
 
 from aggregator.core import effects as do
 from aggregator.core import events as on
@@ -16,14 +17,14 @@ from aggregator.core.snapshot import Snapshot
 from aggregator.optimizers import OptimizerState
 from aggregator.strategies.base import Accumulator
 from broker.errors import ConfigError, FedmqError
-from broker.messages import Parameters, Tensors, parameters_digest
+from broker.messages import Parameters, Reason, Tensors, parameters_digest
 from broker.wire import decode, encode
 from fedmq.simulation.aggregator import Letter, SimulatedAggregator
 from fedmq.simulation.author import Author
 from fedmq.simulation.clock import NEVER, seconds_of, ticks
 from fedmq.simulation.crew import Crew, Workers
 from fedmq.simulation.network import Network
-from fedmq.simulation.objectives import GROWS, Objective
+from fedmq.simulation.objectives import FALLS, GROWS, Objective
 from fedmq.simulation.population import names_of
 from fedmq.simulation.randomness import drawn, stream
 from fedmq.simulation.record import Point, Result
@@ -34,6 +35,8 @@ __all__ = ["World"]
 
 #: So many things in a row that bring no update forward, for each worker, are a standstill.
 PATIENCE = 1000
+#: So many updates in a row that are refused, for each worker: a real one whose training diverges gives up then, too.
+REFUSED = 10
 
 
 class World:
@@ -49,13 +52,17 @@ class World:
         run = scenario.run
         self.scenario = scenario
         self.objective = objective
-        self.result = Result(name=run.name, seed=run.seed, metric=run.metric or objective.metric, target=run.target)
+        metric = run.metric or objective.metric
+        grows = metric in GROWS if run.goal is None else run.goal == "at-least"
+        if run.target is not None and run.goal is None and metric not in GROWS | FALLS:
+            raise ConfigError(f"is more of {metric!r} better? run.target needs run.goal: 'at-least' or 'at-most'")
+        self.result = Result(name=run.name, seed=run.seed, metric=metric, target=run.target, grows=grows)
         self.now = 0
         self._network = Network(scenario.network, run.seed)
         self._down_bytes = objective.model.nbytes
         self._agenda: list[tuple[int, int, Callable[[int], None]]] = []
         self._order = 0
-        self._idle = 0
+        self._idle = self._refused = 0
         self._is_over = False
         names = names_of(scenario.population.workers) if trace is None else trace.names
         self.author = Author(scenario, objective, names)
@@ -192,7 +199,10 @@ class World:
     # --------------------------------------------------------------------------------- the aggregator's observer
 
     def broadcast(self, effect: do.Broadcast) -> None:
-        """As :class:`Observer`."""
+        """As :class:`Observer`. It is durable, and of the versions that became so together the last."""
+        points, every = self.result.points, self.scenario.run.evaluate_every
+        if points and effect.version // every > points[-1].version // every:
+            self._evaluate(effect.version, effect.parameters)
         base = self._as_told(effect)
         if effect.plan.done:
             self._end("versions", self.now)
@@ -225,22 +235,31 @@ class World:
         """As :class:`Observer`."""
         match fact:
             case do.Folded(entry):
-                self._idle = 0
+                self._idle = self._refused = 0
                 self.result.staleness[entry.staleness] += 1
                 limit = self.scenario.run.updates
                 if limit is not None and self.aggregator.machine.applied >= limit:
                     self._end("updates", self.now)
             case do.Rejected(_, reason):
                 self.result.rejected[reason.value] += 1
+                self._refused += 1
+                if self._refused > REFUSED * (len(self.author.names) + 10):
+                    self._give_up(reason)
             case do.Repeated():
                 self.result.repeated += 1
             case do.Warn(text):
                 self.result.warnings[text] += 1
-            case do.VersionMade(record):
-                if record.version % self.scenario.run.evaluate_every == 0:
-                    self._evaluate(record.version, self.aggregator.machine.parameters)
             case _:
                 pass
+
+    def _give_up(self, reason: Reason) -> NoReturn:
+        hint = ""
+        if reason is Reason.NOT_FINITE:
+            hint = ": training diverges; lower worker.learning_rate, objective.local_rate or aggregator.learning_rate"
+        raise ConfigError(
+            f"none of the last {self._refused} updates was taken, the last one as {reason.value}{hint}; version "
+            f"{self.aggregator.machine.version} was reached at {seconds_of(self.now):g} s"
+        )
 
     def finish(self) -> None:
         """As :class:`Observer`."""
@@ -264,7 +283,7 @@ class World:
         if run.target is None or result.reached is not None:
             return
         value = metrics[result.metric]
-        if value >= run.target if result.metric in GROWS else value <= run.target:
+        if value >= run.target if result.grows else value <= run.target:
             result.reached = point
             self._end("target", self.now)
 

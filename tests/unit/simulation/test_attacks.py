@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from broker.errors import ConfigError
-from fedmq.simulation.attacks import ATTACKS, Scene, alie_deviations, attack_of, flip_labels, flips_labels
+from fedmq.simulation.attacks import ATTACKS, Scene, alie_deviations, attack_of, bad_workers, flip_labels, flips_labels
 
 
 def scene(honest: int = 20, bad: int = 5, size: int = 50) -> Scene:
@@ -88,3 +88,9 @@ def test_what_is_no_attack_is_refused(text: str) -> None:
 def test_a_near_name_is_named() -> None:
     with pytest.raises(ConfigError, match="did you mean sign-flip"):
         attack_of("signflip")
+
+
+def test_a_share_is_what_it_says() -> None:
+    assert bad_workers(0.29, 100) == range(71, 100)
+    assert bad_workers(0.25, 10) == range(8, 10)
+    assert not bad_workers(0.09, 10)

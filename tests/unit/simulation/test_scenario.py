@@ -36,6 +36,8 @@ from tests.support.scenarios import scenario_of, written
         ({"aggregator.evaluate_every": 3}, "evaluate_every is not simulated"),
         ({"aggregator.worker_momentum": 0.5}, "worker_momentum is for workers that train a task"),
         ({"aggregator.update_codec": "bf16", "run.wire": False}, "no effect without the wire"),
+        ({"attack.kind": "sign-flip"}, "attack.kind = 'sign-flip', and nobody attacks: set attack.share"),
+        ({"attack.kind": "ipm", "attack.share": 0.05}, "attack.share = 0.05 of 12 workers is nobody"),
         ({"worker.name": "me"}, "worker.name means nothing in a simulation"),
     ],
 )

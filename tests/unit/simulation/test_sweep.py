@@ -60,16 +60,20 @@ def test_a_grid_multiplies_the_variants(tmp_path: Path) -> None:
     assert len(sweep.cells) == 8
 
 
-def test_what_was_computed_is_kept_and_what_changed_is_computed_again(tmp_path: Path) -> None:
+def test_what_was_computed_is_kept_and_what_changed_is_computed_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     first, _ = computed(tmp_path)
     (tmp_path / "cells" / "few-seed1.json").write_text("{ torn")
 
     again, was_there = computed(tmp_path)
     _, after_change = computed(tmp_path, {"population.workers": 13})
+    monkeypatch.setattr("fedmq.simulation.sweep._release", lambda: "another")
+    _, after_upgrade = computed(tmp_path, {"population.workers": 13})
 
     assert sorted(was_there) == [False, True, True, True]
     assert [o.result for o in again] == [o.result for o in first]
-    assert after_change == [False] * 4
+    assert after_change == after_upgrade == [False] * 4
 
 
 def mortal(recipe: Recipe) -> Mean:

@@ -89,7 +89,7 @@ def test_the_split_can_be_counted(tmp_path: Path) -> None:
 def test_bad_workers_send_something_else(tmp_path: Path) -> None:
     honest = run(tmp_path, LINE)
     flipping = run(tmp_path, LINE, attack__kind="sign-flip", attack__share=0.3)
-    nobody = run(tmp_path, LINE, attack__kind="sign-flip", attack__share=0.05)
+    nobody = run(tmp_path, LINE, attack__kind="sign-flip", attack__share=0.0)
 
     assert honest.digest == nobody.digest
     assert flipping.points[-1].metrics["loss"] > honest.points[-1].metrics["loss"]

@@ -9,7 +9,9 @@ from typing import Any
 import numpy as np
 import pytest
 
+from aggregator.core.effects import Broadcast
 from broker.errors import ConfigError, StrategyError
+from fedmq.simulation.quadratic import Quadratic
 from fedmq.simulation.record import Result
 from fedmq.simulation.run import objective_of, simulate
 from fedmq.simulation.world import World
@@ -153,6 +155,50 @@ def test_days_repeat(tmp_path: Path) -> None:
 
     assert result.ended == "updates"
     assert result.seconds > run(tmp_path).seconds
+
+
+@pytest.mark.parametrize("checkpoint_seconds", [0.0, 0.5, 3.0])
+def test_a_point_is_of_the_version_that_it_says(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, checkpoint_seconds: float
+) -> None:
+    """While the disk is slow the machine is versions ahead of what is durable, and several become so at once."""
+    losses = {}
+
+    def broadcast(world: World, effect: Broadcast) -> None:
+        losses[effect.version] = world.objective.score(effect.parameters)
+        told(world, effect)
+
+    told = World.broadcast
+    monkeypatch.setattr(World, "broadcast", broadcast)
+    result = run(tmp_path, faults__checkpoint_seconds=checkpoint_seconds, run__evaluate_every=2)
+
+    *points, last = result.points
+    assert len(points) >= 4
+    assert all(point.metrics == losses[point.version] for point in points)
+    assert [point.version // 2 for point in points] == sorted({point.version // 2 for point in points})
+    assert last.version == result.versions
+
+
+def test_what_is_better_must_be_said_of_a_metric_that_nobody_knows(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Quadratic, "score", lambda _, tensors: {"score": 1.0 - float(np.abs(tensors["x"]).max())})
+    odd = {"run__metric": "score", "run__target": -5.0}
+
+    up, down = (run(tmp_path, **odd, run__goal=goal) for goal in ("at-least", "at-most"))
+
+    assert up.reached is not None
+    assert up.reached.metrics["score"] >= -5.0 > up.points[0].metrics["score"]
+    assert down.reached is down.points[0]
+    with pytest.raises(ConfigError, match="is more of 'score' better"):
+        run(tmp_path, **odd)
+
+
+def test_a_training_that_diverges_ends_the_scenario_soon(tmp_path: Path) -> None:
+    hopeless = {"attack__kind": "gaussian:1e38", "attack__share": 1.0}
+
+    with pytest.raises(ConfigError, match=r"none of the last 221 updates was taken, the last one as not-finite: train"):
+        run(tmp_path, **hopeless)
 
 
 def test_it_ends_at_the_target(tmp_path: Path) -> None:

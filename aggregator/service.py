@@ -64,6 +64,9 @@ RETRY_SECONDS = 5.0
 LISTEN_SECONDS = 2.0
 #: How long a leaving aggregator goes on settling what has been delivered already.
 DRAIN_SECONDS = 0.3
+#: Up to this size of a model, in bytes, the next update comes in while one is folded; above, what that would save is
+#: less than the memory is worth.
+BESIDE = 320 * 2**20
 
 
 class AggregatorService:
@@ -207,12 +210,14 @@ class AggregatorService:
     def _take_parked(self, machine: RoundMachine) -> None:
         """Take in the updates that are here, unless there is no room for the first; they wait for that.
 
-        The next is not fetched while they do, so that memory stays bounded.
+        The next is not fetched while they do, so that memory stays bounded; of a large model, not before the first is
+        folded.
         """
         while self._parked and time.monotonic() >= self._park_until:
             item, event = self._delivery, self._arrival = self._parked[0]
             self._room.wait(machine)
-            self._fetch_next(item)
+            if is_small := machine.model.nbytes <= BESIDE:
+                self._fetch_next(item)
             try:
                 effects = machine.handle(event, self._now())
             except CheckpointNotWritten as error:
@@ -222,6 +227,8 @@ class AggregatorService:
                 return
             self._parked.popleft()
             self._perform_all(effects)
+            if not is_small:
+                self._fetch_next(item)
 
     def _handle(self, event: on.Happening, machine: RoundMachine) -> None:
         self._perform_all(machine.handle(event, self._now()))

@@ -185,7 +185,7 @@ class AggregatorTable(Table):
 
     seed: Annotated[int, Field(ge=0, le=2**53)] = 0
     """From which workers are sampled."""
-    commit_count: Annotated[int, Field(ge=1, le=1000)] = 32
+    commit_count: Annotated[int, Field(ge=1, le=1000)] = 128
     """Unacknowledged updates at which a checkpoint is written in mid-round."""
     commit_bytes: Annotated[int, Field(ge=2**20)] = 256 * 2**20
     """Bytes of unacknowledged updates at which a checkpoint is written in mid-round; for large models, the bytes of

@@ -2,12 +2,13 @@
 
     python -m benchmarks.ingest --sizes 0.1 1 10 100 --megabytes 2000 --publishers 1
 
-Publishers send updates, each durable and confirmed; the aggregator decodes, checks, folds, commits (a version for each
-ten updates, its checkpoint with fsync, its broadcast) and acknowledges them. Measured from the first arrival to the
-last acknowledgement, and given as MB a second. "Raw" are the same bytes through the same connections and queues, each
-acknowledged when, for each ten of them, as many bytes as a model has are in a file and synced: the same durability,
-with nothing done. "Eager" is the same acknowledged as they come, so that the broker mostly need not write them to its
-disk: less is promised. "Stock" is pika's BlockingConnection with whole bodies, at both ends, eager as well.
+Publishers send updates, each durable and confirmed; the aggregator decodes, checks, folds, commits (a version for
+each ten updates, its checkpoint with fsync, its broadcast) and acknowledges them. Measured from the first arrival to
+the last acknowledgement, and given as MB a second. "Raw" are the same bytes through the same connections and queues,
+each acknowledged when, for each ten of them, as many bytes as a model has are in a file and synced, and with as many
+broadcast for each ten: the same durability, with nothing done. "Eager" is the same acknowledged as they come, so that
+the broker mostly need not write them to its disk: less is promised. "Stock" is pika's BlockingConnection with whole
+bodies, at both ends, eager as well.
 
 Figures, machine and versions: docs/benchmarks.md.
 """
@@ -39,7 +40,7 @@ from aggregator.checkpoint import CheckpointStore
 from aggregator.config import AggregatorConfig
 from aggregator.process import tune
 from aggregator.service import AggregatorService
-from benchmarks.echo import model_of
+from benchmarks.echo import model_of, raw_message
 from broker.amqp.node import PrivateNode
 from broker.amqp.transport import AmqpAggregatorTransport
 from broker.messages import Reason
@@ -137,8 +138,10 @@ class Eager:
 class Synced:
     """Acknowledges when a file of the model's size is durable, one for ten updates or for all that came meanwhile."""
 
-    def __init__(self, transport: Watched, nbytes: int, count: int) -> None:
+    def __init__(self, transport: Watched, nbytes: int, count: int, *, together: int = BUFFER) -> None:
+        """``together``: how many updates one file stands for at least, but the last."""
         self._transport = transport
+        self._together = together
         self._missing = count
         self._body = bytes(nbytes)
         self._folder = tempfile.TemporaryDirectory()
@@ -159,7 +162,7 @@ class Synced:
             self._under_way = None
             for token in self._covered:
                 self._transport.ack(token)
-        is_enough = len(self._waiting) >= BUFFER or not self._missing
+        is_enough = len(self._waiting) >= self._together or not self._missing
         if self._under_way is None and self._waiting and is_enough:
             self._covered, self._waiting = self._waiting, []
             self._under_way = self._writer.submit(self._write)
@@ -185,7 +188,11 @@ def serve_raw(url: str, run: str, nbytes: int, count: int, *, eager: bool = Fals
     for index in range(64):
         transport.admit(f"w{index}")
     waiting: list[Delivery] = []
+    taken = version = 0
     while transport.acked < count:
+        if not eager and taken == BUFFER:
+            taken, version = 0, version + 1
+            transport.broadcast(raw_message(nbytes, f"{run}/1/{version}", epoch=1, version=version))
         acks.look()
         try:
             item = inbox.get(timeout=0.001)
@@ -195,6 +202,7 @@ def serve_raw(url: str, run: str, nbytes: int, count: int, *, eager: bool = Fals
             continue
         if "chunks" not in item.headers:
             acks.take(item.token)
+            taken += 1
         elif item.chunks is None:
             waiting.append(item)
             if len(waiting) == 1:
@@ -204,6 +212,7 @@ def serve_raw(url: str, run: str, nbytes: int, count: int, *, eager: bool = Fals
             if waiting:
                 transport.fetch(waiting[0])
             acks.take(item.token)
+            taken += 1
     transport.close()
     return transport.last - transport.first
 

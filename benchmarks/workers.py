@@ -4,8 +4,9 @@
 
 Every worker has its connections, hears of every version, and has one update on its way at a time. A version for as
 many updates as there are workers (at least ten), with its checkpoint and its broadcast. "Raw" are the same bytes
-through the same connections and queues: updates acknowledged as they come, and a version's worth of bytes broadcast as
-often. Workers live in processes of up to fifty, so that two hundred fit on a machine.
+through the same connections and queues, and a version's worth of bytes broadcast as often; the updates are acknowledged
+when as many bytes as a version has are in a file and synced, as often as fedmq writes a checkpoint. Workers live in
+processes of up to fifty, so that two hundred fit on a machine.
 
 Figures, machine and versions: docs/benchmarks.md.
 """
@@ -23,14 +24,14 @@ import sys
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from queue import SimpleQueue
+from queue import Empty, SimpleQueue
 
 from pydantic import SecretStr
 
 from aggregator.config import AggregatorConfig
 from aggregator.process import tune
 from benchmarks.echo import raw_message
-from benchmarks.ingest import BUFFER, MB, Watched, serve_fedmq
+from benchmarks.ingest import BUFFER, MB, Synced, Watched, serve_fedmq
 from broker.amqp.node import PrivateNode
 from broker.settings import BrokerConfig
 from broker.topology import Topology
@@ -56,12 +57,19 @@ def serve_raw(url: str, run: str, nbytes: int, count: int, buffer_size: int) -> 
     inbox: SimpleQueue[Incoming] = SimpleQueue()
     prefetch = AggregatorConfig().prefetch(nbytes)
     transport = Watched(BrokerConfig(url=SecretStr(url)), Topology(run), model_bytes=nbytes, prefetch=prefetch)
+    acks = Synced(transport, nbytes, count, together=min(buffer_size, AggregatorConfig().commit_count))
     transport.open(inbox.put, wait=30)
+    taken = 0
     while transport.acked < count:
-        item = inbox.get()
+        acks.look()
+        try:
+            item = inbox.get(timeout=0.001)
+        except Empty:
+            continue
         if isinstance(item, Delivery) and item.source is Source.UPDATE and item.token is not None:
-            transport.ack(item.token)
-            version, rest = divmod(transport.acked, buffer_size)
+            acks.take(item.token)
+            taken += 1
+            version, rest = divmod(taken, buffer_size)
             if not rest:
                 transport.broadcast(raw_message(nbytes, f"{run}/1/{version}", epoch=1, version=version))
     transport.close()

@@ -7,6 +7,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import Future
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
@@ -114,6 +115,36 @@ WORKER_QUARANTINED = Series(f"{_W}_quarantined", "gauge", "1 while nothing is ta
 SERIES = tuple(value for value in list(globals().values()) if isinstance(value, Series))
 
 
+@dataclass(slots=True)
+class _Row:
+    """What is counted of one worker, or of all that share a name; None for what is not known."""
+
+    present: bool | None = None
+    silent: bool | None = None
+    folded: int = 0
+    training: float = 0.0
+    staleness: int = 0
+    last: float | None = None
+    loss: float | None = None
+    norm: float | None = None
+    cosine: float | None = None
+    rejected: Counter[str] = field(default_factory=Counter)
+
+
+#: What a row says for a series.
+_READ: Mapping[Series, Callable[[_Row], float | None]] = {
+    WORKER_PRESENT: lambda row: row.present,
+    WORKER_SILENT: lambda row: row.silent,
+    WORKER_FOLDED: lambda row: row.folded,
+    WORKER_TRAINING: lambda row: row.training,
+    WORKER_STALENESS: lambda row: row.staleness,
+    WORKER_LAST: lambda row: row.last,
+    WORKER_LOSS: lambda row: row.loss,
+    WORKER_NORM: lambda row: row.norm,
+    WORKER_COSINE: lambda row: row.cosine,
+}
+
+
 class AggregatorMetrics(Meter, Collector):
     """Counts what an aggregator does.
 
@@ -135,7 +166,7 @@ class AggregatorMetrics(Meter, Collector):
         self._counts: Counter[Series] = Counter()
         # All from the beginning: Prometheus does not see a counter's first step if it appears with it.
         self._reasons: Counter[tuple[str, ...]] = Counter({(reason.value,): 0 for reason in Reason})
-        self._by_worker: dict[Series, dict[tuple[str, ...], float]] = {}
+        self._rows: dict[str, _Row] = {}
         self._roles: dict[str, Role] = {}
         self._goal: int | None = None
         self._made_at: float | None = None
@@ -155,8 +186,8 @@ class AggregatorMetrics(Meter, Collector):
         """See the port."""
         self._leads, self._reign = leads, None
         self._roles = {}
-        for series in (WORKER_PRESENT, WORKER_SILENT):  # who stands by does not know
-            self._by_worker.pop(series, None)
+        for row in self._rows.values():  # who stands by does not know
+            row.present = row.silent = None
 
     def reigns(self, reign: Reign) -> None:
         """See the port."""
@@ -188,7 +219,7 @@ class AggregatorMetrics(Meter, Collector):
                 self._made(record)
             case do.Rejected(worker, reason):
                 self._reasons[(reason.value,)] += 1
-                self._add(WORKER_REJECTED, worker, 1, reason.value)
+                self._row(worker).rejected[reason.value] += 1
             case do.Repeated():
                 self._counts[DUPLICATE] += 1
             case do.EvaluationRecord(_, _, metrics):
@@ -219,13 +250,11 @@ class AggregatorMetrics(Meter, Collector):
         self._counts[FOLDED] += 1
         self._goal = goal
         self._histograms[STALENESS].observe(entry.staleness)
-        worker = entry.id.worker
-        self._add(WORKER_FOLDED, worker, 1)
-        self._add(WORKER_TRAINING, worker, max(0.0, entry.seconds))
-        self._add(WORKER_STALENESS, worker, entry.staleness)
-        self._set(WORKER_LAST, worker, time.time())
-        self._set(WORKER_LOSS, worker, entry.loss)
-        self._set(WORKER_NORM, worker, entry.norm)
+        row = self._row(entry.id.worker)
+        row.folded += 1
+        row.training += max(0.0, entry.seconds)
+        row.staleness += entry.staleness
+        row.last, row.loss, row.norm = time.time(), entry.loss, entry.norm
 
     def _made(self, record: VersionRecord) -> None:
         self._counts[VERSIONS] += 1
@@ -235,21 +264,18 @@ class AggregatorMetrics(Meter, Collector):
             self._evaluations["train"] = {"loss": record.loss}
         for entry in record.updates:
             if entry.cosine is not None:
-                self._set(WORKER_COSINE, entry.id.worker, entry.cosine)
+                self._row(entry.id.worker).cosine = entry.cosine
 
     def _present(self, worker: str, *, here: bool, silent: bool) -> None:
-        self._set(WORKER_PRESENT, worker, here)
-        self._set(WORKER_SILENT, worker, silent)
+        row = self._row(worker)
+        row.present, row.silent = here, silent
 
-    def _add(self, series: Series, worker: str, amount: float, *labels: str) -> None:
-        values = self._by_worker.setdefault(series, {})
-        key = (self._names(worker), *labels)
-        values[key] = values.get(key, 0) + amount
-
-    def _set(self, series: Series, worker: str, value: float | None) -> None:
+    def _row(self, worker: str) -> _Row:
         name = self._names(worker)
-        if value is not None and name != OTHER:  # of many there is no one value
-            self._by_worker.setdefault(series, {})[(name,)] = value
+        row = self._rows.get(name)
+        if row is None:
+            row = self._rows[name] = _Row()
+        return row
 
     def _written(self, began: float, outcome: Future[on.CheckpointWritten | on.CheckpointFailed | None]) -> None:
         if outcome.exception() is not None or outcome.result() is None:
@@ -270,8 +296,8 @@ class AggregatorMetrics(Meter, Collector):
         for series in SERIES:
             if series.kind == "histogram":
                 counted[series] = partial(self._histograms.__getitem__, series)
-            elif "worker" in series.labels:
-                counted[series] = partial(self._of_workers, series)
+            elif series in _READ:
+                counted[series] = partial(self._of_workers, series, _READ[series])
             else:
                 counted[series] = partial(self._counts.__getitem__, series)
         read: dict[Series, Callable[[], Value]] = {
@@ -288,6 +314,7 @@ class AggregatorMetrics(Meter, Collector):
             EVALUATION: self._evaluated,
             PRESENT: self._workers,
             FREE: self._free,
+            WORKER_REJECTED: self._rejected,
             WORKER_SCORE: self._scores,
             WORKER_QUARANTINED: self._quarantined,
         }
@@ -296,8 +323,15 @@ class AggregatorMetrics(Meter, Collector):
     def _of_machine(self, read: Callable[[RoundMachine], float]) -> Callable[[], Value]:
         return lambda: None if self._reign is None else read(self._reign.machine)
 
-    def _of_workers(self, series: Series) -> Value:
-        return dict(self._by_worker.get(series, {}))
+    def _of_workers(self, series: Series, read: Callable[[_Row], float | None]) -> Value:
+        # Of all that share a name there are sums; there is no one loss, and no last time.
+        is_sum = series.kind == "counter"
+        values = {(name,): read(row) for name, row in dict(self._rows).items() if is_sum or name != OTHER}
+        return {labels: value for labels, value in values.items() if value is not None}
+
+    def _rejected(self) -> Value:
+        rows = dict(self._rows).items()
+        return {(name, reason): count for name, row in rows for reason, count in dict(row.rejected).items()}
 
     def _dead_letters(self) -> Value:
         state = self._broker()
@@ -325,14 +359,13 @@ class AggregatorMetrics(Meter, Collector):
         if self._reign is None:
             return None
         machine = self._reign.machine
-        return {key: machine.screening.standings.score(key[0], machine.version) for key in self._known()}
+        return {(name,): machine.screening.standings.score(name, machine.version) for name in self._known()}
 
     def _quarantined(self) -> Value:
         if self._reign is None:
             return None
         kept_out = self._reign.machine.screening.standings.kept_out
-        return {key: key[0] in kept_out for key in self._known()}
+        return {(name,): name in kept_out for name in self._known()}
 
-    def _known(self) -> list[tuple[str, ...]]:
-        """Workers with series of their own that were heard of as more than a name in a rejected message."""
-        return list(self._by_worker.get(WORKER_PRESENT, {}))
+    def _known(self) -> list[str]:
+        return [name for name in list(self._rows) if name != OTHER]

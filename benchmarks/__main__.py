@@ -27,6 +27,7 @@ COMMANDS: Mapping[str, tuple[Sequence[str], Sequence[str]]] = {
     "rounds": (["--rounds", "20"], ["--sizes", "0.1", "1", "--rounds", "5"]),
     "ingest": ([], ["--sizes", "0.1", "1", "--megabytes", "50", "--repeat", "1"]),
     "workers": ([], ["--workers", "4", "20", "--updates", "400", "--repeat", "1"]),
+    "monitoring": ([], ["--updates", "200", "--repeat", "1"]),
     "memory": ([], ["--megabytes", "20", "--buffers", "2", "4"]),
     "codecs": ([], ["--elements", "65536", "--repeats", "1"]),
     "accuracy": ([], ["--tasks", "digits", "--codecs", "eden:4", "--seeds", "1", "--versions", "5"]),

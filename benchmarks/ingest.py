@@ -38,6 +38,7 @@ from pydantic import SecretStr
 
 from aggregator.checkpoint import CheckpointStore
 from aggregator.config import AggregatorConfig
+from aggregator.meter import Meter
 from aggregator.process import tune
 from aggregator.service import AggregatorService
 from benchmarks.echo import model_of, raw_message
@@ -99,7 +100,14 @@ def publishers(url: str, run: str, nbytes: int, counts: list[int], *more: str) -
 
 
 def serve_fedmq(
-    url: str, run: str, nbytes: int, count: int, buffer_size: int = BUFFER, *, strategy: str = "mean"
+    url: str,
+    run: str,
+    nbytes: int,
+    count: int,
+    buffer_size: int = BUFFER,
+    *,
+    strategy: str = "mean",
+    meter: Meter | None = None,
 ) -> float:
     """Seconds for so many updates."""
     model = model_of(nbytes)
@@ -109,7 +117,7 @@ def serve_fedmq(
         settings = AggregatorConfig(
             buffer_size=buffer_size, strategy=strategy, max_staleness=10**9, staleness="constant", linger=0.0
         )
-        service = AggregatorService(folder=Path(folder), run=run, config=settings, store=store)
+        service = AggregatorService(folder=Path(folder), run=run, config=settings, store=store, meter=meter)
         transport = Watched(
             BrokerConfig(url=SecretStr(url)),
             Topology(run),

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import re
 import socket
 import threading
 import time
@@ -25,6 +26,7 @@ from prometheus_client import CollectorRegistry, PlatformCollector, ProcessColle
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
 from prometheus_client.registry import Collector
 
+from broker.messages import NAME_PATTERN
 from broker.settings import MetricsConfig
 from broker.transport import LinkState
 
@@ -49,9 +51,9 @@ log = logging.getLogger("fedmq.metrics")
 OTHER = "other"
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class Series:
-    """One name under which figures are exported."""
+    """One name under which figures are exported. There is one object of each, which is quick to look up."""
 
     name: str
     kind: Literal["counter", "gauge", "histogram"]
@@ -111,7 +113,10 @@ class Stopwatch:
 
 
 class Names:
-    """The workers that have series of their own: the first ones, so that their number is bounded whoever comes."""
+    """The workers that have series of their own: the first ones, so that their number is bounded whoever comes.
+
+    What stands in a message that was rejected may be no worker's name at all.
+    """
 
     def __init__(self, most: int) -> None:
         self._most = most
@@ -122,7 +127,7 @@ class Names:
         known = self._known.get(worker)
         if known is not None:
             return known
-        if len(self._known) >= self._most:
+        if len(self._known) >= self._most or re.fullmatch(NAME_PATTERN, worker) is None:
             return OTHER
         return self._known.setdefault(worker, worker)
 

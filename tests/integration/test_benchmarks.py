@@ -41,6 +41,11 @@ def test_ingest(node: PrivateNode) -> None:
     )
 
 
+def test_monitoring(node: PrivateNode) -> None:
+    lines = lines_of("benchmarks.monitoring", "--updates", "40", "--repeat", "1", "--url", node.url)
+    assert [line.split(" | ")[1] for line in lines[1:]] == ["nothing", "status", "metrics", "scraped", "watched"]
+
+
 def test_memory(node: PrivateNode) -> None:
     sizes = ["--megabytes", "5", "--buffers", "2", "--publishers", "2"]
     assert len(lines_of("benchmarks.memory", *sizes, "--url", node.url)) == 3

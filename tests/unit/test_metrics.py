@@ -204,6 +204,15 @@ def test_none_may_have_a_series_of_its_own() -> None:
     assert Names(0)("w1") == OTHER
 
 
+def test_what_is_no_name_has_none(metrics: AggregatorMetrics) -> None:
+    for worker in ("", "x" * 10_000, 'w"} 1\nfedmq_aggregator_leads 7', "w1"):
+        metrics.records(do.Rejected(worker, Reason.MALFORMED, "…"), 1)
+
+    name = "fedmq_aggregator_worker_updates_rejected_total"
+    assert value_of(metrics, name, worker=OTHER) == 3
+    assert value_of(metrics, name, worker="w1") == 1
+
+
 def test_how_it_stands_with_the_broker(metrics: AggregatorMetrics) -> None:
     assert value_of(metrics, "fedmq_broker_connected") == 1
     assert value_of(metrics, "fedmq_broker_blocked") == 0

@@ -111,7 +111,7 @@ export class Chart {
     this.cursor = null;
     this.legend = element("ul", { class: "legend" });
     this.svg = drawn("svg", { role: "img", tabindex: "0", height: String(HEIGHT) });
-    this.nothing = element("p", { class: "nothing" }, "nothing yet");
+    this.nothing = element("p", { class: "nothing" }, "no figures yet");
     this.root = element(
       "figure",
       { class: "chart" },
@@ -325,6 +325,6 @@ export class Chart {
         const [first, last] = [points[0], points[points.length - 1]];
         return `${name} from ${figure(first[2])} (${axis.words(axis.of(first))}) to ${figure(last[2])}${this.unit} (${axis.words(axis.of(last))})`;
       });
-    return `${this.title}: ${parts.join("; ") || "nothing yet"}. Arrow keys move along the curve.`;
+    return `${this.title}: ${parts.join("; ") || "no figures yet"}. Arrow keys move along the curve.`;
   }
 }

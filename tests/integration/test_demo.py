@@ -19,6 +19,7 @@ import termios
 import time
 import tomllib
 from collections.abc import Iterator
+from contextlib import closing
 from pathlib import Path
 
 import pytest
@@ -27,6 +28,7 @@ from safetensors.torch import load_file
 from aggregator.checkpoint import CheckpointStore
 from aggregator.history import read_history
 from broker.amqp.node import PrivateNode
+from fedmq.dashboard.serving import listen
 from tests.support.commands import environment_of, fedmq, running
 from tests.support.node import require_rabbitmq
 from tests.support.waiting import wait_for
@@ -85,10 +87,14 @@ def test_the_demo_reaches_095_on_digits_it_has_not_seen(tmp_path: Path, place: P
 
 
 def test_without_rabbitmq_the_demo_says_so_and_runs(tmp_path: Path) -> None:
-    done = fedmq(tmp_path, "demo", *SMALL, "--set", "demo.in_process=true", url=None, timeout=120)
+    with closing(listen("127.0.0.1", 0)) as other:
+        port = other.getsockname()[1]
+        own = ("--set", "demo.in_process=true", "--set", f"dashboard.port={port}")
+        done = fedmq(tmp_path, "demo", *SMALL, *own, url=None, timeout=120)
 
     assert done.code == 0, done
     assert "in-process broker" in done.out
+    assert re.search(rf"live page while this runs: http://127\.0\.0\.1:\d+/ \(port {port} is taken\)", done.out)
     assert results(tmp_path)["rounds"] == 6
 
 
@@ -150,7 +156,7 @@ def on_a_terminal(folder: Path, *arguments: str, url: str, columns: int, rows: i
 
 @pytest.mark.broker
 def test_the_demo_on_a_broker_of_ones_own_and_on_a_terminal(tmp_path: Path, node: PrivateNode) -> None:
-    code, text = on_a_terminal(tmp_path, "demo", *SMALL, url=node.url, columns=100, rows=40)
+    code, text = on_a_terminal(tmp_path, "demo", *SMALL, "--no-dashboard", url=node.url, columns=100, rows=40)
 
     assert "Traceback" not in text
     frames = ["╭" + rest.partition("╯")[0] for rest in text.split("╭")[1:]]
@@ -169,5 +175,6 @@ def test_the_demo_on_a_broker_of_ones_own_and_on_a_terminal(tmp_path: Path, node
     assert code == 0
 
     assert "private" not in text
+    assert "live page" not in text
     assert results(tmp_path)["rounds"] == 6
     assert node.password not in text + (next((tmp_path / "runs").iterdir()) / "fedmq.toml").read_text()

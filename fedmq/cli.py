@@ -92,6 +92,10 @@ COMMANDS = {
         "fedmq.report:report",
         "Tell of a run on one page of HTML, with figures: loss, metrics, staleness, workers, lineage, settings.",
     ),
+    "runs": Command(
+        "fedmq.runs:runs",
+        "List the runs on a broker: version, aggregators, workers, what waits, dead letters, bytes.",
+    ),
     "doctor": Command(
         "fedmq.doctor.command:doctor",
         "Examine broker, run, machine and settings: what is well, what is not, and what to change.",

@@ -8,7 +8,7 @@ import os
 import socket
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Annotated
 
@@ -35,7 +35,7 @@ from broker.console import (
     set_up_logging,
     stop_on_signals,
 )
-from broker.errors import CheckpointNotWritten, StaleEpoch
+from broker.errors import CheckpointError, CheckpointNotWritten, StaleEpoch
 from broker.settings import MetricsConfig, Settings, load, plain
 from broker.topology import Topology
 
@@ -133,7 +133,7 @@ def serve(settings: Settings, *, accept_older: bool = False, drop_changes: bool 
             if stop.is_set():
                 break
             try:
-                transports[:] = [_transport(settings, config, size)]
+                transports[:] = [_transport(settings, config, size, _epoch_after(store, service))]
                 return service.run(transports[0])
             except StaleEpoch as error:
                 by_command = _by_command(store)
@@ -167,14 +167,30 @@ def _metered(settings: Settings, folder: Path, transports: list[AmqpAggregatorTr
         yield metrics
 
 
-def _transport(settings: Settings, config: AggregatorConfig, size: int) -> AmqpAggregatorTransport:
+def _transport(
+    settings: Settings, config: AggregatorConfig, size: int, epoch_after: Callable[[int], int | None]
+) -> AmqpAggregatorTransport:
     return AmqpAggregatorTransport(
         settings.broker,
         Topology(settings.run),
         model_bytes=size,
         prefetch=config.prefetch(size),
         consumer_tag=f"aggregator/{socket.gethostname()}/{os.getpid()}",
+        epoch_after=epoch_after,
     )
+
+
+def _epoch_after(store: CheckpointStore, service: AggregatorService) -> Callable[[int], int | None]:
+    """For people who look at consumers: the epoch that ``service`` has, or is about to claim."""
+
+    def epoch_after(newest: int) -> int | None:
+        try:
+            stored = store.stored_epoch()
+        except CheckpointError:
+            return None  # who claims it will say so
+        return stored if service.has_claimed else max(stored, newest) + 1
+
+    return epoch_after
 
 
 def _write_settings(settings: Settings, folder: Path) -> None:

@@ -33,9 +33,8 @@ from broker.topology import Topology
 __all__ = ["RunFacts", "run_of", "runs", "runs_in"]
 
 #: A run's or a worker's name has no dot in it.
-NAME = re.compile(
-    r"fedmq\.([A-Za-z0-9_-]{1,64})\.(updates|control|turn|dead|parameters|chunks|outbox|notice|events)(?:\.(.+))?"
-)
+KINDS = "updates|control|turn|dead|parameters|chunks|outbox|notice|events"
+NAME = re.compile(rf"fedmq\.([A-Za-z0-9_-]{{1,64}})\.({KINDS})(?:\.(.+))?")
 COLUMNS = "vhost,name,messages,messages_ready,messages_unacknowledged,message_bytes,consumers"
 ASK_SECONDS = 10.0
 

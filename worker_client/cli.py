@@ -112,8 +112,9 @@ def _live(settings: Settings, config: WorkerConfig, *, evaluator: bool) -> None:
     task = load_task(config.task)
     live: Callable[..., Summary] = run_evaluator if evaluator else run_worker
     stop = threading.Event()
-    transport = AmqpWorkerTransport(settings.broker, Topology(settings.run), worker=config.name)
     role = Role.EVALUATOR if evaluator else Role.TRAINER
+    who = "evaluator" if evaluator else "worker"
+    transport = AmqpWorkerTransport(settings.broker, Topology(settings.run), worker=config.name, role=who)
     with stop_on_signals(stop), _metered(settings, config.name, role, transport) as meter:
         sizes = {"chunk_bytes": settings.broker.chunk_bytes, "pack_chunks": settings.broker.pack_chunks}
         summary = live(config, settings.run, transport, task, stop=stop, meter=meter, **sizes)

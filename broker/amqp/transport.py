@@ -11,7 +11,7 @@ import logging
 import re
 import secrets
 import time
-from collections.abc import Coroutine, Mapping
+from collections.abc import Callable, Coroutine, Mapping
 from concurrent.futures import Future
 from typing import Any
 
@@ -48,7 +48,9 @@ class AmqpAggregatorTransport(Side):
         topology: the run's names.
         model_bytes: size of one version, by which the stream of versions is dimensioned.
         prefetch: how many updates may be unacknowledged. More than a commit covers, else nothing goes on.
-        consumer_tag: what the admin UI shows for the consumer of updates.
+        consumer_tag: what the admin UI shows for its consumers.
+        epoch_after: under which epoch it will lead if the newest broadcast is of the one that is given, None if that is
+            not known; consumers of whoever leads show it.
     """
 
     def __init__(
@@ -59,6 +61,7 @@ class AmqpAggregatorTransport(Side):
         model_bytes: int,
         prefetch: int,
         consumer_tag: str = "aggregator",
+        epoch_after: Callable[[int], int | None] = lambda _newest: None,
     ) -> None:
         route = Route((topology.chunks, ""), (topology.parameters, ""), "parameters")
         super().__init__(config, topology, "aggregator", route=route, stream=topology.chunks)
@@ -66,6 +69,7 @@ class AmqpAggregatorTransport(Side):
         self._model_bytes = model_bytes
         self._prefetch = prefetch
         self._consumer_tag = consumer_tag
+        self._epoch_after = epoch_after
         self._channel: Channel | None = None
         # Of this generation, by delivery tag: the routing key and properties, for a copy in the dead letters.
         self._unacked: dict[int, tuple[str, pika.BasicProperties]] = {}
@@ -159,6 +163,8 @@ class AmqpAggregatorTransport(Side):
         tag = self._consumer_tag
         await self._turn.take(channel, tag)
         newest = None if self._generation else await newest_broadcast(channel, self._topology.parameters)
+        if (epoch := self._epoch_after(newest[0] if newest else 0)) is not None:
+            tag = f"{tag}/epoch {epoch}"
         events = self._topology.own_queue("events", secrets.token_hex(4))
         await channel.declare_own_queue(events, OWN_QUEUE_LENGTH)
         await self._bind_events(channel, events)

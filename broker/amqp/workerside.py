@@ -39,11 +39,12 @@ class AmqpWorkerTransport(Side):
         config: the table ``[broker]``.
         topology: the run's names.
         worker: the worker's name.
+        role: what the admin UI calls it, beside its name.
     """
 
-    def __init__(self, config: BrokerConfig, topology: Topology, *, worker: str) -> None:
+    def __init__(self, config: BrokerConfig, topology: Topology, *, worker: str, role: str = "worker") -> None:
         route = Route((UPDATES, topology.chunk_key(worker)), (UPDATES, topology.key(worker)), "update")
-        super().__init__(config, topology, f"worker {worker}", route=route)
+        super().__init__(config, topology, f"{role} {worker}", route=route)
         self._worker = worker
         self._last = (-1, -1, -1)
         self._offsets: str | int = ""

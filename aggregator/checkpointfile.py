@@ -108,6 +108,8 @@ class _State:
     accumulator_effort: float = 0.0
     recent: tuple[str, ...] = ()
     norms: tuple[float, ...] = ()
+    """Of no worker in particular: from before ``worker_norms``, and not looked at any more."""
+    worker_norms: dict[str, tuple[float, ...]] = field(default_factory=dict)
     standings: dict[str, Standing] = field(default_factory=dict)
     rows: tuple[RowPart, ...] | None = None
     """Updates of the open round, in files beside this one; None if their sums are all that is kept."""

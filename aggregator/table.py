@@ -107,8 +107,9 @@ class AggregatorTable(Table):
     max_norm: Annotated[float, Field(gt=0)] | None = None
     """The longest update that is taken: the Euclidean norm of all its parameters together; without it, any."""
     norm_factor: Annotated[float, Field(gt=1)] | None = None
-    """Updates so many times as long as the median of the last 101 that were taken are rejected; without it, none.
-    10 is usual. What is in half precision or in a codec is read once more for it."""
+    """Updates so many times as long as is usual are rejected; without it, none. Usual is the median over the last 101
+    workers of each one's last five updates. 10 is a good value. What is in half precision or in a codec is read once
+    more for it."""
     one_per_worker: bool = False
     """Buffered rounds: one update of each worker in a round, so that a fast one cannot fill it; takes at least
     ``buffer_size`` workers."""

@@ -20,7 +20,7 @@ Figures: docs/robustness.md.
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -97,14 +97,14 @@ def rows_of(values: Array) -> MemoryRows:
     return rows
 
 
-def screened(values: Array, norms: NormWindow) -> Array:
-    """Those rows that are not unusually long, in the light of those that were taken before."""
+def screened(values: Array, norms: NormWindow, order: Iterable[int]) -> Array:
+    """Those rows that are not unusually long, in the light of those that came before; they come in ``order``."""
     taken = []
-    for row in values:
-        norm = float(np.linalg.norm(row))
+    for worker in order:
+        norm = float(np.linalg.norm(values[worker]))
         if LIMITS.refusal(norm, norms.median) is None:
-            norms.add(norm)
-            taken.append(row)
+            taken.append(values[worker])
+        norms.add(str(worker), norm)
     return np.stack(taken)
 
 
@@ -121,8 +121,8 @@ def single(name: str, attack: str, setting: Setting) -> float:
         for own in values[: setting.bad] if attack != "none" else ():
             own[...] = attack_of(attack)(Scene(own, honest, setting.bad, generator))
         if name.startswith("screen"):
-            usual = np.linalg.norm(honest, axis=1)
-            values = screened(values, NormWindow(usual))
+            usual = {str(worker): (float(np.linalg.norm(row)),) for worker, row in enumerate(honest)}
+            values = screened(values, NormWindow(usual), range(len(values)))
         result = rule(rows_of(values), Occasion(seed))
         errors.append(np.linalg.norm(result - honest.mean(axis=0)) / np.sqrt(DIMENSIONS))
     return float(np.mean(errors))
@@ -184,7 +184,7 @@ def train(name: str, attack: str, setting: Setting, seed: int) -> float:
             for own in values[: setting.bad]:
                 own[...] = sent(Scene(own, values[setting.bad :], setting.bad, generator))
         if name.startswith("screen"):
-            values = screened(values[generator.permutation(len(values))], norms)
+            values = screened(values, norms, generator.permutation(len(values)))
         previous = rule(rows_of(values), Occasion(seed, version, previous))
         parameters = parameters - setting.rate * previous
         if not np.isfinite(parameters).all():

@@ -300,7 +300,6 @@ class RoundMachine:
         staleness = self.version - update.base_version
         with self.timing.fold:
             entry = self._buffer.fold(update, self.rules, self.model, staleness, norm=norm, is_lent=self.lends)
-        self.screening.take(norm)
         self._commits.hold(update.id, token, nbytes, now)
         self._round.refused.discard(update.id.worker)
         goal = self.rules.rounds.goal(self._round, self._trainers(now))
@@ -499,7 +498,7 @@ class RoundMachine:
             paused=self.controls.paused,
             commands=self.controls.commands,
             kept_from=self._kept_from,
-            norms=self.screening.norms.to_plain(),
+            worker_norms=self.screening.norms.to_plain(),
             recent=self._buffer.rates.to_plain(),
             standings=self.screening.standings.to_plain(self.version),
         )

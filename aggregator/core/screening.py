@@ -14,12 +14,12 @@ __all__ = ["Screening"]
 
 
 class Screening:
-    """The norms of what was taken, how workers stand, and what follows from both."""
+    """The norms of what has come, how workers stand, and what follows from both."""
 
     def __init__(self, rules: Rules, snapshot: Snapshot) -> None:
         """As ``snapshot`` has them."""
         self.limits = rules.norms
-        self.norms = NormWindow(snapshot.norms)
+        self.norms = NormWindow(snapshot.worker_norms)
         self.standings = Standings(rules.quarantine, snapshot.standings)
         self.has_news = False
         """Whether a quarantine began or ended that no checkpoint on its way to the disk has."""
@@ -38,14 +38,11 @@ class Screening:
     def judge(self, update: Update) -> tuple[Reason, str] | float | None:
         """Why the values of ``update`` are not taken, or its norm; None if that is neither known nor needed."""
         norm = measured(update, needs_norm=self.limits.any)
-        if isinstance(norm, float) and (refused := self.limits.refusal(norm, self.norms.median)) is not None:
-            return refused
-        return norm
-
-    def take(self, norm: float | None) -> None:
-        """An update of this norm was taken."""
-        if norm is not None:
-            self.norms.add(norm)
+        if not isinstance(norm, float):
+            return norm
+        usual = self.norms.median
+        self.norms.add(update.id.worker, norm)
+        return self.limits.refusal(norm, usual) or norm
 
     def reject(self, worker: str, reason: Reason, version: int, now: float) -> list[do.Effect]:
         """An update of ``worker`` was rejected."""

@@ -116,8 +116,8 @@ class SnapshotHead:
     """Every update applied after this version is in the archive, and the version's state too; None if not."""
     recent: tuple[str, ...] = ()
     """Whose the updates were that were folded last, where updates are weighed by that; the newest is the last."""
-    norms: tuple[float, ...] = ()
-    """Of the updates taken last."""
+    worker_norms: Mapping[str, tuple[float, ...]] = field(default_factory=dict)
+    """Of the updates that came last, by worker; who was heard last is last."""
     standings: Mapping[str, Standing] = field(default_factory=dict)
     """What is held against workers, by name."""
 

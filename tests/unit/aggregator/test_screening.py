@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from typing import Any
 
 import ml_dtypes
@@ -13,7 +14,7 @@ from hypothesis import strategies as st
 
 from aggregator.core import effects as do
 from aggregator.core import events as on
-from aggregator.core.norms import LEAST, LONGEST, NormWindow
+from aggregator.core.norms import LEAST, LONGEST, OWN, NormWindow
 from aggregator.core.rounds import Buffered, Synchronous
 from aggregator.core.screen import NormLimits, measured
 from aggregator.core.standing import MOST, QuarantinePolicy, Standing, Standings
@@ -102,7 +103,7 @@ def test_an_update_that_is_too_long_is_rejected_with_the_figures() -> None:
     assert driver.machine.fill == 1
 
 
-def test_an_unusual_norm_is_one_many_times_the_median_of_what_was_taken() -> None:
+def test_an_unusual_norm_is_one_many_times_the_median_of_what_has_come() -> None:
     driver = driver_of(size=1, norms=NormLimits(factor=10.0))
     for seq in range(LEAST):  # the first are taken as they come
         driver.update(update_of({"w": vector(1 if seq else 1000, 0)}, seq=seq, base_version=seq))
@@ -114,7 +115,7 @@ def test_an_unusual_norm_is_one_many_times_the_median_of_what_was_taken() -> Non
     assert driver.told[0].detail == (
         "its norm is 10.5, 10.5 times the median of the last ones, 1; aggregator.norm_factor is 10"
     )
-    assert driver.disk.norms == (1000.0, 1.0, 1.0, 1.0, 1.0, 10.0)
+    assert driver.disk.worker_norms == {"w0": (1.0, 1.0, 1.0, 10.5, 10.0)}
     again = Driver(driver.machine.rules, driver.disk)
     again.update(update_of({"w": vector(99, 0)}, seq=50, base_version=LEAST + 1))
     assert again.reasons == [Reason.NORM_UNUSUAL], "a restart knows what is usual"
@@ -130,15 +131,46 @@ def test_after_zeros_everything_else_is_unusual_and_zeros_are_not() -> None:
     assert "inf times" in refused[1]
 
 
-@given(st.lists(st.floats(0, 1e6), max_size=2 * LONGEST))
-def test_the_running_median_is_that_of_the_last_ones(norms: list[float]) -> None:
-    window = NormWindow()
-    for norm in norms:
-        window.add(norm)
+@given(st.lists(st.tuples(st.integers(0, 2 * LONGEST), st.floats(0, 1e6)), max_size=4 * LONGEST))
+def test_the_median_is_that_of_the_workers_heard_last(norms: list[tuple[int, float]]) -> None:
+    window, every = NormWindow(), dict[str, list[float]]()
+    for number, norm in norms:
+        window.add(str(number), norm)
+        every[str(number)] = [*every.pop(str(number), []), norm][-OWN:]
+        every = dict(list(every.items())[-LONGEST:])  # who fell out begins anew
 
-    last = sorted(norms[-LONGEST:])
-    assert window.median == (last[len(last) // 2] if len(last) >= LEAST else None)
+    votes = sorted(sorted(own)[len(own) // 2] for own in every.values())
+    assert window.to_plain() == {worker: tuple(own) for worker, own in every.items()}
+    assert window.median == (votes[len(votes) // 2] if sum(map(len, every.values())) >= LEAST else None)
     assert NormWindow(window.to_plain()).median == window.median
+
+
+@pytest.mark.parametrize("first", [0.0, 1e-6, 1e6])
+def test_who_is_first_does_not_say_what_is_usual(first: float) -> None:
+    """Three fast workers fill several rounds before seven honest ones answer, and go on at ten times their rate."""
+    driver = driver_of(size=1, norms=NormLimits(factor=10.0))
+    bad = [f"bad{number}" for number in range(3)]
+    seqs = Counter[str]()
+
+    def send(worker: str, norm: float) -> None:
+        driver.update(
+            update_of({"w": vector(norm, 0)}, worker=worker, seq=seqs[worker], base_version=driver.machine.version)
+        )
+        seqs[worker] += 1
+
+    for worker in bad * 5:
+        send(worker, first)
+    for number in range(3 * 7):
+        for worker in bad:
+            send(worker, first)
+        send(f"good{number % 7}", 1.0)
+
+    refused = [fact.update for fact in driver.facts if isinstance(fact, do.Rejected)]
+    good = [(update.worker, update.seq) for update in refused if update is not None and update.worker not in bad]
+    taken = [fact.entry for fact in driver.facts if isinstance(fact, do.Folded)]
+    # Until those that are good are the majority of those who were heard.
+    assert good == ([("good0", 0), ("good1", 0), ("good2", 0)] if first < 1 else [])
+    assert not any(entry.norm == 1e6 for entry in taken[30:])
 
 
 def test_the_history_has_the_norm_of_each_update() -> None:

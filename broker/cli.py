@@ -2,32 +2,40 @@
 
 from __future__ import annotations
 
+import json
 import queue
 import threading
+from typing import Annotated
+from urllib.parse import quote
 
 import typer
 from rich.console import Console
 
+from broker.admin import Admin
 from broker.amqp.node import PrivateNode
 from broker.amqp.transport import AmqpAggregatorTransport
 from broker.console import (
     BrokerOption,
     ConfigOption,
+    JsonOption,
     RunOption,
     SetOption,
     VerboseOption,
     broker_command,
     errors,
     guard,
+    say,
     set_up_logging,
     stop_on_signals,
 )
 from broker.errors import BrokerError, BrokerUnreachable
+from broker.policies import DEAD_BYTES, UPDATE_BYTES
+from broker.policies import policies as policies_of
 from broker.settings import redacted
 from broker.topology import Topology
 from broker.transport import Failed, Incoming
 
-__all__ = ["app", "check", "main", "node"]
+__all__ = ["app", "check", "main", "node", "policies"]
 
 out = Console()
 
@@ -64,6 +72,42 @@ def check(
         )
 
 
+def policies(
+    *,
+    config: ConfigOption = None,
+    broker: BrokerOption = None,
+    update_bytes: Annotated[
+        int, typer.Option("--update-bytes", min=1_000, help="What may wait for an aggregator, of each run.")
+    ] = UPDATE_BYTES,
+    dead_bytes: Annotated[int, typer.Option("--dead-bytes", min=1_000, help="Dead letters, of each run.")] = DEAD_BYTES,
+    apply: Annotated[bool, typer.Option("--apply", help="Set them, through the management API.")] = False,
+    as_json: JsonOption = False,
+    settings: SetOption = None,
+    verbose: VerboseOption = 0,
+) -> None:
+    """Show, or set, policies that bound each run's backlog and dead letters, as commands or to be imported (--json).
+
+    They are optional. A policy of the same name is replaced, others stay; RabbitMQ applies one to a queue, that of the
+    highest priority. --apply needs a user with the tag 'policymaker' or 'administrator'.
+
+    Example: fedmq broker policies --update-bytes 500000000 --apply
+    """
+    with broker_command(config, None, broker, settings, verbose) as read:
+        chosen = policies_of(update_bytes=update_bytes, dead_bytes=dead_bytes)
+        admin = Admin.of(read.broker)
+        if apply:
+            for policy in chosen:
+                admin.put(f"/policies/{quote(admin.vhost, safe='')}/{policy.name}", policy.body())
+        if as_json:
+            say(json.dumps({"policies": [policy.entry(admin.vhost) for policy in chosen]}, indent=2))
+            return
+        for policy in chosen:
+            if apply:
+                say(f"set in virtual host {admin.vhost!r}: {policy.name} ({policy.why})")
+            else:
+                say(f"# {policy.why}\n{policy.command(admin.vhost)}")
+
+
 def node(*, verbose: VerboseOption = 0) -> None:
     """Run a private RabbitMQ node with its admin UI on free loopback ports, until Ctrl-C.
 
@@ -93,13 +137,14 @@ def node(*, verbose: VerboseOption = 0) -> None:
 
 
 app = typer.Typer(
-    help="Look at a RabbitMQ, or run a private one.",
+    help="Look at a RabbitMQ, set policies on it, or run a private one.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
 )
 app.command("check")(check)
 app.command("node")(node)
+app.command("policies")(policies)
 
 
 def main() -> None:

@@ -112,7 +112,7 @@ COMMANDS = {
         "broker.dead:app",
         "A run's rejected updates: look at them, publish them again, drop them.",
     ),
-    "broker": Command("broker.cli:app", "Look at a RabbitMQ, or run a private one."),
+    "broker": Command("broker.cli:app", "Look at a RabbitMQ, set policies on it, or run a private one."),
 }
 
 

@@ -10,7 +10,6 @@ import numpy as np
 
 from aggregator.optimizers.base import OptimizerState, blocks, minus
 from aggregator.optimizers.moments import Moments
-from aggregator.recipe import Recipe
 from broker.messages import Array, Tensors
 
 __all__ = ["Lamb"]
@@ -25,17 +24,6 @@ class Lamb(Moments):
     """
 
     epsilon: float = 1e-6
-
-    @classmethod
-    def of(cls, recipe: Recipe) -> Lamb:
-        """As ``recipe`` says."""
-        return cls(
-            recipe.learning_rate,
-            recipe.beta1(0.9),
-            0.999 if recipe.beta2 is None else recipe.beta2,
-            1e-6 if recipe.epsilon is None else recipe.epsilon,
-            recipe.weight_decay,
-        )
 
     def apply(
         self, parameters: Tensors, direction: dict[str, Array], state: OptimizerState

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Self
 
 import numpy as np
@@ -11,12 +11,12 @@ from aggregator.optimizers.base import OptimizerState, Rated, Slots, blocks
 from aggregator.recipe import Recipe
 from broker.messages import Array
 
-__all__ = ["Moments"]
+__all__ = ["Adaptive", "Moments"]
 
 
 @dataclass(frozen=True, slots=True)
-class Moments(Rated):
-    """Base of Adam, AdamW and LAMB: the moments of Kingma & Ba 2015 (arXiv 1412.6980), algorithm 1."""
+class Adaptive(Rated):
+    """Base of those with two moments: what there is to set, by default as in torch's Adam."""
 
     beta1: float = 0.9
     beta2: float = 0.999
@@ -25,14 +25,15 @@ class Moments(Rated):
 
     @classmethod
     def of(cls, recipe: Recipe) -> Self:
-        """As ``recipe`` says; what it leaves open is as in torch."""
-        return cls(
-            recipe.learning_rate,
-            recipe.beta1(0.9),
-            0.999 if recipe.beta2 is None else recipe.beta2,
-            1e-8 if recipe.epsilon is None else recipe.epsilon,
-            recipe.weight_decay,
-        )
+        """As ``recipe`` says; what it leaves open is the class's own default."""
+        made = cls(recipe.learning_rate, weight_decay=recipe.weight_decay)
+        given = {"beta1": recipe.beta1(made.beta1), "beta2": recipe.beta2, "epsilon": recipe.epsilon}
+        return replace(made, **{name: value for name, value in given.items() if value is not None})
+
+
+@dataclass(frozen=True, slots=True)
+class Moments(Adaptive):
+    """Base of Adam, AdamW and LAMB: the moments of Kingma & Ba 2015 (arXiv 1412.6980), algorithm 1."""
 
     def init(self) -> OptimizerState:
         """No moments yet."""

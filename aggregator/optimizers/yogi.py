@@ -6,15 +6,15 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from aggregator.optimizers.base import OptimizerState, Rated, add_decay, blocks, minus
-from aggregator.recipe import Recipe
+from aggregator.optimizers.base import OptimizerState, add_decay, blocks, minus
+from aggregator.optimizers.moments import Adaptive
 from broker.messages import Array, Tensors
 
 __all__ = ["Yogi"]
 
 
 @dataclass(frozen=True, slots=True)
-class Yogi(Rated):
+class Yogi(Adaptive):
     """``v = v - (1 - beta2) * sign(v - d^2) * d^2``: a second moment that grows and falls by no more than ``d^2``.
 
     ``m = beta1 * m + (1 - beta1) * d``, ``p = p - rate * m / (sqrt(v) + epsilon)``, without bias correction, as
@@ -22,21 +22,8 @@ class Yogi(Rated):
     have, is a part of the gradient.
     """
 
-    beta1: float = 0.9
     beta2: float = 0.99
     epsilon: float = 1e-3
-    weight_decay: float = 0.0
-
-    @classmethod
-    def of(cls, recipe: Recipe) -> Yogi:
-        """As ``recipe`` says."""
-        return cls(
-            recipe.learning_rate,
-            recipe.beta1(0.9),
-            0.99 if recipe.beta2 is None else recipe.beta2,
-            1e-3 if recipe.epsilon is None else recipe.epsilon,
-            recipe.weight_decay,
-        )
 
     def init(self) -> OptimizerState:
         """No moments yet. The second is none of Adam's, so it has a name of its own."""

@@ -17,7 +17,7 @@ from typing import Protocol
 from aggregator.strategies.rows import Rows
 from broker.messages import Array
 
-__all__ = ["Occasion", "PreAggregation", "Rule"]
+__all__ = ["Occasion", "OfMajority", "PreAggregation", "Rule"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,6 +44,21 @@ class Rule(Protocol):
 
     def __call__(self, rows: Rows, occasion: Occasion) -> Array:
         """One row of shape (size,), in the rows' dtype. ``rows`` has at least one."""
+
+
+@dataclass(frozen=True, slots=True)
+class OfMajority:
+    """Base of pre-aggregations that make another row of each, and rely on a majority that is good."""
+
+    byzantine: int
+
+    def left(self, count: int) -> int:
+        """All of them."""
+        return count
+
+    def least(self) -> int:
+        """A majority is good."""
+        return 2 * self.byzantine + 1
 
 
 class PreAggregation(Protocol):

@@ -46,24 +46,19 @@ class MultiKrum:
         """See :class:`Rule`."""
         del occasion
         bad = _assumed(self.byzantine, rows.count)
-        return _best(rows, bad, rows.count - bad)
+        return _best(rows, bad, self._chosen(rows.count - bad))
+
+    def _chosen(self, good: int) -> int:
+        return good
 
 
 @dataclass(frozen=True, slots=True)
-class Krum:
+class Krum(MultiKrum):
     """The update with the smallest score, the first of equals."""
 
-    byzantine: int
-    remembers: bool = False
-
-    def least(self) -> int:
-        """2 f + 2 < K (the paper's proposition 1)."""
-        return 2 * self.byzantine + 3
-
-    def __call__(self, rows: Rows, occasion: Occasion) -> Array:
-        """See :class:`Rule`."""
-        del occasion
-        return _best(rows, _assumed(self.byzantine, rows.count), 1)
+    def _chosen(self, good: int) -> int:
+        del good
+        return 1
 
 
 def _assumed(byzantine: int, count: int) -> int:

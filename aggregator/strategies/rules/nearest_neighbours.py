@@ -11,25 +11,15 @@ from dataclasses import dataclass
 import numpy as np
 
 from aggregator.strategies.rows import Rows
-from aggregator.strategies.rules.base import Occasion
+from aggregator.strategies.rules.base import Occasion, OfMajority
 from aggregator.strategies.rules.geometry import Mixed, squared_distances
 
 __all__ = ["NearestNeighbours"]
 
 
 @dataclass(frozen=True, slots=True)
-class NearestNeighbours:
+class NearestNeighbours(OfMajority):
     """See the module."""
-
-    byzantine: int
-
-    def left(self, count: int) -> int:
-        """All of them."""
-        return count
-
-    def least(self) -> int:
-        """A majority is good."""
-        return 2 * self.byzantine + 1
 
     def __call__(self, rows: Rows, occasion: Occasion) -> Rows:
         """See :class:`PreAggregation`."""

@@ -33,7 +33,7 @@ from worker_client.meter import Meter
 if TYPE_CHECKING:  # torch comes with it
     from worker_client.session import Summary
 
-__all__ = ["app", "evaluate", "main", "worker"]
+__all__ = ["app", "evaluate", "main", "metered", "worker"]
 
 log = logging.getLogger("fedmq.worker")
 
@@ -115,7 +115,7 @@ def _live(settings: Settings, config: WorkerConfig, *, evaluator: bool) -> None:
     role = Role.EVALUATOR if evaluator else Role.TRAINER
     who = "evaluator" if evaluator else "worker"
     transport = AmqpWorkerTransport(settings.broker, Topology(settings.run), worker=config.name, role=who)
-    with stop_on_signals(stop), _metered(settings, config.name, role, transport) as meter:
+    with stop_on_signals(stop), metered(settings, config.name, role, transport) as meter:
         sizes = {"chunk_bytes": settings.broker.chunk_bytes, "pack_chunks": settings.broker.pack_chunks}
         summary = live(config, settings.run, transport, task, stop=stop, meter=meter, **sizes)
     version = f"newest version {summary.version}" if summary.version >= 0 else "no version yet"
@@ -123,8 +123,8 @@ def _live(settings: Settings, config: WorkerConfig, *, evaluator: bool) -> None:
 
 
 @contextlib.contextmanager
-def _metered(settings: Settings, name: str, role: Role, transport: AmqpWorkerTransport) -> Iterator[Meter]:
-    """What counts, and serves the figures if that is wanted."""
+def metered(settings: Settings, name: str, role: Role, transport: AmqpWorkerTransport) -> Iterator[Meter]:
+    """What counts what a worker does; and if that is wanted, the figures are served within the block."""
     config = settings.table("metrics", MetricsConfig)
     if not config.port:
         yield Meter()

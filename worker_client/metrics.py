@@ -101,7 +101,7 @@ class WorkerMetrics(Meter, Collector):
             case Published():
                 self._counts[RETRIES] += 1
             case Finished(result, None) if result is not None:
-                is_training = hasattr(result, "tensors")
+                is_training = hasattr(result, "tensors")  # by its class, it would take torch to know
                 self._histograms[TRAINED if is_training else EVALUATED].observe(result.seconds)
                 if is_training or self._role is Role.EVALUATOR:
                     self._metrics = result.metrics

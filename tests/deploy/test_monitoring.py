@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import itertools
 import re
+import shutil
+import subprocess
 from typing import Any
 
 import pytest
@@ -105,9 +107,28 @@ def test_an_alert_says_what_is_so_and_what_to_do(rule: dict[str, Any]) -> None:
     assert re.fullmatch(r"\d+m", rule.get("for", "0m"))
 
 
-def test_each_alert_has_a_name_of_its_own() -> None:
+def test_each_alert_has_a_name_of_its_own_and_is_tested() -> None:
     names = [rule["alert"] for rule in alerts()]
     assert len(set(names)) == len(names)
+    assert set(names) == set(re.findall(r"Fedmq\w+", (DEPLOY / "prometheus" / "alerts.test.yml").read_text()))
+
+
+def test_alerts_fire_for_whom_they_should() -> None:
+    """What the page says of a slow, a crashed and a poisoned worker, and of everything else, by Prometheus itself."""
+    promtool = shutil.which("promtool")
+    if promtool is None:
+        pytest.skip("promtool is not installed; Debian and Ubuntu have it in the package prometheus")
+
+    done = subprocess.run(
+        [promtool, "test", "rules", "alerts.test.yml"],
+        cwd=DEPLOY / "prometheus",
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+
+    assert done.returncode == 0, done.stdout + done.stderr
 
 
 # -------------------------------------------------------------------------------------------------------- Grafana

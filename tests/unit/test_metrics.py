@@ -17,12 +17,18 @@ from aggregator.core import effects as do
 from aggregator.core.snapshot import Entry
 from aggregator.metrics import SERIES as AGGREGATOR
 from aggregator.metrics import AggregatorMetrics
+from broker.amqp.transport import AmqpWorkerTransport
 from broker.messages import Reason, Role, UpdateId
 from broker.metrics import BROKER_SERIES, BUILD, OTHER, Figures, Histogram, Names, Series, half_decades, serve
-from broker.settings import MetricsConfig
+from broker.settings import MetricsConfig, load
+from broker.topology import Topology
 from broker.transport import LinkState
+from tests.support.commands import ABSENT
 from tests.support.tasks import Line
 from tests.support.together import federate
+from worker_client.cli import metered
+from worker_client.config import WorkerConfig
+from worker_client.meter import Meter
 from worker_client.metrics import SERIES as WORKER
 from worker_client.metrics import WorkerMetrics
 
@@ -255,6 +261,25 @@ def test_the_figures_are_served_with_those_of_the_process(metrics: AggregatorMet
     assert "process_resident_memory_bytes" in page
     with socket.socket() as probe:  # it does not outlast the block
         assert probe.connect_ex(("127.0.0.1", config.port)) != 0
+
+
+@pytest.mark.parametrize("is_wanted", [True, False])
+def test_a_workers_command_serves_what_is_set(is_wanted: bool) -> None:
+    port = free_port()
+    settings = load(
+        {"worker": WorkerConfig, "metrics": MetricsConfig},
+        flags=[("run", "r"), ("metrics.port", port if is_wanted else 0), ("broker.url", ABSENT)],
+        environment={},
+    )
+    transport = AmqpWorkerTransport(settings.broker, Topology("r"), worker="w1")
+
+    with metered(settings, "w1", Role.TRAINER, transport) as meter:
+        if is_wanted:
+            assert 'fedmq_broker_connected{role="trainer",run="r",worker="w1"} 0.0' in get(port)
+        else:
+            assert type(meter) is Meter
+            with pytest.raises(OSError, match="refused"):
+                get(port)
 
 
 def test_a_port_that_is_taken_is_one_warning_that_says_what_to_do(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 from aggregator.core import events as on
 from broker.errors import UnknownFormat, WireError
@@ -66,13 +66,16 @@ def _in_chunks(
     return on.Arrived(token, message, manifest.nbytes)
 
 
-def from_aside(delivery: Delivery, run: str, newest: int) -> on.Happening | Command | None:
+def from_aside(
+    delivery: Delivery, run: str, newest: int, heard: Callable[[Event], None] = lambda _event: None
+) -> on.Happening | Command | None:
     """What a message that is no update says; None for what makes no sense or is of another run.
 
     Args:
         delivery: of the control queue or an event.
         run: this run.
         newest: its newest version; nobody can have evaluated a later one.
+        heard: is given each heartbeat, of which the round machine needs less than people who watch.
 
     Raises :class:`WireError`.
     """
@@ -82,6 +85,8 @@ def from_aside(delivery: Delivery, run: str, newest: int) -> on.Happening | Comm
     if isinstance(message, Command):
         # Only the queue that operators may write to; anybody's event may look like one.
         return message if delivery.source is Source.CONTROL and delivery.token is not None else None
+    if isinstance(message, Event) and message.kind is EventKind.HEARTBEAT:
+        heard(message)
     return _happening(message, newest)
 
 

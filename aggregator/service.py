@@ -378,7 +378,7 @@ class AggregatorService:
 
     def _read_aside(self, delivery: Delivery, machine: RoundMachine) -> on.Happening | None:
         try:
-            message = from_aside(delivery, self.run_name, machine.version)
+            message = from_aside(delivery, self.run_name, machine.version, self._status.hear)
         except WireError as error:
             log.warning("ignored a %s message that cannot be read: %s", delivery.source, error)
             message = None

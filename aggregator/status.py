@@ -11,10 +11,10 @@ An event of the kind ``status``. Its data:
 - ``checkpoints`` that are kept, ``checkpoint_bytes`` of their folder, ``disk_free`` and ``disk_total``.
 - ``row0``, ``row1`` and so on: some of the workers (each a JSON object), as page ``page`` of ``pages``, which count
   from 0. In a row: ``name``, ``role``,
-  ``present``, ``seen`` (seconds since it was heard), ``left`` (why it said goodbye), ``updates`` that count, ``pace``
-  (seconds for a local step), ``seconds`` and ``loss`` of the newest update, ``staleness`` and ``cosine`` (means of its
-  last updates), ``rejected`` by reason, ``score``, ``until`` (the end of its quarantine). What is not known, is zero or
-  empty is left out.
+  ``present``, ``seen`` (seconds since it was heard), ``left`` (why it said goodbye), ``updates`` that count; ``state``,
+  ``version``, ``loss`` and ``last`` (seconds for its last update), as its last heartbeat had them; ``seconds`` (for an
+  update), ``pace`` (seconds for a local step), ``staleness`` and ``cosine``, which are means of its last updates;
+  ``rejected`` by reason, ``score``, ``until`` (the end of its quarantine). What is not known or empty is left out.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ import os
 import socket
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -60,9 +60,10 @@ RATE_SECONDS = 60.0
 RATE_STATUSES = 1800
 #: How often the disk is looked at.
 DISK_SECONDS = 10.0
-#: Reasons of a worker that a row holds, the most frequent ones, and letters of a farewell.
+#: Reasons of a worker that a row holds, the most frequent ones, and letters of a farewell and of a state.
 SHOWN_REASONS = 6
 SHOWN_FAREWELL = 60
+SHOWN_STATE = 20
 
 
 def own_name() -> str:
@@ -72,22 +73,42 @@ def own_name() -> str:
 
 @dataclass(slots=True)
 class Recent:
-    """The last updates of one worker."""
+    """The last updates of one worker, and its last heartbeat."""
 
     updates: int = 0
-    staleness: float = 0.0
+    staleness: float | None = None
     pace: float | None = None
-    seconds: float = 0.0
-    loss: float | None = None
+    seconds: float | None = None
     cosine: float | None = None
+    beat: Mapping[str, Any] = field(default_factory=dict)
 
     def add(self, entry: Entry) -> None:
         """One update more."""
         self.updates += 1
-        self.staleness = float(entry.staleness) if self.updates == 1 else _mixed(self.staleness, entry.staleness)
-        self.seconds, self.loss = entry.seconds, entry.loss
-        if entry.steps > 0 and entry.seconds > 0:
-            self.pace = _mixed(self.pace, entry.seconds / entry.steps)
+        self.staleness = _mixed(self.staleness, float(entry.staleness))
+        if entry.seconds > 0:
+            self.seconds = _mixed(self.seconds, entry.seconds)
+            self.pace = _mixed(self.pace, entry.seconds / entry.steps) if entry.steps > 0 else self.pace
+
+    def hear(self, data: Mapping[str, Scalar]) -> None:
+        """A heartbeat. Only this much of it is kept, whatever else is in it."""
+        version = data.get("version")
+        self.beat = {
+            "state": str(data.get("state", ""))[:SHOWN_STATE],
+            "version": version if isinstance(version, int) and abs(version) <= 2**53 else None,
+            "loss": _short(data.get("loss")),
+            "last": _short(data.get("seconds")),
+        }
+
+    def row(self) -> dict[str, Any]:
+        """What of it stands in a row of the status."""
+        return {
+            **self.beat,
+            "seconds": _short(self.seconds),
+            "pace": _short(self.pace),
+            "staleness": None if self.staleness is None else round(self.staleness, 2),
+            "cosine": _short(self.cosine),
+        }
 
 
 class Figures:
@@ -120,13 +141,17 @@ class Figures:
             case _:
                 pass
 
+    def hear(self, heartbeat: Event) -> None:
+        """A worker was heard."""
+        self._recent(heartbeat.source).hear(heartbeat.data)
+
     def updates(self, worker: str) -> int:
         """Updates of ``worker`` that count."""
         recent = self.workers.get(worker)
         return self._applied.get(worker, 0) + (recent.updates if recent else 0)
 
     def known(self) -> Iterable[str]:
-        """Workers with updates that count."""
+        """Workers with updates that count, or that were heard."""
         return {*self._applied, *self.workers}
 
     def sample(self, now: float) -> tuple[float | None, float | None]:
@@ -186,6 +211,10 @@ class StatusTeller:
         """Something happened (an observer of the reporter)."""
         self.figures.note(fact)
 
+    def hear(self, heartbeat: Event) -> None:
+        """A worker was heard."""
+        self.figures.hear(heartbeat)
+
     def tell_standby(self, *, leaves: bool = False) -> None:
         """It stands by."""
         self._tell({"aggregator": self._name, "active": False, "leaves": leaves})
@@ -218,7 +247,7 @@ class StatusTeller:
             "epoch": epoch,
             "state": "done" if machine.done else "paused" if machine.controls.paused else "running",
             "fill": machine.fill,
-            "goal": self.figures.goal,
+            "goal": self.figures.goal or getattr(machine.rules.rounds, "size", 0),
             "rounds": machine.rules.stop_after_rounds,
             "applied": machine.applied,
             "rejected": _json(_fitting(machine.rejected.most_common())),
@@ -255,13 +284,7 @@ def rows_of(names: Iterable[str], machine: RoundMachine, figures: Figures, now: 
     for name in names:
         row: dict[str, Any] = {"name": name, "updates": figures.updates(name), **_member(members.get(name), now)}
         if (recent := figures.workers.get(name)) is not None:
-            row |= {
-                "staleness": round(recent.staleness, 2),
-                "pace": _short(recent.pace),
-                "seconds": recent.seconds,
-                "loss": _short(recent.loss),
-                "cosine": _short(recent.cosine),
-            }
+            row |= recent.row()
         row |= {
             "rejected": dict(Counter(machine.screening.standings.rejected(name)).most_common(SHOWN_REASONS)),
             "score": round(machine.screening.standings.score(name, version), 3) or None,
@@ -301,9 +324,14 @@ def _fitting(pairs: Iterable[tuple[str, Any]]) -> dict[str, Any]:
     return found
 
 
-def _short(value: float | None) -> float | None:
-    """So many digits as anybody looks at."""
-    return None if value is None or not math.isfinite(value) else float(f"{value:.4g}")
+def _short(value: object) -> float | None:
+    """So many digits as anybody looks at; None if ``value`` is no finite number."""
+    if not isinstance(value, int | float) or isinstance(value, bool):
+        return None
+    try:
+        return float(f"{value:.4g}") if math.isfinite(value) else None
+    except OverflowError:
+        return None
 
 
 def _disk(folder: Path) -> dict[str, int]:

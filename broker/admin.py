@@ -7,7 +7,9 @@ import json
 import time
 import urllib.error
 import urllib.request
+from collections.abc import Sequence
 from email.utils import parsedate_to_datetime
+from http.client import HTTPException
 from typing import Any
 from urllib.parse import quote, unquote, urlsplit
 
@@ -32,6 +34,7 @@ class Admin:
             raise BrokerError(f"the admin UI's address begins with http:// or https://, not {url!r}")
         self.url = url.rstrip("/")
         self.vhost = "/"
+        """The virtual host of the address that this was made of."""
         #: Seconds by which the broker's clock was ahead of ours at the last answer, to about a second; None if unknown.
         self.clock: float | None = None
         self._user = user
@@ -55,13 +58,17 @@ class Admin:
         """Versions, totals, listeners."""
         return self._object("/overview")
 
-    def queues(self, vhost: str = "/") -> list[Facts]:
-        """The queues and streams of a virtual host."""
-        return self._list(f"/queues/{_quoted(vhost)}")
+    def queues(self, vhost: str = "/", *, columns: Sequence[str] = ()) -> list[Facts]:
+        """The queues and streams of a virtual host; of each only ``columns``, if some are named."""
+        return self._list(f"/queues/{_quoted(vhost)}{_asking(columns)}")
 
-    def consumers(self, vhost: str = "/") -> list[Facts]:
-        """The consumers of a virtual host, with tag, queue and whether they are the active one."""
-        return self._list(f"/consumers/{_quoted(vhost)}")
+    def consumers(self, vhost: str = "/", *, columns: Sequence[str] = ()) -> list[Facts]:
+        """The consumers of a virtual host, with tag, queue and whether they are active; ``columns`` as above."""
+        return self._list(f"/consumers/{_quoted(vhost)}{_asking(columns)}")
+
+    def nodes(self) -> list[Facts]:
+        """The nodes of the cluster, with their alarms."""
+        return self._list("/nodes")
 
     def connections(self) -> list[Facts]:
         """All connections, with ``name``, ``user`` and ``client_properties``."""
@@ -109,7 +116,7 @@ class Admin:
         except urllib.error.HTTPError as error:
             with error:
                 raise self._refusal(error, method, path) from None
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, HTTPException, RecursionError) as error:
             reason = getattr(error, "reason", error)
             raise BrokerUnreachable(f"the admin UI at {self.url} does not answer: {reason}") from None
 
@@ -124,7 +131,10 @@ class Admin:
         self.clock = 0.0 if early <= 0 <= late else early if early > 0 else late
 
     def _refusal(self, error: urllib.error.HTTPError, method: str, path: str) -> BrokerError:
-        detail = error.read(500).decode(errors="replace")
+        try:
+            detail = error.read(500).decode(errors="replace")
+        except (OSError, HTTPException):
+            detail = ""
         if error.code in {401, 403}:
             return AccessRefused(
                 f"user {self._user!r} may not use the admin UI at {self.url} for {path} ({_reason_of(detail)}): give "
@@ -140,6 +150,10 @@ def _reason_of(detail: str) -> str:
         return str(json.loads(detail)["reason"])
     except (ValueError, KeyError, TypeError):
         return " ".join(detail.split())[:80] or "no reason given"
+
+
+def _asking(columns: Sequence[str]) -> str:
+    return f"?columns={','.join(columns)}" if columns else ""
 
 
 def _quoted(part: str) -> str:

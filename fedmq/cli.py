@@ -60,6 +60,10 @@ COMMANDS = {
         "fedmq.control:stop",
         "End the run: what is in the buffer makes its last version, workers leave, the aggregator exits.",
     ),
+    "status": Command(
+        "fedmq.status:status",
+        "Show how a run is doing: rates, staleness, workers and what is wrong with them, queues, alarms, disk.",
+    ),
     "history": Command(
         "fedmq.lineage:history",
         "Show how a run's versions came to be: updates, staleness, weights, digests, settings, commands, evaluations.",

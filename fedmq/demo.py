@@ -10,6 +10,7 @@ import time
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 from urllib.parse import urlsplit
@@ -37,7 +38,7 @@ from fedmq.dashboard.config import DashboardConfig
 from fedmq.initialise import initialise
 from fedmq.local import Member, Processes, Threads, stopping
 from fedmq.monitoring.monitor import Monitor
-from fedmq.monitoring.terminal import Display
+from fedmq.monitoring.terminal import Display, render
 from fedmq.monitoring.watching import watching
 from worker_client.config import WorkerConfig
 
@@ -121,7 +122,8 @@ def demo(settings: Settings, console: Console) -> Path:
             _show_page(monitor, settings, console, stack)
         stack.enter_context(stopping(federation))
         monitor.rounds = settings.table("aggregator", AggregatorConfig).stop_after_rounds
-        display = Display(monitor, console, title=f"fedmq · run {settings.run}", footer=place.admin)
+        draw = partial(render, title=f"fedmq · run {settings.run}", footer=place.admin)
+        display = Display(monitor, console, draw, kinds=("version",))
         with display:
             waiting = [member for member in members if member.after_round > 0]
             for member in members:

@@ -1,4 +1,4 @@
-"""Look on: every event of a run, for displays. Takes nothing away from anybody."""
+"""Look on: every event of a run, and how full its queues are. Takes nothing away from anybody."""
 
 from __future__ import annotations
 
@@ -6,23 +6,52 @@ import asyncio
 import logging
 import secrets
 from concurrent.futures import Future
+from dataclasses import dataclass
 
 import pika
 
 from broker.amqp.connection import Link
 from broker.amqp.publisher import plain
+from broker.amqp.refusals import Operation
 from broker.amqp.session import Channel
-from broker.errors import BrokerError
+from broker.amqp.versions import newest_broadcast
+from broker.errors import BrokerError, Unroutable
 from broker.settings import BrokerConfig
 from broker.topology import EVENTS, Topology
 from broker.transport import Delivery, Failed, Sink, Source
 
-__all__ = ["AmqpWatch"]
+__all__ = ["AmqpWatch", "Depth", "depths"]
 
 log = logging.getLogger("fedmq.broker")
 
 QUEUE_LENGTH = 10_000
 RETRY_SECONDS = 0.5
+
+
+@dataclass(frozen=True, slots=True)
+class Depth:
+    """What a broker says of a queue to anybody."""
+
+    ready: int
+    consumers: int
+
+
+async def depths(channel: Channel, queues: tuple[str, ...]) -> dict[str, Depth | None]:
+    """How full ``queues`` are, asked beside ``channel``: RabbitMQ closes a channel on which one is not there."""
+    found: dict[str, Depth | None] = {}
+    probe = await channel.session.channel()
+    try:
+        for name in queues:
+            operation = Operation(f"look at queue {name!r}", "read")
+            try:
+                frame = await probe.call("queue_declare", operation, queue=name, passive=True)
+                found[name] = Depth(int(frame.method.message_count), int(frame.method.consumer_count))
+            except Unroutable:
+                found[name] = None
+                probe = await channel.session.channel()
+    finally:
+        await probe.close()
+    return found
 
 
 class AmqpWatch:
@@ -40,6 +69,30 @@ class AmqpWatch:
         self._sink: Sink = lambda _item: None
         #: Done when events are watched for the first time.
         self.watching: Future[None] = Future()
+
+    @property
+    def up(self) -> Future[None]:
+        """Done when a connection stands for the first time; fails with what made connecting pointless."""
+        return self._link.up
+
+    @property
+    def problem(self) -> str:
+        """Why no connection could be made last; empty if none has failed."""
+        return self._link.problem
+
+    def look(self, queues: tuple[str, ...]) -> Future[dict[str, Depth | None]]:
+        """How full these queues and streams are; None for those that are not there.
+
+        The future fails with :class:`ConnectionLost` where no connection stands, or with what the broker refuses.
+        """
+        return self._link.submit(lambda channel: depths(channel, queues))
+
+    def newest(self) -> Future[tuple[int, int] | None]:
+        """Epoch and version of the newest version in the run's stream; None if there is none. Takes a second.
+
+        The future fails as :meth:`look`'s, and with :class:`Unroutable` if there is no stream.
+        """
+        return self._link.submit(lambda channel: newest_broadcast(channel, self._topology.parameters))
 
     def open(self, sink: Sink) -> None:
         """Start watching; returns at once. ``sink`` is called on the connection's thread."""

@@ -43,6 +43,8 @@ class BrokerFacts:
     """What is wrong with the broker; None if that could not be learnt."""
     aggregators: tuple[tuple[str, bool], ...] | None = None
     """Name of each aggregator that is connected, and whether it is the active one."""
+    is_declared: bool | None = None
+    """Whether the run's queues are there: an aggregator made them once. None if that could not be learnt."""
     newest: tuple[int, int] | None = None
     """Epoch and version of the newest version in the stream, if that was looked for."""
     missing: tuple[str, ...] = ()

@@ -101,6 +101,18 @@ class Monitor:
             return self._view.is_complete
 
     @property
+    def is_absent(self) -> bool:
+        """Whether the broker knows nothing of the run, and nobody was heard."""
+        with self._changed:
+            return self._view.facts.is_declared is False and self._view.is_unheard
+
+    @property
+    def state(self) -> str:
+        """See :meth:`View.state`."""
+        with self._changed:
+            return self._view.state(self.now())
+
+    @property
     def version(self) -> int:
         """The newest that was heard of."""
         return self._view.version

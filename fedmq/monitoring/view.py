@@ -156,6 +156,11 @@ class View:
         return known or "running"
 
     @property
+    def is_unheard(self) -> bool:
+        """Whether neither an aggregator nor a worker has been heard."""
+        return self._heard is None and all(worker.heard is None for worker in self.workers.values())
+
+    @property
     def is_complete(self) -> bool:
         """Whether everything that the active aggregator tells has come since the watch began."""
         return self._status is not None and self._status.is_complete
@@ -294,7 +299,9 @@ class View:
     def _missing(self, now: float) -> list[str]:
         found = [text for text in self.missing.values() if text] + list(self.facts.missing)
         state = self.state(now)
-        if state == "waiting":
+        if state == "waiting" and self.facts.is_declared is False:
+            found.append(f"no aggregator has ever declared run {self.run} on this broker")
+        elif state == "waiting":
             found.append("no aggregator has been heard: workers, rates, staleness and the buffer are not known")
         elif self.has_left and state == "silent":
             found.append("the aggregator has left, and no other leads: its figures are the last ones")

@@ -43,7 +43,7 @@ class Pace:
     def of(cls, workers: Iterable[Worker]) -> Pace:
         """The lower of two middle ones, so that of two workers the slow one can be told."""
         trainers = [worker for worker in workers if worker.role == Role.TRAINER]
-        seconds = [worker.seconds for worker in trainers if worker.seconds]
+        seconds = [seconds for worker in trainers if (seconds := worker.usual or worker.seconds)]
         steps = [worker.step_seconds for worker in trainers if worker.step_seconds]
         return cls(statistics.median_low(seconds) if seconds else None, statistics.median_low(steps) if steps else None)
 
@@ -64,6 +64,8 @@ class Worker:
     loss: float | None = None
     seconds: float | None = None
     """For one update."""
+    usual: float | None = None
+    """Mean seconds for one update, as the aggregator says."""
     step_seconds: float | None = None
     """For one local step."""
     cosine: float | None = None
@@ -124,8 +126,11 @@ class Worker:
         rejected = row.get("rejected")
         pairs = list(rejected.items())[:MOST_REASONS] if isinstance(rejected, Mapping) else []
         self.rejected = {clean(reason): n for reason, times in pairs if (n := count(times))}
-        if self.beat is None:  # its own word is newer
-            self.loss, self.seconds = real(row.get("loss")), real(row.get("seconds")) or None
+        self.usual = real(row.get("seconds")) or None
+        if self.beat is None:  # else its own word is newer
+            self.state = clean(row.get("state", ""), 40)
+            self.version = whole(row.get("version"), self.version)
+            self.loss, self.seconds = real(row.get("loss")), real(row.get("last")) or self.usual
 
     def silence(self, now: float) -> float:
         """Seconds for which it has been silent, if that is too long; else 0."""
@@ -167,10 +172,11 @@ class Worker:
         return found
 
     def _slowness(self, pace: Pace) -> list[str]:
-        if self.role != Role.TRAINER or self.seconds is None or self.seconds < SLOW_SECONDS:
+        seconds = self.usual or self.seconds
+        if self.role != Role.TRAINER or seconds is None or seconds < SLOW_SECONDS:
             return []
-        if pace.seconds and self.seconds >= SLOW_TIMES * pace.seconds:
-            return [f"slow: {self.seconds / pace.seconds:.1f} times the median's seconds an update"]
+        if pace.seconds and seconds >= SLOW_TIMES * pace.seconds:
+            return [f"slow: {seconds / pace.seconds:.1f} times the median's seconds an update"]
         if pace.step and self.step_seconds and self.step_seconds >= SLOW_TIMES * pace.step:
             return [f"slow: {self.step_seconds / pace.step:.1f} times the median's seconds a step"]
         return []

@@ -16,7 +16,7 @@ from aggregator.core.rules import Rules
 from aggregator.core.standing import QuarantinePolicy
 from aggregator.status import PAGE, PAGES_AT_ONCE, Figures, StatusTeller
 from broker.memory import MemoryBroker
-from broker.messages import Array, Goodbye, Hello, Reason, Role, Update
+from broker.messages import Array, Event, EventKind, Goodbye, Hello, Reason, Role, Scalar, Update
 from fedmq.monitoring.monitor import Monitor
 from tests.support.builders import RUN, rules_of, snapshot_of, update_of, vector
 from tests.unit.aggregator.driver import Driver
@@ -122,6 +122,17 @@ def test_a_worker_whose_updates_point_against_the_others_stands_out(
     assert rows["liar"]["remarks"] == ["against the others: cosine -1.00"]
 
 
+def test_what_a_worker_said_last_is_seen_by_who_comes_later(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    desk = Desk(tmp_path, monkeypatch)
+    for name, seconds in (("a", 0.2), ("b", 0.2), ("lame", 4.0)):
+        desk.driver.hello(name)
+        said: dict[str, Scalar] = {"state": "training", "version": 7, "loss": 0.5, "seconds": seconds, "x": "y" * 1000}
+        desk.teller.hear(Event(run=RUN, kind=EventKind.HEARTBEAT, source=name, time=NOW, data=said))
+    row = desk.workers()["lame"]
+    assert (row["state"], row["version"], row["loss"], row["seconds"]) == ("training", 7, 0.5, 4.0)
+    assert row["remarks"] == ["slow: 20.0 times the median's seconds an update"]
+
+
 def test_silence_is_seen_at_once_by_whoever_begins_to_watch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     desk = Desk(tmp_path, monkeypatch)
     desk.driver.hello("gone", "here")
@@ -169,6 +180,8 @@ def test_the_longest_page_is_a_message(tmp_path: Path, monkeypatch: pytest.Monke
         desk.driver.update(
             sent(name, 0, {"w": vector(1, 0)}, seconds=123456.7891, steps=7, metrics={"loss": -1.23456e-200})
         )
+        said: dict[str, Scalar] = {"state": "ä" * 99, "version": 2**53, "loss": -1.23456e-200, "seconds": 1.23456e-200}
+        desk.teller.hear(Event(run=RUN, kind=EventKind.HEARTBEAT, source=name, time=NOW, data=said))
         desk.driver.send(on.Left(Goodbye(run=RUN, worker=name, incarnation="i", reason="ä" * 999)))
         for reason in Reason:
             for _ in range(3):

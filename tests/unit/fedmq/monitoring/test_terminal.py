@@ -10,7 +10,7 @@ from broker.messages import Event, EventKind, Scalar
 from broker.transport import Connected, Delivery, Source
 from broker.wire import encode
 from fedmq.monitoring.monitor import Monitor
-from fedmq.monitoring.terminal import Display, render
+from fedmq.monitoring.terminal import Display, details, render
 from fedmq.monitoring.worker import SILENT_SECONDS
 
 FOOTER = "admin UI: http://127.0.0.1:15672\nuser guest, password guest"
@@ -75,7 +75,7 @@ def test_a_run_in_full_swing_fits_in_eighty_columns() -> None:
     assert "…" not in "".join(lines)
     assert row(lines, "round")[:2] == ["round", "7 of 20"]
     assert row(lines, "buffer")[:2] == ["buffer", "3 of 4"]
-    assert row(lines, "staleness") == ["staleness", "median 1, largest 5"]
+    assert row(lines, "staleness") == ["staleness", "median 1, p95 5, largest 5"]
     assert row(lines, "training loss") == ["training loss", "0.7500"]
     assert row(lines, "held-out")[:2] == ["held-out", "accuracy 0.5000, loss 0.5000 (version 7)"]
     assert row(lines, "rejected") == ["rejected", "2 too-stale"]
@@ -148,7 +148,7 @@ def test_bytes_that_are_no_event_are_passed_over() -> None:
 def test_where_there_is_no_terminal_a_round_is_a_line() -> None:
     monitor = Monitor("test")
     console = Console(width=40, force_terminal=False, color_system=None)
-    with console.capture() as capture, Display(monitor, console, title="") as live:
+    with console.capture() as capture, Display(monitor, console, details, kinds=("version",)) as live:
         tell(monitor, EventKind.EVALUATION, "evaluator", version=0, accuracy=0.5)
         tell(monitor, EventKind.PROGRESS, "aggregator", what="version", version=1, loss=0.5)
         live.refresh()

@@ -41,6 +41,10 @@ def demo(
     dashboard: Annotated[
         bool | None, typer.Option("--dashboard/--no-dashboard", help="Serve the live page.", show_default="on")
     ] = None,
+    trouble: Annotated[
+        bool | None,
+        typer.Option("--trouble", help="One worker is killed, one slow, one sends what is no use.", show_default=False),
+    ] = None,
     settings: SetOption = None,
     verbose: VerboseOption = 0,
 ) -> None:
@@ -63,6 +67,7 @@ def demo(
             broker__url=broker,
             demo__workers=workers,
             demo__dashboard=dashboard,
+            demo__trouble=trouble,
             aggregator__stop_after_rounds=rounds,
         )
         demonstration.demo(demonstration.demo_settings(config, flags), Console())

@@ -58,6 +58,9 @@ class DemoConfig(Table):
     """The last of them joins when this round has closed."""
     finish_seconds: Annotated[float, Field(ge=0)] = 20.0
     """How long workers may take to leave when the run is done."""
+    trouble: bool = False
+    """Two more of them have trouble: one is killed (SIGKILL), one sends updates that are no use. To see how such are
+    found; takes RabbitMQ and at least five workers."""
     dashboard: bool = True
     """Serve the live page as well; see ``[dashboard]``."""
     in_process: bool = False
@@ -78,6 +81,21 @@ DEFAULTS: dict[str, Any] = {
     "worker.heartbeat_seconds": 1.0,
 }
 
+#: What it sets where there is to be trouble: longer, and with an eye on what comes in.
+TROUBLE: dict[str, Any] = {
+    "aggregator.stop_after_rounds": 400,
+    "aggregator.norm_factor": 5.0,
+    "aggregator.quarantine_score": 4.0,
+    "aggregator.quarantine_seconds": 600.0,
+    "demo.workers": 6,
+    "demo.slow_seconds": 4.0,
+}
+#: How the bad one trains: with steps that lead nowhere, and yet are finite.
+BAD = {"worker.learning_rate": 50.0, "worker.clip_norm": 100.0}
+#: When the one that is killed is killed.
+KILL_ROUND = 10
+LEAST_WITH_TROUBLE = 5
+
 
 @dataclass(frozen=True, slots=True)
 class Place:
@@ -96,12 +114,19 @@ def demo_settings(file: Path | None, flags: Sequence[Flag]) -> Settings:
     recipe = given.table("aggregator", AggregatorConfig).recipe()
     # Weights by examples are what this data is best trained with, and not every strategy goes with them.
     unfit = {"aggregator.weighting"} if gathers(strategy_of(recipe)) else set()
-    missing = [(key, value) for key, value in DEFAULTS.items() if key not in unfit.union(given.origins)]
+    trouble = given.table("demo", DemoConfig).trouble
+    defaults = DEFAULTS | (TROUBLE if trouble else {})
+    missing = [(key, value) for key, value in defaults.items() if key not in unfit.union(given.origins)]
     if "run" not in given.origins:
         task = dict(missing).get("worker.task") or given.table("worker", WorkerConfig).task
         name = re.sub(r"[^a-z0-9]+", "-", task.rpartition(":")[2].lower()).strip("-")[:40] or "demo"
         missing.append(("run", time.strftime(f"{name}-%Y%m%d-%H%M%S")))
-    return load(kinds, file=file, flags=[*missing, *flags])
+    settings = load(kinds, file=file, flags=[*missing, *flags])
+    if trouble and settings.table("demo", DemoConfig).workers < LEAST_WITH_TROUBLE:
+        raise ConfigError(
+            f"demo.workers: with trouble at least {LEAST_WITH_TROUBLE}, so that there are some that have none"
+        )
+    return settings
 
 
 def demo(settings: Settings, console: Console) -> Path:
@@ -133,8 +158,12 @@ def demo(settings: Settings, console: Console) -> Path:
                     )
                 if member not in waiting and not stop.is_set():  # a signal may have come while the node started
                     federation.start(member)
+            to_kill = [member for member in members if member.killed_at]
             while federation.is_running("aggregator") and not stop.wait(0.2):
                 federation.check()
+                for member in [m for m in to_kill if monitor.version >= m.killed_at]:
+                    federation.kill(member.name)
+                    to_kill.remove(member)
                 display.refresh()
                 for member in [m for m in waiting if monitor.version >= m.after_round]:
                     monitor.expect(member.name, "starting")
@@ -171,6 +200,8 @@ def _broker(settings: Settings, console: Console, stack: ExitStack) -> Place:
         admin = settings.broker.management_url
         return Place(",".join(settings.broker.urls()), f"admin UI: {redacted(admin)}" if admin else "")
     available, reason = PrivateNode.available()
+    if (in_process or not available) and settings.table("demo", DemoConfig).trouble:
+        raise ConfigError(f"demo.trouble: a thread cannot be killed, and there is no RabbitMQ ({reason or 'as asked'})")
     if in_process or not available:
         why = "as asked" if in_process else reason
         console.print(f"[yellow]no RabbitMQ ({why}): the in-process broker and threads instead of processes[/]")
@@ -224,8 +255,11 @@ def _members(settings: Settings) -> list[Member]:
         slow = index == count - 2
         if slow:
             own["worker.delay"] = config.slow_seconds
+        if config.trouble and index == count - 3:
+            own |= BAD
         late = config.late_round if index == count - 1 and count > 1 else 0
-        members.append(Member(f"w{index}", "worker", own, after_round=late))
+        killed = KILL_ROUND if config.trouble and index == count - 4 else 0
+        members.append(Member(f"w{index}", "worker", own, after_round=late, killed_at=killed))
     return members
 
 

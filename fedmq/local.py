@@ -43,6 +43,8 @@ class Member:
     """Settings of its own, by ``table.key``."""
     after_round: int = 0
     """Joins when this round has closed."""
+    killed_at: int = 0
+    """Is killed when this round has closed; 0 for never."""
 
 
 class Processes:
@@ -55,6 +57,7 @@ class Processes:
         # Not on the command line, where every user of the machine could read the password.
         self._environment = {**os.environ, "FEDMQ_BROKER_URL": url, "PYTHONUNBUFFERED": "1"}
         self._children: dict[str, subprocess.Popen[bytes]] = {}
+        self._killed: set[str] = set()
 
     def start(self, member: Member) -> None:
         """Start ``member``; its log goes to ``<logs>/<name>.log``."""
@@ -78,7 +81,7 @@ class Processes:
     def check(self, names: Sequence[str] = ()) -> None:
         """Raise :class:`FedmqError` with the end of its log if a member (by default any) has failed."""
         for name, child in self._children.items():
-            if (not names or name in names) and child.poll() not in (None, 0):
+            if (not names or name in names) and child.poll() not in (None, 0) and name not in self._killed:
                 raise FedmqError(f"{name} ended with exit code {child.returncode}:\n{self._tail(name)}")
 
     def is_running(self, name: str) -> bool:
@@ -103,6 +106,11 @@ class Processes:
             if child.poll() is None:
                 child.kill()
             child.wait()
+
+    def kill(self, name: str) -> None:
+        """End ``name`` as a machine that fails would: SIGKILL. Nobody minds that it does not end well."""
+        self._killed.add(name)
+        self._children[name].kill()
 
     def pid(self, name: str) -> int:
         """The process of ``name``."""
@@ -142,6 +150,10 @@ class Threads:
     def is_running(self, name: str) -> bool:
         """Whether ``name`` was started and has not ended."""
         return name in self._threads and self._threads[name].is_alive()
+
+    def kill(self, name: str) -> None:
+        """No thread can be killed. Raises :class:`NotImplementedError`."""
+        raise NotImplementedError(f"{name} is a thread")
 
     def wait(self, seconds: float) -> None:
         """Wait until all have ended by themselves, ``seconds`` at most."""

@@ -27,16 +27,18 @@ from broker.amqp.transport import AmqpAggregatorTransport
 from broker.console import (
     BrokerOption,
     ConfigOption,
+    LogFormatOption,
     RunOption,
     SetOption,
     VerboseOption,
     guard,
     parse_flags,
-    set_up_logging,
+    service_logging,
     stop_on_signals,
 )
 from broker.errors import CheckpointError, CheckpointNotWritten, StaleEpoch
-from broker.settings import MetricsConfig, Settings, load, plain
+from broker.logs import describe
+from broker.settings import LogConfig, MetricsConfig, Settings, Table, load, plain
 from broker.topology import Topology
 
 __all__ = ["aggregator", "checkpoint_folder", "main", "run_folder", "serve"]
@@ -65,6 +67,7 @@ def aggregator(
     drop_changes: Annotated[
         bool, typer.Option("--drop-changes", help="Forget what 'fedmq set' and 'fedmq stop' have changed.")
     ] = False,
+    log_format: LogFormatOption = None,
     verbose: VerboseOption = 0,
 ) -> None:
     """Buffer updates, apply them, make them durable, broadcast new versions, until the run is done.
@@ -76,10 +79,14 @@ def aggregator(
     Example: fedmq aggregator --run digits --set aggregator.buffer_size=4
     """
     with guard():
-        set_up_logging(verbose)
+        service_logging(verbose, log_format)
         tune()
-        flags = parse_flags(settings or [], run=run, broker__url=broker, aggregator__folder=folder)
-        read = load({"aggregator": AggregatorConfig, "metrics": MetricsConfig}, file=config, flags=flags)
+        own = {"aggregator__folder": folder, "log__format": log_format}
+        flags = parse_flags(settings or [], run=run, broker__url=broker, **own)
+        kinds: dict[str, type[Table]] = {"aggregator": AggregatorConfig, "metrics": MetricsConfig, "log": LogConfig}
+        read = load(kinds, file=config, flags=flags)
+        service_logging(verbose, read.table("log", LogConfig).format)
+        describe(role="aggregator", run=read.run)
         serve(read, accept_older=accept_older, drop_changes=drop_changes)
 
 

@@ -22,6 +22,7 @@ from aggregator.spool import DiskSpool
 from aggregator.status import StatusTeller
 from aggregator.strategies import stepping, strategy_of
 from broker.errors import CheckpointNotWritten, ConfigError
+from broker.logs import describe
 from broker.messages import Scalar
 
 __all__ = ["Reign", "claim", "rules_of", "rules_to_begin", "shown"]
@@ -131,6 +132,7 @@ def claim(
         snapshot = replace(snapshot, trainers=())  # whoever led to the end has waited for them
     spool = DiskSpool(store.folder, snapshot.epoch)
     machine = RoundMachine(rules, snapshot, now, pending=pending, spool=spool)
+    describe(epoch=snapshot.epoch, version=snapshot.version)
     history.open(snapshot.records, epoch=snapshot.epoch, version=snapshot.version, now=now)
     archive = UpdateArchive(folder / "updates", snapshot.epoch) if config.keep_updates else None
     return Reign(machine, snapshot, archive, spool)

@@ -11,6 +11,7 @@ from aggregator.core.federated import Federated
 from aggregator.core.snapshot import VersionRecord
 from aggregator.history import History
 from aggregator.status import MOST_LETTERS
+from broker.logs import describe
 from broker.messages import Event, EventKind, Reason, Scalar, UpdateId
 from broker.transport import AggregatorTransport, Outgoing
 from broker.wire import encode
@@ -31,6 +32,9 @@ MOST_NAMED = 200
 REJECTED_SECONDS = 10.0
 #: Workers that such a line names; the others are counted under the empty name.
 MOST_REJECTED = 200
+
+#: Evaluations that wait for the next version, to be told in its line of the log.
+MOST_EVALUATIONS = 3
 
 #: Metrics of workers that an event of progress holds.
 SHOWN_METRICS = 50
@@ -68,6 +72,7 @@ class Reporter:
         self._rejected: dict[str, Counter[str]] = {}
         self._rejected_version = 0
         self._told_rejected = 0.0
+        self._evaluations: list[str] = []
 
     def expect(self, command: str, text: str) -> None:
         """``command``, which will be executed, is called ``text`` when it is."""
@@ -98,6 +103,7 @@ class Reporter:
         """Tell of the updates that were folded, if it is time; with ``at_once`` the history of rejections, too."""
         if at_once:
             self._tell_rejected()
+            self._tell_evaluated()
         if not self._folded or not (at_once or self._now() - self._told_folded >= FOLDED_SECONDS):
             return
         self._told_folded = self._now()
@@ -122,17 +128,20 @@ class Reporter:
                 self._folded_version = version
                 self.tell_folded(at_once=len(self._folded) >= MOST_NAMED)
             case do.VersionMade(record):
+                describe(version=record.version)
+                evaluated, self._evaluations = self._evaluations, []
                 self.tell_folded(at_once=True)
                 self._history.version(record)
                 staleness = [entry.staleness for entry in record.updates]
                 self.progress("version", version, loss=record.loss, updates=len(staleness), seconds=record.seconds)
                 log.info(
-                    "version %d: %s, loss %s, staleness up to %d, %.2f s",
+                    "version %d: %s, loss %s, staleness up to %d, %.2f s%s",
                     record.version,
                     _senders(record),
                     "unknown" if record.loss is None else f"{record.loss:.4f}",
                     max(staleness, default=0),
                     record.seconds,
+                    "".join(f"; {text}" for text in evaluated),
                 )
             case do.EvaluationRecord() | Federated():
                 self._evaluated(fact, version)
@@ -180,7 +189,7 @@ class Reporter:
             self._history.evaluation(fact, self._now())
             if fact.version >= self.metrics[0]:
                 self.metrics = fact.version, fact.metrics
-            log.info("version %d evaluated by %s: %s", fact.version, fact.worker, _figures(fact.metrics))
+            self._say_evaluated(f"version {fact.version} evaluated by {fact.worker}: {_figures(fact.metrics)}")
             return
         self.federated = fact
         self._history.federated(fact, self._now())
@@ -188,7 +197,18 @@ class Reporter:
         self.progress("federated", version, of=fact.version, workers=fact.workers, examples=fact.examples, **means)
         first, last = fact.versions
         which = f"version {last}" if first == last else f"versions {first} to {last}"
-        log.info("%s by %d workers on data of their own: %s", which, fact.workers, _spreads(fact))
+        self._say_evaluated(f"{which} by {fact.workers} workers on data of their own: {_spreads(fact)}")
+
+    def _say_evaluated(self, text: str) -> None:
+        """With the next version, or alone if there are several or none comes: a line a round is enough."""
+        self._evaluations.append(text)
+        if len(self._evaluations) > MOST_EVALUATIONS:
+            self._tell_evaluated()
+
+    def _tell_evaluated(self) -> None:
+        for text in self._evaluations:
+            log.info("%s", text)
+        self._evaluations = []
 
     def _standing(self, fact: do.Quarantined | do.Released) -> None:
         self._history.standing(fact, self._now())

@@ -6,7 +6,6 @@ import contextlib
 import logging
 import os
 import signal
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -16,17 +15,18 @@ from typing import Annotated, Any
 
 import typer
 from rich.console import Console
-from rich.logging import RichHandler
 from rich.table import Table
 from rich.text import Text
 
 from broker.errors import ConfigError, FedmqError
+from broker.logs import LogFormat, handler_for, is_json, says_json
 from broker.settings import Flag, Origin, Settings, load, redacted
 
 __all__ = [
     "BrokerOption",
     "ConfigOption",
     "JsonOption",
+    "LogFormatOption",
     "RunOption",
     "SetOption",
     "VerboseOption",
@@ -37,6 +37,7 @@ __all__ = [
     "say",
     "say_nothing",
     "say_table",
+    "service_logging",
     "set_up_logging",
     "stop_on_signals",
 ]
@@ -47,10 +48,13 @@ RunOption = Annotated[str | None, typer.Option("--run", help="Name of the run.")
 BrokerOption = Annotated[str | None, typer.Option("--broker", help="Address of RabbitMQ: amqp://user:password@host/.")]
 SetOption = Annotated[list[str] | None, typer.Option("--set", help="Any setting: worker.batch_size=64. Repeatable.")]
 JsonOption = Annotated[bool, typer.Option("--json", help="As JSON.")]
+LogFormatOption = Annotated[
+    str | None, typer.Option("--log-format", help="auto (JSON unless on a terminal), human or json.")
+]
 VerboseOption = Annotated[int, typer.Option("--verbose", "-v", count=True, help="Log details.")]
 
 #: Options that are not called as their setting is.
-OPTIONS = {"broker.url": "--broker", "aggregator.stop_after_rounds": "--rounds"}
+OPTIONS = {"broker.url": "--broker", "aggregator.stop_after_rounds": "--rounds", "log.format": "--log-format"}
 
 #: Whoever signals a process and its group as well (``timeout``, some supervisors) means it once.
 TWICE_SECONDS = 1.0
@@ -83,7 +87,10 @@ def guard() -> Iterator[None]:
     try:
         yield
     except FedmqError as error:
-        errors.print(Text.assemble(("error: ", "bold red"), str(error)))
+        if says_json():
+            logging.getLogger("fedmq").error("%s", error, extra={"exit_code": error.exit_code})
+        else:
+            errors.print(Text.assemble(("error: ", "bold red"), str(error)))
         logging.getLogger("fedmq").debug("raised here", exc_info=error)
         raise SystemExit(error.exit_code) from None
 
@@ -109,22 +116,31 @@ def parse_flags(pairs: Sequence[str], **named: Any) -> list[Flag]:
     return result
 
 
-def set_up_logging(verbosity: int = 0, *, quiet: bool = False) -> None:
+def set_up_logging(
+    verbosity: int = 0, *, quiet: bool = False, form: LogFormat = "human", is_service: bool = False
+) -> None:
     """Log to stderr: warnings of libraries, and fedmq's own information (``-v``: its details too).
 
-    ``quiet`` leaves only errors, for commands that have a display.
+    Args:
+        verbosity: how often ``-v`` was given.
+        quiet: only errors, for commands that have a display.
+        form: what a line looks like.
+        is_service: the program runs for long.
     """
-    plain = not sys.stderr.isatty()
-    handler: logging.Handler
-    if plain:
-        handler = logging.StreamHandler(sys.stderr)
-        handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s", "%Y-%m-%dT%H:%M:%S"))
-    else:
-        handler = RichHandler(console=errors, show_path=False, markup=False, log_time_format="%H:%M:%S")
-        handler.setFormatter(logging.Formatter("%(message)s"))
+    handler = handler_for(errors, as_json=is_json(form, errors, is_service=is_service))
     logging.basicConfig(level=logging.WARNING, handlers=[handler], force=True)
     level = logging.ERROR if quiet else logging.DEBUG if verbosity else logging.INFO
     logging.getLogger("fedmq").setLevel(level)
+
+
+def service_logging(verbosity: int, form: str | None = None) -> None:
+    """As :func:`set_up_logging`, for a program that runs for long.
+
+    ``form`` is what its settings or its option say; if None, what the environment says, which the settings will check.
+    """
+    given = os.environ.get("FEDMQ_LOG_FORMAT", "") if form is None else form
+    known: dict[str, LogFormat] = {"human": "human", "json": "json"}
+    set_up_logging(verbosity, form=known.get(given, "auto"), is_service=True)
 
 
 @contextlib.contextmanager

@@ -30,6 +30,7 @@ __all__ = [
     "TABLES",
     "BrokerConfig",
     "Flag",
+    "LogConfig",
     "MetricsConfig",
     "Origin",
     "Settings",
@@ -70,7 +71,7 @@ _WANTED = {
 }
 
 #: Tables that a file may hold. A program reads those it needs; the others belong to another program.
-TABLES = ("broker", "aggregator", "worker", "metrics", "dashboard", "demo")
+TABLES = ("broker", "aggregator", "worker", "metrics", "log", "dashboard", "demo")
 
 
 class Table(BaseModel):
@@ -158,6 +159,13 @@ class MetricsConfig(Table):
     workers: Annotated[int, Field(ge=0, le=10_000)] = 100
     """Workers that have series of their own in the aggregator's figures: the first that come. The others are summed up
     as ``other``."""
+
+
+class LogConfig(Table):
+    """``[log]``: what the aggregator, workers and evaluators say on stderr."""
+
+    format: Literal["auto", "human", "json"] = "auto"
+    """``json``: one object a line, for machines. ``auto``: that, unless stderr is a terminal."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -19,6 +19,7 @@ from aggregator.checkpoint import CheckpointStore
 from aggregator.cli import checkpoint_folder, run_folder
 from aggregator.config import AggregatorConfig
 from aggregator.service import AggregatorService
+from broker import logs
 from broker.errors import FedmqError
 from broker.memory import MemoryBroker
 from broker.settings import Settings
@@ -56,6 +57,8 @@ class Processes:
         self._logs = logs
         # Not on the command line, where every user of the machine could read the password.
         self._environment = {**os.environ, "FEDMQ_BROKER_URL": url, "PYTHONUNBUFFERED": "1"}
+        # Whoever looks into their logs is a person, who has just seen the demonstration.
+        self._environment.setdefault("FEDMQ_LOG_FORMAT", "human")
         self._children: dict[str, subprocess.Popen[bytes]] = {}
         self._killed: set[str] = set()
 
@@ -170,7 +173,10 @@ class Threads:
 
     def _guarded(self, run: Callable[[Member], None], member: Member) -> None:
         try:
-            run(member)
+            role = {"evaluate": "evaluator"}.get(member.command, member.command)
+            name = {} if role == "aggregator" else {"worker": member.name}
+            with logs.member(role=role, run=self._settings.run, **name):
+                run(member)
         except FedmqError as error:
             self._failures.put(error)
 

@@ -20,7 +20,7 @@ from aggregator.config import AggregatorConfig
 from aggregator.metrics import SERIES as AGGREGATOR_SERIES
 from broker.metrics import BROKER_SERIES, BUILD, Series
 from broker.parts import Name
-from broker.settings import BrokerConfig, MetricsConfig, Table
+from broker.settings import BrokerConfig, LogConfig, MetricsConfig, Table
 from fedmq.dashboard.config import DashboardConfig
 from fedmq.demo import DemoConfig
 from fedmq.simulation.scenario import KINDS
@@ -36,6 +36,7 @@ TABLES: Mapping[str, type[Table]] = {
     "worker": WorkerConfig,
     "metrics": MetricsConfig,
     "dashboard": DashboardConfig,
+    "log": LogConfig,
     "demo": DemoConfig,
 }
 

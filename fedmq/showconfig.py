@@ -18,7 +18,7 @@ from broker.console import (
     say_table,
     set_up_logging,
 )
-from broker.settings import MetricsConfig, Settings, Table, load, plain
+from broker.settings import LogConfig, MetricsConfig, Settings, Table, load, plain
 from worker_client.config import WorkerConfig
 
 __all__ = ["config"]
@@ -27,6 +27,7 @@ KINDS: dict[str, type[Table]] = {
     "aggregator": AggregatorConfig,
     "worker": WorkerConfig,
     "metrics": MetricsConfig,
+    "log": LogConfig,
 }
 
 out = Console()

@@ -15,17 +15,19 @@ from broker.amqp.transport import AmqpWorkerTransport
 from broker.console import (
     BrokerOption,
     ConfigOption,
+    LogFormatOption,
     RunOption,
     SetOption,
     VerboseOption,
     guard,
     parse_flags,
-    set_up_logging,
+    service_logging,
     stop_on_signals,
 )
 from broker.errors import TaskError
+from broker.logs import describe
 from broker.messages import Role
-from broker.settings import MetricsConfig, Settings, load
+from broker.settings import LogConfig, MetricsConfig, Settings, Table, load
 from broker.topology import Topology
 from worker_client.config import WorkerConfig
 from worker_client.meter import Meter
@@ -53,6 +55,7 @@ def worker(
     shard: ShardOption = None,
     folder: FolderOption = None,
     settings: SetOption = None,
+    log_format: LogFormatOption = None,
     verbose: VerboseOption = 0,
 ) -> None:
     """Train on this machine's data for a run, until the run is over or SIGTERM.
@@ -60,8 +63,10 @@ def worker(
     Example: fedmq worker --run digits --name w1 --shard 0/4 --task worker_client.tasks.digits:Digits
     """
     with guard():
-        set_up_logging(verbose)
-        read = _load(config, settings, run=run, broker=broker, name=name, task=task, shard=shard, folder=folder)
+        service_logging(verbose, log_format)
+        own_options = {"name": name, "task": task, "shard": shard, "folder": folder}
+        read = _load(config, settings, run=run, broker=broker, log_format=log_format, **own_options)
+        service_logging(verbose, read.table("log", LogConfig).format)
         own = read.table("worker", WorkerConfig)
         if own.folder is None:
             own = own.model_copy(update={"folder": Path("runs") / read.run / "workers" / own.name})
@@ -76,6 +81,7 @@ def evaluate(
     name: NameOption = None,
     task: TaskOption = None,
     settings: SetOption = None,
+    log_format: LogFormatOption = None,
     verbose: VerboseOption = 0,
 ) -> None:
     """Evaluate each version of a run on the task's held-out data, until the run is over or SIGTERM.
@@ -83,8 +89,9 @@ def evaluate(
     Example: fedmq evaluate --run digits --task worker_client.tasks.digits:Digits
     """
     with guard():
-        set_up_logging(verbose)
-        read = _load(config, settings, run=run, broker=broker, name=name, task=task)
+        service_logging(verbose, log_format)
+        read = _load(config, settings, run=run, broker=broker, log_format=log_format, name=name, task=task)
+        service_logging(verbose, read.table("log", LogConfig).format)
         own = read.table("worker", WorkerConfig)
         if read.origin("worker.name").kind == "default":
             # A worker on the same host has the host's name already.
@@ -92,13 +99,23 @@ def evaluate(
         _live(read, own, evaluator=True)
 
 
-def _load(config: Path | None, pairs: list[str] | None, *, run: str | None, broker: str | None, **own: Any) -> Settings:
+def _load(
+    config: Path | None,
+    pairs: list[str] | None,
+    *,
+    run: str | None,
+    broker: str | None,
+    log_format: str | None,
+    **own: Any,
+) -> Settings:
     named = {f"worker__{key}": value for key, value in own.items()}
-    flags = parse_flags(pairs or [], run=run, broker__url=broker, **named)
-    return load({"worker": WorkerConfig, "metrics": MetricsConfig}, file=config, flags=flags)
+    flags = parse_flags(pairs or [], run=run, broker__url=broker, log__format=log_format, **named)
+    kinds: dict[str, type[Table]] = {"worker": WorkerConfig, "metrics": MetricsConfig, "log": LogConfig}
+    return load(kinds, file=config, flags=flags)
 
 
 def _live(settings: Settings, config: WorkerConfig, *, evaluator: bool) -> None:
+    describe(role="evaluator" if evaluator else "worker", run=settings.run, worker=config.name)
     if settings.origin("worker.task").kind == "default":
         log.info("no task is given (--task, worker.task); taking the example %s", config.task)
     try:

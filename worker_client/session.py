@@ -15,6 +15,7 @@ from dataclasses import dataclass, replace
 from typing import Any, Protocol, assert_never
 
 from broker.errors import BrokerError, FedmqError, MessageTooLarge, TaskError, Unroutable, WireError
+from broker.logs import describe
 from broker.messages import Event, EventKind, ModelSpec, Parameters, ParametersHead, Reason, Role, UpdateId
 from broker.seldom import Seldom
 from broker.transport import Connected, Delivery, Disconnected, Failed, Standby, WorkerTransport
@@ -362,7 +363,8 @@ class Session:
 
     def _train(self, head: ParametersHead, ordinal: int) -> None:
         base, self._base = self._shelf.take(head), head
-        log.info("training from version %d", base.version)
+        describe(epoch=base.epoch, version=base.version)
+        log.debug("training from version %d", base.version)
 
         def work(abandon: threading.Event) -> Trained:
             trained = self._prepare(base, ordinal, abandon.is_set)
@@ -375,6 +377,7 @@ class Session:
 
     def _evaluate(self, head: ParametersHead) -> None:
         base, self._base = self._shelf.take(head), head
+        describe(epoch=base.epoch, version=base.version)
         evaluate = self._trainer.evaluate if self._role is Role.EVALUATOR else self._trainer.check
         self._bench.start(lambda abandon: evaluate(base, abandon.is_set))
 
@@ -397,8 +400,11 @@ class Session:
         base = self._base
         if base is None:
             raise RuntimeError("no evaluation was asked for")
-        log.info("version %d: %s", base.version, {k: round(v, 4) for k, v in evaluation.metrics.items()})
         kind = EventKind.EVALUATION if self._role is Role.EVALUATOR else EventKind.CHECK
+        # A trainer's line a round is that its update is confirmed.
+        level = logging.INFO if kind is EventKind.EVALUATION else logging.DEBUG
+        figures = ", ".join(f"{name} {value:.4f}" for name, value in evaluation.metrics.items())
+        log.log(level, "version %d: %s", base.version, figures)
         self._presence.tell(kind, evaluation, base)
 
     def _beat(self) -> None:

@@ -77,6 +77,8 @@ def environment_of(url: str | None, more: Mapping[str, str] | None = None) -> di
     """The environment of a command; the broker's address goes by it, never by the command line."""
     kept = {key: value for key, value in os.environ.items() if not key.startswith(("FEDMQ_", "COLUMNS"))}
     kept |= {"PYTHONPATH": str(ROOT), "NO_COLOR": "1", "PYTHONUNBUFFERED": "1"}
+    # What a person is told, of whom most tests are; a pipe would have JSON.
+    kept["FEDMQ_LOG_FORMAT"] = "human"
     if url is not None:
         kept["FEDMQ_BROKER_URL"] = url
     return kept | dict(more or {})

@@ -23,6 +23,8 @@ from aggregator.process import tune
 from aggregator.reign import rules_of
 from aggregator.results import Outcome
 from aggregator.service import AggregatorService
+from aggregator.tracking import tracker_names, trackers_of
+from aggregator.tracking.follow import tracking
 from broker.amqp.transport import AmqpAggregatorTransport
 from broker.console import (
     BrokerOption,
@@ -122,8 +124,15 @@ def serve(settings: Settings, *, accept_older: bool = False, drop_changes: bool 
         for service in serving:
             service.stop()
 
+    tracked = tracking(
+        trackers_of(tracker_names(config.tracking)),
+        run=settings.run,
+        folder=folder,
+        settings=plain(settings),
+        leads=lambda: bool(serving) and serving[0].leads and serving[0].has_claimed,
+    )
     transports: list[AmqpAggregatorTransport] = []
-    with stop_on_signals(stop, also=stop_serving), _metered(settings, folder, transports) as meter:
+    with stop_on_signals(stop, also=stop_serving), _metered(settings, folder, transports) as meter, tracked:
         while not stop.is_set():
             service = AggregatorService(
                 folder=folder,

@@ -14,6 +14,7 @@ from aggregator.schedules import SCHEDULES
 from aggregator.staleness import STALENESSES
 from aggregator.strategies import STRATEGIES, strategy_of
 from aggregator.strategies.base import gathers
+from aggregator.tracking import checked
 from broker.codecs import codec_of
 from broker.errors import ConfigError
 from broker.messages import Mode, Rounds
@@ -200,6 +201,9 @@ class AggregatorTable(Table):
     """Seconds that a finished run waits for goodbyes and last evaluations."""
     keep_checkpoints: Annotated[int, Field(ge=2)] = 2
     """Checkpoint files that stay: the newest, and those to fall back to or to go back to."""
+    tracking: Annotated[str, AfterValidator(checked)] = ""
+    """Where else the run's numbers go: ``tensorboard``, ``mlflow``, ``wandb``, separated by commas; each needs the
+    extra of its name. See docs/tracking.md."""
     keep_updates: bool = False
     """Keep every applied update on disk, so that ``fedmq replay`` can rebuild any version. Takes the size of the
     model for each update."""

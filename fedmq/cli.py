@@ -104,6 +104,10 @@ COMMANDS = {
         "fedmq.doctor.command:doctor",
         "Examine broker, run, machine and settings: what is well, what is not, and what to change.",
     ),
+    "track": Command(
+        "fedmq.track:track",
+        "Hand a run's numbers to a tracker, from where that stands: TensorBoard, MLflow, Weights & Biases.",
+    ),
     "simulate": Command(
         "fedmq.simulate:simulate",
         "Let a federation happen in virtual time: the real aggregation code, with workers and faults that are made up.",

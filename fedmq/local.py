@@ -19,10 +19,12 @@ from aggregator.checkpoint import CheckpointStore
 from aggregator.cli import checkpoint_folder, run_folder
 from aggregator.config import AggregatorConfig
 from aggregator.service import AggregatorService
+from aggregator.tracking import tracker_names, trackers_of
+from aggregator.tracking.follow import tracking
 from broker import logs
 from broker.errors import FedmqError
 from broker.memory import MemoryBroker
-from broker.settings import Settings
+from broker.settings import Settings, plain
 from worker_client.client import run_evaluator, run_worker
 from worker_client.config import WorkerConfig
 from worker_client.loading import load_task
@@ -192,7 +194,15 @@ class Threads:
             chunk_bytes=self._settings.broker.chunk_bytes,
             pack_chunks=self._settings.broker.pack_chunks,
         )
-        self._service.run(self.broker.aggregator(self._settings.run, prefetch=prefetch))
+        service = self._service
+        with tracking(
+            trackers_of(tracker_names(config.tracking)),
+            run=self._settings.run,
+            folder=run_folder(self._settings),
+            settings=plain(self._settings),
+            leads=lambda: service.leads and service.has_claimed,
+        ):
+            service.run(self.broker.aggregator(self._settings.run, prefetch=prefetch))
 
     def _worker(self, member: Member) -> None:
         config = self._resolve(member).table("worker", WorkerConfig)

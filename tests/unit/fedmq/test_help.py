@@ -36,7 +36,7 @@ LEAVES = {name: command for name, command in COMMANDS.items() if not hasattr(com
 NOTHING_LISTED = {
     "dashboard",
     *("demo", "init", "aggregator", "worker", "evaluate", "set", "release", "pause", "resume", "stop"),
-    *("checkpoint export", "dead replay", "dead drop", "broker check", "broker node", "report"),
+    *("checkpoint export", "dead replay", "dead drop", "broker check", "broker node", "report", "track"),
 }
 #: What makes a command slow to start, and only those that work with it may import.
 HEAVY = ("torch", "matplotlib", "sklearn", "transformers", "fedmq.simulation")

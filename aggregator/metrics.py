@@ -171,6 +171,7 @@ class AggregatorMetrics(Meter, Collector):
         self._goal: int | None = None
         self._made_at: float | None = None
         self._evaluations: dict[str, Mapping[str, float]] = {}
+        self._evaluated_version = -1
         self._histograms = {series: Histogram(series.bounds) for series in SERIES if series.kind == "histogram"}
         self.decode = Stopwatch(self._histograms[DECODE])
         self._timing = Timing(Stopwatch(self._histograms[FOLD]), Stopwatch(self._histograms[STEP]))
@@ -185,7 +186,7 @@ class AggregatorMetrics(Meter, Collector):
     def watch(self, leads: Callable[[], bool]) -> None:
         """See the port."""
         self._leads, self._reign = leads, None
-        self._roles = {}
+        self._roles, self._evaluated_version = {}, -1  # versions may have been taken back
         for row in self._rows.values():  # who stands by does not know
             row.present = row.silent = None
 
@@ -202,11 +203,11 @@ class AggregatorMetrics(Meter, Collector):
     def received(self, delivery: Delivery, event: on.Happening) -> None:
         """See the port. An update in chunks is delivered twice, and with its chunks the second time."""
         counts = self._counts
-        if delivery.chunks is None:
-            counts[RECEIVED] += not delivery.lost
-            counts[BYTES] += len(delivery.body)
-        else:
+        if delivery.chunks is not None:
             counts[BYTES] += sum(map(len, delivery.chunks))
+        elif not delivery.lost:
+            counts[RECEIVED] += 1
+            counts[BYTES] += len(delivery.body)
         if isinstance(event, on.Arrived):
             counts[PLAIN_BYTES] += event.update.model.nbytes
 
@@ -222,8 +223,8 @@ class AggregatorMetrics(Meter, Collector):
                 self._row(worker).rejected[reason.value] += 1
             case do.Repeated():
                 self._counts[DUPLICATE] += 1
-            case do.EvaluationRecord(_, _, metrics):
-                self._evaluations["test"] = metrics
+            case do.EvaluationRecord(_, evaluated, metrics) if evaluated >= self._evaluated_version:
+                self._evaluated_version, self._evaluations["test"] = evaluated, metrics
             case Federated():
                 self._evaluations["workers"] = {name: spread.mean for name, spread in fact.metrics.items()}
             case do.Came(worker, role):

@@ -122,6 +122,8 @@ class WorkerMetrics(Meter, Collector):
         self._reasons[(reason.value,)] += 1
 
     def _came(self, delivery: Delivery) -> None:
+        if delivery.lost:
+            return
         self._counts[DOWNLOADED] += len(delivery.body) if delivery.chunks is None else sum(map(len, delivery.chunks))
         if delivery.chunks is not None:
             self._took(DOWNLOAD)

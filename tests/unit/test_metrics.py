@@ -6,6 +6,7 @@ import re
 import socket
 import urllib.request
 from collections.abc import Mapping
+from dataclasses import fields, replace
 from pathlib import Path
 
 import pytest
@@ -14,21 +15,26 @@ from prometheus_client.parser import text_string_to_metric_families
 from prometheus_client.registry import Collector
 
 from aggregator.core import effects as do
+from aggregator.core import events as on
 from aggregator.core.snapshot import Entry
 from aggregator.metrics import SERIES as AGGREGATOR
 from aggregator.metrics import AggregatorMetrics
 from broker.amqp.transport import AmqpWorkerTransport
-from broker.messages import Reason, Role, UpdateId
+from broker.errors import ConnectionLost
+from broker.messages import ParametersHead, Plan, Reason, Role, UpdateHead, UpdateId
 from broker.metrics import BROKER_SERIES, BUILD, OTHER, Figures, Histogram, Names, Series, half_decades, serve
 from broker.settings import MetricsConfig, load
 from broker.topology import Topology
-from broker.transport import LinkState
+from broker.transport import Delivery, LinkState, Source, Token
+from tests.support.builders import update_of, vector
 from tests.support.commands import ABSENT
 from tests.support.tasks import Line
 from tests.support.together import federate
 from worker_client.cli import metered
 from worker_client.config import WorkerConfig
-from worker_client.meter import Meter
+from worker_client.core import events as ev
+from worker_client.mailbox import Published
+from worker_client.meter import Meter, Standing
 from worker_client.metrics import SERIES as WORKER
 from worker_client.metrics import WorkerMetrics
 
@@ -191,6 +197,50 @@ def test_rejected_repeated_and_silent_are_told_apart(metrics: AggregatorMetrics)
     assert value_of(metrics, "fedmq_aggregator_worker_silent", worker="w1") == 1
     assert value_of(metrics, "fedmq_aggregator_worker_silent", worker="w2") == 0
     assert value_of(metrics, "fedmq_aggregator_workers", role="trainer") == 0
+
+
+def test_figures_of_an_older_version_do_not_take_the_place_of_a_newer_ones(metrics: AggregatorMetrics) -> None:
+    for version, accuracy in ((3, 0.5), (5, 0.7), (4, 0.6)):
+        metrics.records(do.EvaluationRecord("e", version, {"accuracy": accuracy}), 5)
+
+    assert value_of(metrics, "fedmq_aggregator_evaluation", split="test", metric="accuracy") == 0.7
+
+
+def test_an_update_in_chunks_is_received_once_and_weighs_what_its_chunks_do(metrics: AggregatorMetrics) -> None:
+    token, update = Token(1, 1), update_of({"w": vector(1, 2, 3)})
+    manifest = Delivery(source=Source.UPDATE, body=b"m" * 10, token=token)
+    head = UpdateHead(**{field.name: getattr(update, field.name) for field in fields(UpdateHead)})
+    metrics.received(manifest, on.Announced(token, head, update.model))
+    metrics.received(replace(manifest, chunks=(b"c" * 70, b"c" * 30)), on.Arrived(token, update, 100))
+    metrics.received(replace(manifest, lost="gone"), on.Unreadable(token, Reason.INCOMPLETE, "gone"))
+
+    assert value_of(metrics, "fedmq_aggregator_updates_received_total") == 1
+    assert value_of(metrics, "fedmq_aggregator_update_bytes_total") == 110
+    assert value_of(metrics, "fedmq_aggregator_update_uncompressed_bytes_total") == 12
+
+
+def test_a_workers_way_with_a_version_and_an_update_in_chunks() -> None:
+    metrics = WorkerMetrics("r", "w1", Role.TRAINER)
+    metrics.watch(lambda: Standing("training", 7, 3, 1), 1000)
+    manifest = Delivery(source=Source.PARAMETERS, body=b"m" * 10, headers={"chunks": 2})
+    metrics.receives(manifest)
+    metrics.does(ev.Download(ParametersHead(run="r", epoch=1, version=7, plan=Plan(), digest="0" * 32)))
+    metrics.receives(replace(manifest, chunks=(b"c" * 70, b"c" * 30)))
+    metrics.does(ev.Publish())
+    metrics.receives(Published(ConnectionLost("cut")))
+    metrics.does(ev.PublishAgain())
+    metrics.receives(Published(None))
+    metrics.rejected(Reason.TOO_STALE)
+
+    assert value_of(metrics, "fedmq_worker_download_bytes_total") == 110
+    assert value_of(metrics, "fedmq_worker_download_uncompressed_bytes_total") == 1000
+    assert value_of(metrics, "fedmq_worker_download_seconds_count") == 1
+    assert value_of(metrics, "fedmq_worker_upload_seconds_count") == 1
+    assert value_of(metrics, "fedmq_worker_upload_uncompressed_bytes_total") == 1000
+    assert value_of(metrics, "fedmq_worker_publish_failures_total") == 1
+    assert value_of(metrics, "fedmq_worker_updates_rejected_total", reason="too-stale") == 1
+    assert value_of(metrics, "fedmq_worker_state", state="training") == 1
+    assert value_of(metrics, "fedmq_worker_outstanding_updates") == 1
 
 
 def test_workers_beyond_the_first_share_one_series(metrics: AggregatorMetrics) -> None:

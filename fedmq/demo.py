@@ -9,7 +9,7 @@ import threading
 import time
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
@@ -31,7 +31,7 @@ from broker.amqp.node import PrivateNode
 from broker.amqp.transport import AmqpWorkerTransport
 from broker.console import stop_on_signals
 from broker.errors import BrokerUnreachable, ConfigError, FedmqError
-from broker.settings import BrokerConfig, Flag, Settings, Table, load, plain, redacted
+from broker.settings import BrokerConfig, Flag, MetricsConfig, Settings, Table, load, plain, redacted
 from broker.topology import Topology
 from fedmq.dashboard.beside import page_of
 from fedmq.dashboard.config import DashboardConfig
@@ -109,7 +109,7 @@ class Place:
 def demo_settings(file: Path | None, flags: Sequence[Flag]) -> Settings:
     """The settings of a demonstration: defaults of its own under the user's."""
     kinds: dict[str, type[Table]] = {"aggregator": AggregatorConfig, "worker": WorkerConfig}
-    kinds |= {"dashboard": DashboardConfig, "demo": DemoConfig}
+    kinds |= {"dashboard": DashboardConfig, "demo": DemoConfig, "metrics": MetricsConfig}
     given = load(kinds, file=file, flags=flags)
     recipe = given.table("aggregator", AggregatorConfig).recipe()
     # Weights by examples are what this data is best trained with, and not every strategy goes with them.
@@ -212,6 +212,9 @@ def _broker(settings: Settings, console: Console, stack: ExitStack) -> Place:
         stack.enter_context(started)
     login = f"user {node.user}, password {node.password}"
     console.print(f"RabbitMQ's admin UI while this runs: {node.management_url} ({login})", soft_wrap=True)
+    console.print(
+        f"from another terminal: fedmq status --watch --run {settings.run} --broker {node.url}", soft_wrap=True
+    )
     return Place(node.url, f"admin UI: {node.management_url}\n{login}")
 
 
@@ -260,7 +263,10 @@ def _members(settings: Settings) -> list[Member]:
         late = config.late_round if index == count - 1 and count > 1 else 0
         killed = KILL_ROUND if config.trouble and index == count - 4 else 0
         members.append(Member(f"w{index}", "worker", own, after_round=late, killed_at=killed))
-    return members
+    port = settings.table("metrics", MetricsConfig).port
+    # Each process serves its own figures, one port after the other.
+    own_ports = [{"metrics.port": port + index} if port else {} for index in range(len(members))]
+    return [replace(one, settings={**one.settings, **own}) for one, own in zip(members, own_ports, strict=True)]
 
 
 def _federation(

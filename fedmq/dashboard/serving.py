@@ -40,6 +40,8 @@ class PageServer:
         config = uvicorn.Config(
             application(self._feed, hosts=hosts),
             log_config=None,
+            # Whoever sends nonsense to the port is told so, and nobody else.
+            log_level="error",
             access_log=False,
             server_header=False,
             lifespan="on",

@@ -117,7 +117,7 @@ class Watching:
             try:
                 depths = looking.result()
             except (BrokerError, CancelledError) as error:
-                self._by_amqp = BrokerFacts(missing=(f"queues by AMQP: {error}",))
+                self._by_amqp = BrokerFacts(missing=(f"queues by AMQP: {self._watch.problem or error}",))
                 return
             plain = {name: None if depth is None else (depth.ready, depth.consumers) for name, depth in depths.items()}
             self._by_amqp = by_amqp(self._topology, plain)

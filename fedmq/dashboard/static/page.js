@@ -13,6 +13,17 @@ let state = null;
 let isDrawn = true;
 let cursor = null;
 
+/** What was drawn last, by place. */
+const drawn = new Map();
+
+/** Whether `parts` are others than the last time; what stays is not drawn again, so that marked text stays marked. */
+function isNew(place, ...parts) {
+  const words = JSON.stringify(parts);
+  if (drawn.get(place) === words) return false;
+  drawn.set(place, words);
+  return true;
+}
+
 // ----------------------------------------------------------------------------------------------- key figures
 
 const tiles = new Map();
@@ -64,14 +75,10 @@ function drawFigures(view) {
 /** Workers that are named on top; all of them stand first in the table. */
 const MOST_NAMED = 4;
 
-let named = "";
-
 function drawAttention(workers) {
   const found = toLookAt(workers);
   const shown = found.slice(0, MOST_NAMED);
-  const known = JSON.stringify([shown, found.length]);
-  if (known === named) return;
-  named = known;
+  if (!isNew("attention", shown, found.length)) return;
   const list = byId("attention");
   list.hidden = !found.length;
   list.replaceChildren(...shown.map(({ name, text, tone }) => element("li", {}, element("b", {}, name), element("span", { class: `remark ${tone}` }, text))));
@@ -150,6 +157,7 @@ function drawCharts(series) {
 const workers = new WorkersTable({ place: byId("workers-table"), words: byId("workers-words"), filter: byId("workers-filter"), more: byId("workers-more") });
 
 function drawQueues(view) {
+  if (!isNew("queues", view.queues)) return;
   const queues = Object.values(view.queues ?? {});
   if (!queues.length) {
     byId("queues").replaceChildren(element("p", { class: "nothing" }, "Nothing is known of the run’s queues."));
@@ -174,6 +182,7 @@ function drawQueues(view) {
 }
 
 function drawRest(view) {
+  if (!isNew("rest", view.aggregators?.map(({ name, active, epoch }) => [name, active, epoch]), view.rejected, view.disk, view.missing)) return;
   const rows = [];
   const add = (title, ...texts) => {
     const shown = texts.filter(Boolean);
@@ -219,9 +228,8 @@ function draw() {
   document.title = `${view.run ?? "fedmq"} · ${isNumber(view.version) ? `round ${figure(view.version)} · ` : ""}${view.state ?? "waiting"}`;
   const alarms = byId("alarms");
   const texts = view.alarms ?? [];
-  if (alarms.dataset.texts !== JSON.stringify(texts)) {
-    alarms.dataset.texts = JSON.stringify(texts);
-    alarms.replaceChildren(...texts.map((text) => element("li", {}, text)));
+  if (isNew("alarms", texts)) {
+    alarms.replaceChildren(...texts.map((text) => element("p", {}, text)));
     alarms.hidden = !texts.length;
   }
   drawFigures(view);

@@ -29,6 +29,7 @@ from aggregator.core import events as on
 from aggregator.core.buffer import Buffer
 from aggregator.core.commits import Commits
 from aggregator.core.controls import Controls, Order
+from aggregator.core.ending import Ending
 from aggregator.core.federated import Checks
 from aggregator.core.ledger import Ledger, PlainLedger
 from aggregator.core.patience import Patience
@@ -60,9 +61,6 @@ __all__ = ["RoundMachine"]
 
 #: Names that a plan lists; workers beyond them train once more than needed, and their second update is refused.
 MAX_ANSWERED = 1000
-
-#: Seconds that a run which is done waits, after a worker's goodbye, for what the worker has evaluated.
-LAST_FIGURES = 2.0
 
 
 class RoundMachine:
@@ -112,9 +110,8 @@ class RoundMachine:
         self._fetching: dict[UpdateId, list[Token]] = {}
         self._commits = Commits(retry_at=now)
         self._patience = Patience(self.roster, now)
-        self._gave_up = False
-        self._stopping = self._finished = self._announced = self._linked = False
-        self._done_at = self._left_at = now
+        self._linked = False
+        self._ending = Ending(now, now)
         self._checks = Checks()
         self._set_done(now)
 
@@ -204,7 +201,7 @@ class RoundMachine:
             case on.CheckpointFailed(commit, error):
                 effects += self._failed(commit, error, now)
             case on.LinkUp():
-                self._announced = self._linked = True
+                self._ending.was_announced = self._linked = True
                 # If a newer version is on its way to the disk, that one is broadcast when it is there.
                 effects += [self._broadcast()] if self._versions.durable.parameters else []
             case on.LinkLost(generation):
@@ -213,7 +210,7 @@ class RoundMachine:
                 self._commits.forget(generation)
                 self.controls.forget(generation)
             case on.StopRequested():
-                self._stopping = True
+                self._ending.is_stopping = True
             case on.Tick():
                 pass
         effects += self._advance(now)
@@ -223,7 +220,7 @@ class RoundMachine:
         self.roster.see(goodbye.worker, now, goodbye.role)
         self.roster.confirm(goodbye.worker, goodbye.incarnation, goodbye.confirmed)
         self.roster.leave(goodbye.worker, now, goodbye.reason)
-        self._left_at = now
+        self._ending.left_at = now
 
     def _checked(self, event: on.Checked, now: float) -> None:
         self.roster.note(event.worker, now)
@@ -239,7 +236,7 @@ class RoundMachine:
         if head.id in self._fetching:
             self._fetching[head.id].append(token)
             return [do.Record(do.Repeated(head.id))]
-        if self._stopping:
+        if self._ending.is_stopping:
             return []  # unacknowledged, so it goes back to the queue when this aggregator leaves
         if (refused := self._refusal(head, event.model, now)) is not None:
             return self._refuse(head, token, refused, now)
@@ -251,7 +248,7 @@ class RoundMachine:
         others = self._fetching.get(update.id, [])
         if (effects := self._known(update.id, token, now)) is not None:
             effects += [effect for other in others for effect in self._known(update.id, other, now) or []]
-        elif self._stopping:
+        elif self._ending.is_stopping:
             effects = []
         else:
             judged = self._refusal(update, update.model, now) or self.screening.judge(update)
@@ -374,10 +371,10 @@ class RoundMachine:
         if self.controls.pending is not None and not self._buffer:
             self._take_up(now)
             effects += self._renew_plan()
-        if not self.done and not self._stopping and not self.controls.paused:
+        if not self.done and not self._ending.is_stopping and not self.controls.paused:
             effects += self._advance_round(now)
         has_news = bool(self._versions.records or self.controls.held or self.screening.has_news)
-        at_once = has_news or bool(self._stopping and self._commits.held)
+        at_once = has_news or bool(self._ending.is_stopping and self._commits.held)
         if self._commits.is_due(self.rules.commit, now, at_once=at_once):
             snapshot = self.snapshot(now)
             commit = self._commits.start(snapshot, self.controls.held, lent=self._buffer.accumulator)
@@ -448,7 +445,7 @@ class RoundMachine:
     def _set_done(self, now: float) -> None:
         limit = self.rules.stop_after_rounds
         self.done = limit is not None and self.version >= limit
-        self._done_at = now
+        self._ending.done_at = now
 
     def _plan(self, attempt: int) -> Plan:
         base = Plan(
@@ -524,7 +521,7 @@ class RoundMachine:
     def _failed(self, commit: int, error: str, now: float) -> list[do.Effect]:
         if self._commits.land(commit) is None:
             return []
-        self._gave_up = self._stopping
+        self._ending.give_up()
         self.screening.has_news = True  # it may have been in the one that failed
         self._commits.retry_at = now + self.rules.retry_seconds
         return [do.Record(do.Warn(f"checkpoint not written ({error}); nothing was acknowledged; trying again"))]
@@ -542,25 +539,18 @@ class RoundMachine:
     # ------------------------------------------------------------------------------------------- the end
 
     def _finish(self, now: float) -> do.Finish | None:
-        commits = self._commits
-        if self._gave_up and not self._finished:
-            # Whoever asked it to leave must not wait for room on the disk; nothing was acknowledged.
-            self._finished = True
-            return do.Finish("stopped")
-        if self._finished or commits.flight or commits.held or self._versions.records or self.controls.held:
+        if not self.done and not self._ending.is_stopping:
             return None
-        reason = None
-        if self.done:
-            waited = now - self._done_at >= self.rules.linger_seconds
-            # A worker's last figures come beside its goodbye, and may be later.
-            told = not self._checks.missing(self.version) or now >= self._left_at + LAST_FIGURES
-            alone = told and not self._trainers(now) and not self.roster.missing_evaluation(self.version, now)
-            # Not before the last version was sent out under this epoch, which takes a connection.
-            reason = "done" if self._stopping or (self._announced and (waited or alone)) else None
-        elif self._stopping:
-            reason = "stopped"
-        self._finished = reason is not None
-        return do.Finish(reason) if reason is not None else None
+        commits, version = self._commits, self.version
+        told = not self._checks.missing(version) or self._ending.figures_are_late(now)
+        reason = self._ending.come(
+            now,
+            is_settled=not (commits.flight or commits.held or self._versions.records or self.controls.held),
+            is_done=self.done,
+            is_alone=told and not self._trainers(now) and not self.roster.missing_evaluation(version, now),
+            linger=self.rules.linger_seconds,
+        )
+        return None if reason is None else do.Finish(reason)
 
     def _next_wake(self, now: float) -> float | None:
         """When time alone will change something."""
@@ -570,7 +560,7 @@ class RoundMachine:
         if self.rules.rounds.deadline is not None and not self.done and not self.controls.paused:
             times.append(self._round.opened + self.rules.rounds.deadline)
         if self.done:
-            times += [self._done_at + self.rules.linger_seconds, self._left_at + LAST_FIGURES]
+            times += self._ending.times(self.rules.linger_seconds)
         if (expiry := self.roster.next_expiry(now)) is not None:
             times.append(expiry)
         if (release := self.screening.standings.next_release()) is not None:

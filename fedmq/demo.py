@@ -42,7 +42,7 @@ from fedmq.monitoring.terminal import Display, render
 from fedmq.monitoring.watching import watching
 from worker_client.config import WorkerConfig
 
-__all__ = ["DemoConfig", "demo", "demo_settings"]
+__all__ = ["DemoConfig", "demo", "demo_settings", "members_of"]
 
 log = logging.getLogger("fedmq.demo")
 
@@ -95,6 +95,7 @@ BAD = {"worker.learning_rate": 50.0, "worker.clip_norm": 100.0}
 #: When the one that is killed is killed.
 KILL_ROUND = 10
 LEAST_WITH_TROUBLE = 5
+MOST_PORT = 65535
 
 
 @dataclass(frozen=True, slots=True)
@@ -126,6 +127,10 @@ def demo_settings(file: Path | None, flags: Sequence[Flag]) -> Settings:
         raise ConfigError(
             f"demo.workers: with trouble at least {LEAST_WITH_TROUBLE}, so that there are some that have none"
         )
+    if settings.table("metrics", MetricsConfig).port + settings.table("demo", DemoConfig).workers + 1 > MOST_PORT:
+        raise ConfigError(
+            "metrics.port: each program gets a port from there on, and there are not so many; set a lower one"
+        )
     return settings
 
 
@@ -141,7 +146,8 @@ def demo(settings: Settings, console: Console) -> Path:
         _prepare(settings, console)
         place = _broker(settings, console, stack)
         config = _write_config(settings, folder)
-        members = _members(settings)
+        members = members_of(settings)
+        _say_ports(members, place, settings, console)
         federation, monitor = _federation(settings, place, config=config, stack=stack)
         if settings.table("demo", DemoConfig).dashboard:
             _show_page(monitor, settings, console, stack)
@@ -206,11 +212,14 @@ def _broker(settings: Settings, console: Console, stack: ExitStack) -> Place:
         why = "as asked" if in_process else reason
         console.print(f"[yellow]no RabbitMQ ({why}): the in-process broker and threads instead of processes[/]")
         return Place(None, "in-process broker: no admin UI")
-    node = PrivateNode(plugins=("rabbitmq_management",))
+    port = settings.table("metrics", MetricsConfig).port
+    node = PrivateNode(plugins=("rabbitmq_management", *(["rabbitmq_prometheus"] if port else [])))
     with console.status("starting a private RabbitMQ node"):
         started: AbstractContextManager[PrivateNode] = node
         stack.enter_context(started)
     login = f"user {node.user}, password {node.password}"
+    if port:
+        console.print(f"RabbitMQ's metrics while this runs: {node.prometheus_url}", soft_wrap=True)
     console.print(f"RabbitMQ's admin UI while this runs: {node.management_url} ({login})", soft_wrap=True)
     console.print(
         f"from another terminal: fedmq status --watch --run {settings.run} --broker {node.url}", soft_wrap=True
@@ -246,7 +255,8 @@ def _write_config(settings: Settings, folder: Path) -> Path:
     return file
 
 
-def _members(settings: Settings) -> list[Member]:
+def members_of(settings: Settings) -> list[Member]:
+    """The programs of a demonstration, each with what it has for itself."""
     config = settings.table("demo", DemoConfig)
     count = config.workers
     members = [
@@ -267,6 +277,18 @@ def _members(settings: Settings) -> list[Member]:
     # Each process serves its own figures, one port after the other.
     own_ports = [{"metrics.port": port + index} if port else {} for index in range(len(members))]
     return [replace(one, settings={**one.settings, **own}) for one, own in zip(members, own_ports, strict=True)]
+
+
+def _say_ports(members: Sequence[Member], place: Place, settings: Settings, console: Console) -> None:
+    """Where the members' metrics are, if they are wanted."""
+    ports = [
+        f"{member.name} {member.settings['metrics.port']}" for member in members if "metrics.port" in member.settings
+    ]
+    if ports and place.url is None:
+        console.print("[yellow]no metrics[/]: threads of one process have none", soft_wrap=True)
+    elif ports:
+        address = settings.table("metrics", MetricsConfig).address
+        console.print(f"metrics while this runs, at {address}, ports: {', '.join(ports)}", soft_wrap=True)
 
 
 def _federation(

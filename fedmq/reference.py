@@ -63,6 +63,7 @@ Aggregator, workers and evaluators serve figures for Prometheus at `http://ADDRE
 ```sh
 fedmq aggregator --run digits --set metrics.port=9464
 fedmq worker --run digits --name w1 --set metrics.port=9465    # on one machine each process needs its own port
+fedmq demo --set metrics.port=9464                             # each program gets one, from there on
 ```
 
 Without `metrics.port` nothing is served and nothing counted. `metrics.address` is this machine alone (127.0.0.1) unless

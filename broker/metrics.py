@@ -250,7 +250,8 @@ def serve(config: MetricsConfig, figures: Collector) -> Iterator[int | None]:
         return
     thread = threading.Thread(target=server.serve_forever, name="metrics", daemon=True)
     thread.start()
-    log.info("metrics at http://%s:%d/metrics", config.address, server.server_port)
+    host = f"[{config.address}]" if ":" in config.address else config.address
+    log.info("metrics at http://%s:%d/metrics", host, server.server_port)
     try:
         yield server.server_port
     finally:

@@ -99,8 +99,8 @@ From `fedmq.toml` in the working directory (or `--config FILE`), environment var
 as `FEDMQ_AGGREGATOR_BUFFER_SIZE=8`; `FEDMQ_RUN` for the run's name) and flags (`--set aggregator.buffer_size=8`), in
 rising precedence. `fedmq config` prints what is in force and where each value came from. An unknown key or a wrong
 value is an error that names the key, where it was set and what is allowed (in the tables that a command uses;
-`fedmq config` looks at all). On Kubernetes no Service should be called `fedmq`: it would put variables of its own,
-such as `FEDMQ_PORT`, into every container.
+`fedmq config` looks at all). On Kubernetes no Service should be called `fedmq` or `fedmq-…`: it would put
+variables of its own, such as `FEDMQ_METRICS_PORT=tcp://…`, into every container.
 
 `run` stands at the top of the file: the run's name, 1 to 64 letters, digits, `-` and `_`. Many runs share a broker.
 """

@@ -313,6 +313,19 @@ def test_the_figures_are_served_with_those_of_the_process(metrics: AggregatorMet
         assert probe.connect_ex(("127.0.0.1", config.port)) != 0
 
 
+def test_by_the_newer_protocol_as_well(metrics: AggregatorMetrics, caplog: pytest.LogCaptureFixture) -> None:
+    if not socket.has_ipv6:
+        pytest.skip("no IPv6 here")
+    caplog.set_level("INFO", "fedmq.metrics")
+    with serve(MetricsConfig(port=free_port(), address="::1"), metrics) as port:
+        if port is None:
+            pytest.skip("no IPv6 here")
+        with urllib.request.urlopen(f"http://[::1]:{port}/metrics", timeout=20) as answer:
+            assert b"fedmq_aggregator_leads" in answer.read()
+
+    assert f"http://[::1]:{port}/metrics" in caplog.text
+
+
 @pytest.mark.parametrize("is_wanted", [True, False])
 def test_a_workers_command_serves_what_is_set(is_wanted: bool) -> None:
     port = free_port()

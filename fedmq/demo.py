@@ -313,7 +313,7 @@ def _show_page(monitor: Monitor, settings: Settings, console: Console, stack: Ex
     config = settings.table("dashboard", DashboardConfig)
     try:
         url = stack.enter_context(page_of(monitor, config, run_folder(settings), any_port=True))
-    except ConfigError as error:
+    except FedmqError as error:
         console.print(Text(f"no live page: {error}", style="yellow"), soft_wrap=True)
         return
     taken = "" if config.port in (0, urlsplit(url).port) else f" (port {config.port} is taken)"

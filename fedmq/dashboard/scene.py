@@ -6,6 +6,7 @@ import threading
 from collections import Counter, deque
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from operator import itemgetter
 from typing import Any, Protocol
 
 from aggregator.tally import Tally
@@ -120,8 +121,6 @@ class Scene:
             return view
         if past.problem:
             view["missing"].append(past.problem)
-        view["version"] = max(view["version"], past.version)
-        view["epoch"] = max(view["epoch"], past.epoch)
         if view["evaluation"]["version"] is None and past.evaluated >= 0:
             view["evaluation"] = {"version": past.evaluated, "metrics": past.metrics}
         if view["loss"] is None:
@@ -131,6 +130,7 @@ class Scene:
             if name in known and known[name]["updates"] is None:
                 known[name]["updates"] = tally.updates
         if view["heard_seconds"] is None and past.version:
+            view["version"], view["epoch"] = past.version, past.epoch
             view["state"] = "done" if self._outcome == "done" else view["state"]
             view["missing"] = [f"nothing is heard of this run now: what stands here is from {past.folder}"]
             absent = (past.tallies.keys() | past.rejected.keys()) - known.keys()
@@ -193,7 +193,9 @@ def _heard(live: Mapping[str, Mapping[str, Sequence[Any]]]) -> Iterator[tuple[st
 
 
 def _points(columns: Mapping[str, Sequence[Any]]) -> list[Point]:
-    return [list(point) for point in zip(columns["version"], columns["time"], columns["value"], strict=True)]
+    """In the order of versions, in which evaluations need not come."""
+    points = zip(columns["version"], columns["time"], columns["value"], strict=True)
+    return sorted(map(list, points), key=itemgetter(0))
 
 
 @contextmanager

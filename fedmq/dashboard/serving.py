@@ -21,7 +21,8 @@ __all__ = ["PageServer", "PortTaken", "is_loopback", "listen"]
 
 #: Seconds that requests in hand may take at the end. Streams end by themselves.
 GRACE_SECONDS = 2
-START_SECONDS = 20.0
+START_SECONDS = 60.0
+STOP_SECONDS = 10.0
 
 
 class PortTaken(ConfigError):
@@ -71,7 +72,7 @@ class PageServer:
         """Tell the browsers how it stands, and end."""
         self._feed.close()
         self._server.should_exit = True
-        self._thread.join(GRACE_SECONDS + 3)
+        self._thread.join(STOP_SECONDS)
 
     def _serve(self) -> None:
         self._server.run(sockets=[self._socket])

@@ -103,7 +103,7 @@ class _OnlyHosts:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "http" and not is_known(Headers(scope=scope).get("host", ""), self._hosts):
-            text = "this name is not known here: ask by address, or start the dashboard with --host-name\n"
+            text = "this name is not known here: ask by address, or name it in dashboard.host_names\n"
             await PlainTextResponse(text, 421)(scope, receive, send)
             return
         await self._app(scope, receive, send)

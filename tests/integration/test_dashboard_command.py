@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-import time
 from contextlib import closing
 from pathlib import Path
 from typing import Any
@@ -65,9 +64,7 @@ def test_it_shows_what_comes_through_the_broker_and_leaves_with_streams_open(nod
             wait_for(has_come, 60, what="the version on the page")
             with asked(url, "events") as stream:
                 assert stream.readline().startswith(b"retry:")
-                began = time.monotonic()
-                assert command.terminate() == 0
-                assert time.monotonic() - began < 30
+                assert command.terminate() == 0, command.log
                 assert b'"version":3' in stream.read()
             assert node.password not in command.log
 

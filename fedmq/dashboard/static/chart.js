@@ -73,11 +73,12 @@ function nearest(points, of, x) {
 /** From so many points on a curve that jumps is drawn faintly, and its moving mean over it. */
 const SMOOTH_FROM = 80;
 
-/** The mean of each place and its neighbours; a gap stays one. */
+/** The mean of each place and its neighbours, as many on either side, so that both ends stay where they are. */
 function smoothed(places) {
-  const reach = Math.ceil(places.length / 60);
+  const most = Math.ceil(places.length / 60);
   return places.map(([x, value], index) => {
     if (value === null) return [x, null];
+    const reach = Math.min(most, index, places.length - 1 - index);
     const near = places.slice(Math.max(0, index - reach), index + reach + 1).map((place) => place[1]).filter((other) => other !== null);
     return [x, near.reduce((sum, other) => sum + other, 0) / near.length];
   });

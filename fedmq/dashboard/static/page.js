@@ -115,7 +115,7 @@ function plan(series) {
     { key: "seconds", title: "Seconds a round", zero: true, smooth: true, curves: [{ name: "", key: "seconds" }] },
     { key: "staleness", title: "Staleness", zero: true, smooth: true, curves: [{ name: "", key: "staleness" }] },
     ...("waiting" in series || "dead" in series
-      ? [{ key: "waiting", title: "Waiting messages", zero: true, smooth: true, curves: [{ name: "updates", key: "waiting" }, { name: "dead letters", key: "dead", quiet: true }] }]
+      ? [{ key: "waiting", title: "Queues", zero: true, smooth: true, curves: [{ name: "updates", key: "waiting" }, { name: "dead letters", key: "dead", quiet: true }] }]
       : []),
   ];
 }

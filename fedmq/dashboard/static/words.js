@@ -28,7 +28,7 @@ export function figure(value, digits = 4) {
 /** A number with as many decimals as make its column line up. */
 export function fixed(value, decimals) {
   if (!isNumber(value)) return "–";
-  return Math.abs(value) >= 1e6 || (value !== 0 && Math.abs(value) < 10 ** -decimals) ? figure(value, 3) : value.toFixed(decimals);
+  return Math.abs(value) >= 1e4 || (value !== 0 && Math.abs(value) < 10 ** -decimals) ? figure(value, 3) : value.toFixed(decimals);
 }
 
 export function bytes(value) {

@@ -105,6 +105,12 @@ def test_curves_begin_with_the_folder_and_go_on_with_what_is_heard(folder: Folde
     assert picture.view["state"] == "running"
 
 
+def test_evaluations_that_come_late_stand_where_they_belong(folder: Folder) -> None:
+    folder.add(*(evaluation_line(version, accuracy=version / 10) for version in (1, 3, 2)))
+
+    assert ys(Scene(Monitor(RUN), Past(folder.folder)).look(), "held:accuracy") == [0.1, 0.2, 0.3]
+
+
 def test_without_a_folder_it_shows_what_is_heard() -> None:
     monitor = Monitor(RUN)
     scene = Scene(monitor)

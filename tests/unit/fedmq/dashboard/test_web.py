@@ -5,7 +5,7 @@ from __future__ import annotations
 import http.client
 import json
 import socket
-import time
+import tomllib
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
 
@@ -15,6 +15,7 @@ from broker.errors import ConfigError
 from fedmq.dashboard.feed import Picture
 from fedmq.dashboard.serving import PageServer, PortTaken, is_loopback, listen
 from fedmq.dashboard.web import MOST_LISTENERS, STATIC
+from tests.support.commands import ROOT
 
 
 @pytest.fixture(scope="module")
@@ -138,11 +139,18 @@ def test_it_ends_promptly_with_streams_open_and_a_browser_that_reads_nothing() -
             deaf.sendall(b"GET /events HTTP/1.1\r\nHost: localhost\r\n\r\n")
             with asked(server, "/events") as reading:
                 assert reading.readline()
-                began = time.monotonic()
                 server.stop()
-                assert time.monotonic() - began < 10
+                assert not server._thread.is_alive()
         with pytest.raises(OSError, match="refused"):
             socket.create_connection(("127.0.0.1", port_of(server)), timeout=5)
+
+
+def test_a_wheel_takes_along_all_files_of_the_page() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())
+    patterns = project["tool"]["setuptools"]["package-data"]["fedmq"]
+    for file in STATIC.iterdir():
+        path = file.relative_to(ROOT / "fedmq")
+        assert any(path.match(pattern) for pattern in patterns), path
 
 
 def test_a_port_that_is_taken_and_an_address_of_nobody_are_said_with_what_to_do() -> None:

@@ -89,5 +89,5 @@ $(READY): pyproject.toml constraints-dev.txt
 	@# --group came with pip 25.1, which is newer than the pip inside many a python3.
 	@$(BIN)/python -m pip install --help | grep -e '--group' >/dev/null || $(BIN)/python -m pip install --quiet --upgrade -c constraints-dev.txt 'pip>=25.1'
 	$(if $(TORCH_INDEX),$(BIN)/python -m pip install --quiet -c constraints-dev.txt --index-url '$(TORCH_INDEX)' torch)
-	$(BIN)/python -m pip install --quiet -c constraints-dev.txt -e '.[demo,llm,simulate,tensorboard]' --group dev
+	$(BIN)/python -m pip install --quiet -c constraints-dev.txt -e '.[demo,llm,simulate,tensorboard,otel]' --group dev
 	@touch $@

@@ -18,7 +18,7 @@ import typer
 from aggregator.checkpoint import CheckpointStore
 from aggregator.config import AggregatorConfig
 from aggregator.disk import replace_file
-from aggregator.meter import Meter
+from aggregator.meter import Meter, Meters
 from aggregator.process import tune
 from aggregator.reign import rules_of
 from aggregator.results import Outcome
@@ -42,6 +42,7 @@ from broker.errors import CheckpointError, CheckpointNotWritten, StaleEpoch
 from broker.logs import describe
 from broker.settings import LogConfig, MetricsConfig, Settings, Table, load, plain
 from broker.topology import Topology
+from broker.tracing import tracer_for
 
 __all__ = ["aggregator", "checkpoint_folder", "main", "run_folder", "serve"]
 
@@ -132,7 +133,12 @@ def serve(settings: Settings, *, accept_older: bool = False, drop_changes: bool 
         leads=lambda: bool(serving) and serving[0].leads and serving[0].has_claimed,
     )
     transports: list[AmqpAggregatorTransport] = []
-    with stop_on_signals(stop, also=stop_serving), _metered(settings, folder, transports) as meter, tracked:
+    with (
+        stop_on_signals(stop, also=stop_serving),
+        _metered(settings, folder, transports) as counted,
+        _traced(settings.run, counted) as meter,
+        tracked,
+    ):
         while not stop.is_set():
             service = AggregatorService(
                 folder=folder,
@@ -181,6 +187,18 @@ def _metered(settings: Settings, folder: Path, transports: list[AmqpAggregatorTr
     )
     with serve_metrics(config, metrics):
         yield metrics
+
+
+@contextlib.contextmanager
+def _traced(run: str, meter: Meter) -> Iterator[Meter]:
+    """``meter``, and what makes traces if they are wanted."""
+    with tracer_for("aggregator", run=run) as tracer:
+        if tracer is None:
+            yield meter
+            return
+        from aggregator.tracing import AggregatorTraces  # noqa: PLC0415 (optional)
+
+        yield Meters(meter, AggregatorTraces(tracer, run))
 
 
 def _transport(

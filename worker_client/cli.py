@@ -29,8 +29,9 @@ from broker.logs import describe
 from broker.messages import Role
 from broker.settings import LogConfig, MetricsConfig, Settings, Table, load
 from broker.topology import Topology
+from broker.tracing import tracer_for
 from worker_client.config import WorkerConfig
-from worker_client.meter import Meter
+from worker_client.meter import Meter, Meters
 
 if TYPE_CHECKING:  # torch comes with it
     from worker_client.session import Summary
@@ -132,11 +133,30 @@ def _live(settings: Settings, config: WorkerConfig, *, evaluator: bool) -> None:
     role = Role.EVALUATOR if evaluator else Role.TRAINER
     who = "evaluator" if evaluator else "worker"
     transport = AmqpWorkerTransport(settings.broker, Topology(settings.run), worker=config.name, role=who)
-    with stop_on_signals(stop), metered(settings, config.name, role, transport) as meter:
+    with (
+        stop_on_signals(stop),
+        metered(settings, config.name, role, transport) as counted,
+        _traced(settings.run, config.name, role, counted) as meter,
+    ):
         sizes = {"chunk_bytes": settings.broker.chunk_bytes, "pack_chunks": settings.broker.pack_chunks}
         summary = live(config, settings.run, transport, task, stop=stop, meter=meter, **sizes)
     version = f"newest version {summary.version}" if summary.version >= 0 else "no version yet"
     log.info("%s: %d updates confirmed, %s", summary.reason, summary.confirmed, version)
+
+
+@contextlib.contextmanager
+def _traced(run: str, name: str, role: Role, meter: Meter) -> Iterator[Meter]:
+    """``meter``, and what makes traces if they are wanted; an evaluator has no updates to follow."""
+    if role is not Role.TRAINER:
+        yield meter
+        return
+    with tracer_for("worker", run=run, worker=name) as tracer:
+        if tracer is None:
+            yield meter
+            return
+        from worker_client.tracing import WorkerTraces  # noqa: PLC0415 (optional)
+
+        yield Meters(meter, WorkerTraces(tracer, run, name))
 
 
 @contextlib.contextmanager

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from broker.messages import (
@@ -28,12 +28,23 @@ __all__ = ["Sender"]
 class Sender:
     """One worker's stationery: its run, its name, its incarnation and its role stand on every sheet."""
 
-    def __init__(self, run: str, worker: str, incarnation: str, role: Role, *, pack_chunks: bool = False) -> None:
+    def __init__(
+        self,
+        run: str,
+        worker: str,
+        incarnation: str,
+        role: Role,
+        *,
+        pack_chunks: bool = False,
+        more: Callable[[UpdateId], Mapping[str, str | int]] = lambda _: {},
+    ) -> None:
+        """``more`` gives headers that go with an update."""
         self._run = run
         self._worker = worker
         self._incarnation = incarnation
         self._role = role
         self._pack_chunks = pack_chunks
+        self._more = more
 
     def hello(self, version: int) -> Outgoing:
         """The worker is here, and ``version`` is the newest it has (-1: none)."""
@@ -97,6 +108,7 @@ class Sender:
             manifest = decode(body)
             assert isinstance(manifest, Manifest)  # noqa: S101  (it was encoded here)
             headers |= {"chunks": len(chunks), "bytes": manifest.nbytes}
+        headers |= self._more(update.id)
         return Outgoing(body=body, chunks=chunks, message_id=str(update.id), headers=headers)
 
     def _sheet(self, message: Message) -> Outgoing:

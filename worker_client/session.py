@@ -95,7 +95,7 @@ class Session:
         self._machine = machine
         self._role = role
         self._meter = meter or Meter()
-        sender = Sender(run, config.name, outbox.incarnation, role, pack_chunks=pack_chunks)
+        sender = Sender(run, config.name, outbox.incarnation, role, pack_chunks=pack_chunks, more=self._meter.headers)
         self._presence = Presence(transport, sender, outbox, config.folder)
         who = f"{config.name} {outbox.incarnation}"
         self._variates = Variates(config.folder if role is Role.TRAINER else None, config, trainer.spec)

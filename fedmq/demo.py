@@ -84,6 +84,7 @@ DEFAULTS: dict[str, Any] = {
 #: What it sets where there is to be trouble: longer, and with an eye on what comes in.
 TROUBLE: dict[str, Any] = {
     "aggregator.stop_after_rounds": 400,
+    "aggregator.max_staleness": 10_000,
     "aggregator.norm_factor": 5.0,
     "aggregator.quarantine_score": 4.0,
     "aggregator.quarantine_seconds": 600.0,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
@@ -12,15 +13,18 @@ from typing import Any
 import pytest
 from playwright.sync_api import Browser, Page, expect
 
-from broker.messages import Event, EventKind
-from broker.transport import Delivery, Source
+from broker.memory import MemoryBroker
+from broker.messages import Action, Command, Event, EventKind
+from broker.transport import Delivery, Outgoing, Source
 from broker.wire import encode
 from fedmq.dashboard.beside import page_of
 from fedmq.dashboard.config import DashboardConfig
 from fedmq.monitoring.facts import BrokerFacts, QueueFacts
 from fedmq.monitoring.monitor import Monitor
+from tests.support import together
 from tests.support.browser import PATIENCE, Watched, watched
 from tests.support.browser import browser as running_browser
+from tests.support.tasks import Line
 
 RUN = "digits"
 PHONE = {"viewport": {"width": 390, "height": 844}, "is_mobile": True, "has_touch": True}
@@ -158,6 +162,34 @@ def test_the_page_follows_a_run_without_being_loaded_again(browser: Browser, sit
         expect(tile(page, "Training loss")).to_have_text("\N{EN DASH}")
         expect(page).to_have_title(f"{RUN} · round 4 · running")
         assert page.evaluate("globalThis.stayed")
+
+
+def test_a_run_that_really_trains_is_followed_until_it_is_told_to_stop(browser: Browser, tmp_path: Path) -> None:
+    broker, monitor = MemoryBroker(), Monitor(together.RUN)
+    broker.watch(together.RUN, monitor.take)
+    rounds = {"buffer_size": 2, "stop_after_rounds": 100_000}
+    workers: dict[str, dict[str, Any]] = {"a": {}, "b": {}}
+    with (
+        ThreadPoolExecutor(1) as pool,
+        page_of(monitor, DashboardConfig(port=0), tmp_path) as url,
+        opened(browser, url) as page,
+    ):
+        expect(page.locator("#state")).to_have_text("waiting")
+        run = pool.submit(together.federate, tmp_path, Line(), rounds, workers, place=broker, delay=0.05)
+        try:
+            expect(tile(page, "Round")).to_have_text(re.compile("[1-9]"))
+            expect(tile(page, "Round")).not_to_have_text(tile(page, "Round").inner_text())
+            expect(page.locator("#state")).to_have_text("running")
+            expect(page.locator(".workers tbody tr")).to_have_count(2)
+        finally:
+            stop = Command(run=together.RUN, id="end", action=Action.STOP)
+            broker.command(together.RUN, Outgoing(body=encode(stop)))
+            version = run.result(PATIENCE / 1000).outcome.version
+
+        expect(tile(page, "Round")).to_have_text(f"{version:,}")
+        expect(page.locator("#state")).to_have_text("done")
+        curve = re.compile(rf"^Loss: training from .* .version 1. to .* .version {version:,}.")
+        expect(page.get_by_role("img", name=curve)).to_be_visible()
 
 
 def test_the_slow_the_crashed_and_the_poisoned_worker_are_seen_at_a_glance(browser: Browser, site: Site) -> None:

@@ -153,6 +153,7 @@ def test_panels_do_not_overlap_and_are_told_apart() -> None:
 def test_a_panel_asks_the_chosen_prometheus(panel: dict[str, Any]) -> None:
     assert panel["datasource"] == {"type": "prometheus", "uid": "${datasource}"}
     assert panel["type"] in {"stat", "timeseries", "table"}
+    assert panel["description"].endswith(".")
     references = [target["refId"] for target in panel["targets"]]
     assert len(set(references)) == len(references)
     assert all(target["datasource"] == panel["datasource"] for target in panel["targets"])

@@ -127,6 +127,7 @@ def main() -> None:
     parser.add_argument("--sizes", type=float, nargs="+", default=[0.1], help="MB of an update")
     parser.add_argument("--updates", type=int, default=10000, help="for each figure")
     parser.add_argument("--repeat", type=int, default=7)
+    parser.add_argument("--kinds", nargs="+", choices=KINDS[1:], default=KINDS[1:], help="what to compare with nothing")
     parser.add_argument("--serve", choices=KINDS, help=argparse.SUPPRESS)
     parser.add_argument("--url", help="a RabbitMQ; a private node if not given")
     for name in ("--nbytes", "--port"):
@@ -139,21 +140,22 @@ def main() -> None:
         count, port = arguments.updates, arguments.port
         print(json.dumps(serve(arguments.serve, arguments.url, arguments.run, arguments.nbytes, count, port=port)))
         return
+    kinds = (KINDS[0], *arguments.kinds)
     count = max(1, round(arguments.updates / BUFFER)) * BUFFER  # whole rounds, so that all become durable
     with contextlib.ExitStack() as stack:
         url = arguments.url or stack.enter_context(PrivateNode()).url
         print("| MB | with | updates/s | of nothing's | processor ms an update | of nothing's |")
         print("| --- | --- | --- | --- | --- | --- |", flush=True)
         for size in arguments.sizes:
-            rates: dict[str, list[float]] = {kind: [] for kind in KINDS}
-            processor: dict[str, list[float]] = {kind: [] for kind in KINDS}
+            rates: dict[str, list[float]] = {kind: [] for kind in kinds}
+            processor: dict[str, list[float]] = {kind: [] for kind in kinds}
             for turn in range(arguments.repeat):
-                for place in range(len(KINDS)):
-                    kind = KINDS[(turn + place) % len(KINDS)]
+                for place in range(len(kinds)):
+                    kind = kinds[(turn + place) % len(kinds)]
                     rate, milliseconds = measure(url, kind, int(size * MB) // 4 * 4, count)
                     rates[kind].append(rate)
                     processor[kind].append(milliseconds)
-            for kind in KINDS:
+            for kind in kinds:
                 middle, cost = statistics.median(rates[kind]), statistics.median(processor[kind])
                 row = [
                     f"{size:g}",

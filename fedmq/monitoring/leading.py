@@ -16,6 +16,7 @@ __all__ = ["DISK", "Leaders", "Status", "figures_of", "parsed"]
 #: An aggregator that was not heard for so long is forgotten.
 GONE_SECONDS = 300.0
 MOST_AGGREGATORS = 20
+STATES = ("running", "paused", "done")
 #: Pages of workers in a status.
 MOST_PAGES = 1000
 #: What is known of the disk, and its word in a status.
@@ -49,7 +50,7 @@ class Status:
         page, pages = whole(data.get("page"), 0), min(whole(data.get("pages"), 1), MOST_PAGES)
         known = before.pages if before is not None and before.of == pages else frozenset[int]()
         return cls(
-            state=clean(data.get("state"), 20),
+            state=state if (state := data.get("state")) in STATES else "running",
             updates_per_second=real(data.get("updates_per_second")),
             rounds_per_minute=real(data.get("rounds_per_minute")),
             staleness={name: real(data.get(f"staleness_{name}")) for name in ("median", "p95", "max")},

@@ -57,6 +57,7 @@ class View:
         self.missing: dict[str, str] = {}
         """By source: what cannot be known, and why."""
         self._leaders = Leaders()
+        self._alarms: tuple[str, ...] = ()
         self._status: Status | None = None
         self._heard: float | None = None
         self._staleness: deque[int] = deque(maxlen=RECENT)
@@ -95,11 +96,14 @@ class View:
 
     def observe(self, facts: BrokerFacts, now: float) -> None:
         """Take in what the broker says now."""
-        before, self.facts = self.facts, facts
-        for alarm in facts.alarms or ():
-            if alarm not in (before.alarms or ()):
+        self.facts = facts
+        if facts.alarms is None:
+            return
+        before, self._alarms = self._alarms, facts.alarms
+        for alarm in facts.alarms:
+            if alarm not in before:
                 self._log.add(now, "error", "broker", alarm)
-        if before.alarms and facts.alarms == ():
+        if before and not facts.alarms:
             self._log.add(now, "info", "broker", "the alarm is over")
 
     def tick(self, now: float) -> None:
@@ -262,7 +266,8 @@ class View:
             self._log.add(now, "info", "aggregator", f"aggregator {name} leads, epoch {epoch}")
         self._heard, self.epoch, self.has_left = now, epoch, bool(data.get("leaves"))
         # Not the larger of both: a run may be taken back, and goes on from there under a new epoch.
-        self.version = whole(data.get("version"), self.version)
+        version = count(data.get("version"))
+        self.version = self.version if version is None else version
         self.fill, self.goal = whole(data.get("fill"), 0), whole(data.get("goal"), 0) or self.goal
         self.rounds = count(data.get("rounds"))
         if (loss := real(data.get("loss"))) is not None:
@@ -299,6 +304,7 @@ class View:
     def _missing(self, now: float) -> list[str]:
         found = [text for text in self.missing.values() if text] + list(self.facts.missing)
         state = self.state(now)
+        silence = 0.0 if self._heard is None else now - self._heard
         if state == "waiting" and self.facts.is_declared is False:
             found.append(f"no aggregator has ever declared run {self.run} on this broker")
         elif state == "waiting":
@@ -306,9 +312,7 @@ class View:
         elif self.has_left and state == "silent":
             found.append("the aggregator has left, and no other leads: its figures are the last ones")
         elif state == "silent":
-            found.append(
-                f"the aggregator has not been heard for {now - (self._heard or now):.0f} s: its figures are old"
-            )
+            found.append(f"the aggregator has not been heard for {silence:.0f} s: its figures are old")
         elif self._status is None:
             found.append("the aggregator tells no status (an older version?): scores, rejections by worker, disk")
         return found

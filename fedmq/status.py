@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import threading
-from typing import Annotated
+import time
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
@@ -22,12 +23,15 @@ from broker.console import (
 )
 from broker.errors import Unroutable
 from broker.settings import BrokerConfig
+from fedmq.monitoring.broker import TURN
 from fedmq.monitoring.monitor import Monitor
 from fedmq.monitoring.terminal import Display, details
 from fedmq.monitoring.watching import ANSWER_SECONDS, Watching
 
 __all__ = ["status"]
 
+#: Longest wait for the aggregators that stand by.
+STANDBY_SECONDS = 2.0
 #: Between two looks whether there is something new to say.
 LOOK_SECONDS = 0.2
 #: With --watch --json, between two lines.
@@ -68,7 +72,9 @@ def status(
         monitor.wait_complete(wait)
         watching.asked.wait(ANSWER_SECONDS)
         watching.looked.wait(ANSWER_SECONDS)
-        snapshot = monitor.snapshot()
+        snapshot = _with_standbys(monitor)
+        if monitor.failure is not None and not snapshot["queues"]:
+            raise monitor.failure  # nothing can be known
         if monitor.is_absent:
             raise Unroutable(
                 f"no aggregator has ever declared run {read.run!r} on this broker; check --run and --broker"
@@ -77,6 +83,17 @@ def status(
             say(json.dumps(snapshot, indent=2))
         else:
             _console().print(details(snapshot))
+
+
+def _with_standbys(monitor: Monitor) -> dict[str, Any]:
+    """What is known when all aggregators that wait for their turn have been heard, each of which takes a second."""
+    deadline = time.monotonic() + STANDBY_SECONDS
+    while True:
+        snapshot = monitor.snapshot()
+        waiting = [queue["consumers"] or 0 for queue in snapshot["queues"] if queue["purpose"] == TURN]
+        if len(snapshot["aggregators"]) >= sum(waiting) or time.monotonic() > deadline:
+            return snapshot
+        time.sleep(0.05)
 
 
 def _patience(config: BrokerConfig) -> float:

@@ -9,10 +9,13 @@ from broker.topology import Topology
 from fedmq.monitoring.facts import BrokerFacts, QueueFacts
 from fedmq.monitoring.text import clean, count
 
-__all__ = ["COLUMNS", "alarms_of", "by_amqp", "by_management", "purposes"]
+__all__ = ["COLUMNS", "TURN", "alarms_of", "by_amqp", "by_management", "purposes"]
 
 #: What is asked of a queue: with hundreds of workers, all that there is would be megabytes.
 COLUMNS = ("name", "messages_ready", "messages_unacknowledged", "message_bytes", "consumers")
+
+#: What the queue is for whose consumers are the aggregators.
+TURN = "whose turn"
 
 TAG_HEAD, TAG_TAIL = "aggregator/", "-turn"
 
@@ -22,7 +25,7 @@ def purposes(topology: Topology) -> dict[str, str]:
     return {
         topology.updates: "updates",
         topology.control: "hellos and commands",
-        topology.turn: "whose turn",
+        topology.turn: TURN,
         topology.dead: "dead letters",
         topology.parameters: "versions",
         topology.chunks: "chunks of versions",

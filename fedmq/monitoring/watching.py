@@ -41,6 +41,8 @@ NEWEST_AFTER = 2.0
 NEWEST_EVERY = 30.0
 #: Longest wait for a look that is on its way, when the block is left.
 LEAVE_SECONDS = 2.0
+#: For so long it is tried again at least to connect to a broker that refuses, or is not there.
+TRIES_SECONDS = 3.0
 
 
 class Watching:
@@ -90,12 +92,17 @@ class Watching:
     def await_connection(self, timeout: float) -> None:
         """Wait until a connection stands.
 
-        Raises :class:`BrokerUnreachable` after ``timeout`` seconds, or what made connecting pointless.
+        Raises :class:`BrokerUnreachable` after ``timeout`` seconds, or some tries that failed sooner; or what made
+        connecting pointless.
         """
-        try:
-            self._watch.up.result(timeout)
-        except TimeoutError:
-            raise BrokerUnreachable(f"no connection to RabbitMQ within {timeout:g} s: {self._watch.problem}") from None
+        begun = time.monotonic()
+        while not self._watch.up.done():
+            waited = time.monotonic() - begun
+            if waited >= timeout or (self._watch.problem and waited >= TRIES_SECONDS):
+                problem = self._watch.problem or "no answer"
+                raise BrokerUnreachable(f"no connection to RabbitMQ within {waited:.0f} s: {problem}")
+            time.sleep(0.02)
+        self._watch.up.result()
         if self.monitor.failure is not None:
             raise self.monitor.failure
 

@@ -144,6 +144,6 @@ def test_answers_that_are_old_are_not_shown_for_ever(monkeypatch: pytest.MonkeyP
 def test_a_broker_that_is_away_is_told_in_time() -> None:
     with Watching(config("http://127.0.0.1:1"), "r") as watch:
         begun = time.monotonic()
-        with pytest.raises(BrokerUnreachable, match=r"no connection to RabbitMQ within 0\.3 s"):
-            watch.await_connection(0.3)
+        with pytest.raises(BrokerUnreachable, match=r"no connection to RabbitMQ within \d+ s: .*127\.0\.0\.1"):
+            watch.await_connection(1.0)
         assert time.monotonic() - begun < 20

@@ -137,10 +137,13 @@ class Watching:
             seeking, self._seeking = self._seeking, None
             with suppress(BrokerError, CancelledError):
                 self._newest = seeking.result()
-        elif self._seeking is None and now >= self._seek_at and self.monitor.state in {"waiting", "silent"}:
+        elif self._seeking is None and now >= self._seek_at and self._is_unheard():
             self._seek_at = now + NEWEST_EVERY
-            if self._by_amqp.is_declared:
-                self._seeking = self._watch.newest()
+            self._seeking = self._watch.newest()
+
+    def _is_unheard(self) -> bool:
+        """Whether there is a stream, and nobody who says what is in it."""
+        return bool(self._by_amqp.is_declared) and self.monitor.state in {"waiting", "silent"}
 
     # ------------------------------------------------------------------------------------ the management API
 

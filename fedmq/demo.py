@@ -319,6 +319,8 @@ def _show_page(monitor: Monitor, settings: Settings, console: Console, stack: Ex
         return
     taken = "" if config.port in (0, urlsplit(url).port) else f" (port {config.port} is taken)"
     console.print(f"live page while this runs: {url}{taken}", soft_wrap=True)
+    if exposure := config.exposure():
+        console.print(Text(f"warning: {exposure}", style="yellow"), soft_wrap=True)
 
 
 def _summarise(folder: Path, console: Console) -> None:

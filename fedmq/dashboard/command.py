@@ -84,8 +84,6 @@ def _folder(settings: Settings) -> Path | None:
 
 
 def _serve(settings: Settings, folder: Path | None, *, is_opened: bool) -> None:
-    from fedmq.dashboard.serving import is_loopback  # noqa: PLC0415 (needs the packages of the server)
-
     config = settings.table("dashboard", DashboardConfig)
     stop = threading.Event()
     with (
@@ -93,9 +91,8 @@ def _serve(settings: Settings, folder: Path | None, *, is_opened: bool) -> None:
         watching(settings.broker, settings.run) as monitor,
         page_of(monitor, config, folder) as url,
     ):
-        if not is_loopback(config.address):
-            text = f"whoever can reach {config.address} can see this run: the page asks for no password"
-            errors.print(f"warning: {text}", highlight=False, style="yellow")
+        if exposure := config.exposure():
+            errors.print(f"warning: {exposure}", highlight=False, style="yellow")
         say(f"run {settings.run}: {url}" + (f" (with the history in {folder})" if folder is not None else ""))
         if is_opened and not webbrowser.open(url):
             errors.print("no browser could be opened", highlight=False, style="yellow")

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import ipaddress
 from typing import Annotated
 
 from pydantic import AfterValidator, Field
 
 from broker.settings import Table
 
-__all__ = ["DashboardConfig"]
+__all__ = ["DashboardConfig", "is_loopback", "names_of"]
 
 
 def _named(text: str) -> str:
@@ -23,6 +24,14 @@ def names_of(text: str) -> list[str]:
     return [name for part in text.split(",") if (name := part.strip())]
 
 
+def is_loopback(address: str) -> bool:
+    """Whether only this machine reaches what listens at ``address``."""
+    try:
+        return ipaddress.ip_address(address).is_loopback
+    except ValueError:
+        return address == "localhost"
+
+
 class DashboardConfig(Table):
     """``[dashboard]``: the live page of ``fedmq dashboard`` and ``fedmq demo``."""
 
@@ -34,3 +43,9 @@ class DashboardConfig(Table):
     host_names: Annotated[str, AfterValidator(_named)] = ""
     """Names under which browsers may ask for the page, separated by commas, besides addresses and ``localhost``; any
     other name is refused, as a foreign page may have pointed it here."""
+
+    def exposure(self) -> str:
+        """What to warn of, if others than this machine can reach the page; else empty."""
+        if is_loopback(self.address):
+            return ""
+        return f"whoever can reach {self.address} can see this run: the page asks for no password"

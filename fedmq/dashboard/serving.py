@@ -17,7 +17,7 @@ from broker.errors import ConfigError, FedmqError
 from fedmq.dashboard.feed import Feed, Picture
 from fedmq.dashboard.web import application
 
-__all__ = ["PageServer", "PortTaken", "is_loopback", "listen"]
+__all__ = ["PageServer", "PortTaken", "listen"]
 
 #: Seconds that requests in hand may take at the end. Streams end by themselves.
 GRACE_SECONDS = 2
@@ -76,14 +76,6 @@ class PageServer:
 
     def _serve(self) -> None:
         self._server.run(sockets=[self._socket])
-
-
-def is_loopback(address: str) -> bool:
-    """Whether only this machine reaches what listens at ``address``."""
-    try:
-        return ipaddress.ip_address(address).is_loopback
-    except ValueError:
-        return address == "localhost"
 
 
 def _url(host: str, port: int) -> str:

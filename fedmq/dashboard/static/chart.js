@@ -238,7 +238,7 @@ export class Chart {
     const at = ([x, y]) => `${this.x(x).toFixed(1)} ${this.y(y).toFixed(1)}`;
     const group = drawn("g", { class: `curve tone-${index}${quiet ? " dashed" : ""}` });
     const places = points.map((point) => [axis.of(point), isNumber(point[2]) ? point[2] : null]);
-    const isSmooth = this.smooth && places.length >= SMOOTH_FROM;
+    const isSmooth = this.smooth && !quiet && places.length >= SMOOTH_FROM;
     if (isSmooth) group.append(drawn("path", { class: "raw", d: line(places, at) }));
     group.append(drawn("path", { d: line(isSmooth ? smoothed(places) : places, at) }));
     const last = places.findLast(([, value]) => value !== null);
@@ -269,7 +269,11 @@ export class Chart {
     const marks = [];
     if (isInside) {
       const x = this.x(this.cursor).toFixed(1);
-      marks.push(drawn("line", { x1: x, x2: x, y1: MARGIN.top, y2: HEIGHT - MARGIN.bottom }));
+      const anchor = this.x(this.cursor) > this.width - 60 ? "end" : this.x(this.cursor) < MARGIN.left + 40 ? "start" : "middle";
+      marks.push(
+        drawn("line", { x1: x, x2: x, y1: MARGIN.top, y2: HEIGHT - MARGIN.bottom }),
+        drawn("text", { class: "label", x, y: HEIGHT - 6, "text-anchor": anchor }, axis.label(this.cursor)),
+      );
       this.shown.forEach(({ points }, index) => {
         const point = points[nearest(points, axis.of, this.cursor)];
         if (point && isNumber(point[2])) {

@@ -265,6 +265,7 @@ follow("/events", {
   },
   linked(isUp) {
     link.dataset.up = String(isUp);
+    document.body.classList.toggle("old", !isUp && state !== null);
     say(link, isUp ? "live" : state ? `not connected; as of ${clock(state.view.time)}` : "not connected");
   },
 });

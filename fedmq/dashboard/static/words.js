@@ -20,7 +20,7 @@ export function figure(value, digits = 4) {
   if (!isNumber(value)) return "–";
   const size = Math.abs(value);
   if (Number.isInteger(value) && size < 1e9) return grouped.format(value);
-  if (size >= 1e6 || size < 1e-4) return value.toExponential(2).replace("e+", "e");
+  if (size >= 1e6 || size < 1e-3) return value.toExponential(2).replace("e+", "e");
   if (size >= 1000) return grouped.format(value);
   return String(Number(value.toPrecision(digits)));
 }

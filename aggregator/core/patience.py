@@ -54,7 +54,9 @@ class Patience:
     def shortage(self, rules: Rules, round_: Round, present: Sequence[str], now: float) -> str | None:
         """Once a round: that everybody here has sent what it may and waits, and that it is not enough."""
         patience, fill = rules.retry_seconds, len(round_.entries)
-        if round_.is_short or not present or not fill or now - self.last_arrival < patience:
+        # Who is present is looked at last: to list them takes long where there are many, and those who come at the
+        # start of a run come one after the other.
+        if round_.is_short or not fill or now - self.last_arrival < patience or not present:
             return None
         if not all(
             self.roster.waited(name, round_.version) >= patience and not rules.rounds.is_owed(round_, name)

@@ -254,6 +254,11 @@ def _check(scenario: Scenario) -> None:
     useless = [f"worker.{name}" for name in NOT_SIMULATED if name in given]
     if useless:
         raise ConfigError(f"{useless[0]} means nothing in a simulation: [population] says how many workers there are")
+    if scenario.worker.local_parameters:
+        raise ConfigError(
+            "worker.local_parameters is not simulated: what is evaluated is the whole model, and nobody has that; "
+            "leave it out"
+        )
     aggregator, workers = scenario.aggregator, scenario.population.workers
     for name in ("control_variates", "evaluate_every", "update_seconds"):
         if getattr(aggregator, name):

@@ -38,6 +38,7 @@ from tests.support.scenarios import scenario_of, written
         ({"aggregator.update_codec": "bf16", "run.wire": False}, "no effect without the wire"),
         ({"attack.kind": "sign-flip"}, "attack.kind = 'sign-flip', and nobody attacks: set attack.share"),
         ({"attack.kind": "ipm", "attack.share": 0.05}, "attack.share = 0.05 of 12 workers is nobody"),
+        ({"worker.local_parameters": ["8.*"]}, "worker.local_parameters is not simulated"),
         ({"worker.name": "me"}, "worker.name means nothing in a simulation"),
     ],
 )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -51,6 +52,22 @@ def test_it_learns(tmp_path: Path) -> None:
     result = run(tmp_path, run__updates=2000, population__speed="constant")
 
     assert result.points[-1].metrics["gap"] < 1e-3 < result.points[0].metrics["gap"]
+
+
+def test_nothing_takes_longer_with_more_workers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A list of all workers, made at each event, would make a million of them impossible; one a commit is none."""
+    lists = 0
+
+    def counted(names: Iterable[str]) -> list[str]:
+        nonlocal lists
+        lists += 1
+        return sorted(names)
+
+    monkeypatch.setattr("aggregator.core.roster.sorted", counted, raising=False)
+    result = run(tmp_path, population__workers=500, run__updates=1000, aggregator__buffer_size=100)
+
+    assert result.updates == 1000
+    assert lists <= 4 * result.versions
 
 
 def test_what_is_lost_or_repeated_on_the_way_counts_once(tmp_path: Path) -> None:

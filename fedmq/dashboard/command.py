@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 import webbrowser
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Annotated
 
@@ -86,11 +87,9 @@ def _folder(settings: Settings) -> Path | None:
 def _serve(settings: Settings, folder: Path | None, *, is_opened: bool) -> None:
     config = settings.table("dashboard", DashboardConfig)
     stop = threading.Event()
-    with (
-        stop_on_signals(stop),
-        watching(settings.broker, settings.run) as monitor,
-        page_of(monitor, config, folder) as url,
-    ):
+    with stop_on_signals(stop), watching(settings.broker, settings.run) as monitor, ExitStack() as stack:
+        with errors.status("reading the run's history"):
+            url = stack.enter_context(page_of(monitor, config, folder))
         if exposure := config.exposure():
             errors.print(f"warning: {exposure}", highlight=False, style="yellow")
         say(f"run {settings.run}: {url}" + (f" (with the history in {folder})" if folder is not None else ""))

@@ -251,10 +251,10 @@ def test_hostile_names_and_figures_are_text_and_nothing_else(browser: Browser, s
     for name in HOSTILE:
         run.status({"name": name, "rejected": {name: 3}, "left": name, "loss": float("inf"), "seen": 0})
     run.heartbeat("__proto__", loss=float("nan"))
-    run.heartbeat("hasOwnProperty")
+    run.heartbeat("hasOwnProperty", state="constructor")
     odd = {"__proto__": 1.0, "a.b/c:d": float("inf"), "toString": -0.0, "accuracy": float("nan"), "loss": 1e300}
     for version in (1, 2):
-        run.evaluation(version, **odd)
+        run.evaluation(version, **odd, huge=1.7e308 * (-1) ** version)
     run.status(rejected=json.dumps({HOSTILE[2]: 5}), aggregator=HOSTILE[3], loss=float("-inf"), fill=-3, goal=-1)
     queues = (QueueFacts(HOSTILE[2], HOSTILE[3], -1, None, 10**15),)
     run.observe(BrokerFacts(queues, None, (HOSTILE[2],), missing=HOSTILE))
@@ -382,7 +382,8 @@ def test_a_run_that_has_ended_is_shown_from_its_folder(browser: Browser, tmp_pat
         | {"updates": [{"worker": HOSTILE[2], "staleness": 1}]}
         for version in range(1, 201)
     ]
-    (tmp_path / "history.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    never = {"kind": "command", "what": "an hour that no clock has", "version": 1, "time": 1e300}
+    (tmp_path / "history.jsonl").write_text("".join(json.dumps(line) + "\n" for line in [*lines, never]))
     (tmp_path / "summary.json").write_text('{"outcome": "done"}')
     site = Site(tmp_path)
     site.start()
@@ -392,5 +393,8 @@ def test_a_run_that_has_ended_is_shown_from_its_folder(browser: Browser, tmp_pat
             expect(page.get_by_role("img", name=re.compile("^Loss.*from 1 .version 1.*version 200"))).to_be_visible()
             expect(page.locator(".workers tbody tr")).to_contain_text(HOSTILE[2])
             expect(page.locator("#rest")).to_contain_text("nothing is heard of this run now")
+            expect(page.locator("#log")).to_contain_text("an hour that no clock has")
+            page.get_by_text("by time").click()
+            expect(page.get_by_role("img", name=re.compile("^Loss.*from 1 .at "))).to_be_visible()
     finally:
         site.stop()

@@ -2,7 +2,7 @@
 
 import { Chart } from "./chart.js";
 import { follow } from "./link.js";
-import { bytes, clock, count, duration, element, figure, isNumber, say } from "./words.js";
+import { bytes, clock, count, duration, element, figure, isNumber, momentOf, say } from "./words.js";
 import { toLookAt, WorkersTable } from "./workers.js";
 
 const byId = (id) => document.getElementById(id);
@@ -204,7 +204,7 @@ function drawLog(log) {
   const list = byId("log");
   const now = Date.now() / 1000;
   const line = ({ time, level, kind, text }) =>
-    element("li", { class: [level, kind].filter((word) => /^[a-z]+$/.test(word ?? "")).join(" ") }, element("time", { datetime: new Date(time * 1000).toISOString() }, clock(time, now)), element("span", {}, text));
+    element("li", { class: [level, kind].filter((word) => /^[a-z]+$/.test(word ?? "")).join(" ") }, element("time", { datetime: momentOf(time)?.toISOString() }, clock(time, now)), element("span", {}, text));
   const newest = log.length ? log[log.length - 1].number : -1;
   if (newest < logged) list.replaceChildren();
   const fresh = newest < logged ? log : log.filter(({ number }) => number > logged);

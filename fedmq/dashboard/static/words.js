@@ -10,8 +10,8 @@ export function element(name, attributes = {}, ...children) {
   return made;
 }
 
-/** Whether it is a number that can be shown. */
-export const isNumber = (value) => typeof value === "number" && Number.isFinite(value);
+/** Whether it is a number that can be shown, and that differs from another by a number. */
+export const isNumber = (value) => typeof value === "number" && Math.abs(value) <= 1e300;
 
 const grouped = new Intl.NumberFormat("en", { maximumFractionDigits: 0 });
 
@@ -56,10 +56,16 @@ export function duration(seconds) {
 const clockOf = new Intl.DateTimeFormat("en-GB", { hour: "2-digit", minute: "2-digit", second: "2-digit" });
 const dayOf = new Intl.DateTimeFormat("en-GB", { day: "numeric", month: "short" });
 
+/** Seconds since 1970, if a calendar has that moment; else null. */
+export function momentOf(seconds) {
+  const moment = new Date(isNumber(seconds) ? seconds * 1000 : NaN);
+  return Number.isNaN(moment.getTime()) ? null : moment;
+}
+
 /** Seconds since 1970 as the reader's time of day, with the day if it is not today. */
 export function clock(seconds, now = Date.now() / 1000) {
-  if (!isNumber(seconds)) return "–";
-  const moment = new Date(seconds * 1000);
+  const moment = momentOf(seconds);
+  if (!moment) return "–";
   const day = dayOf.format(moment);
   return day === dayOf.format(new Date(now * 1000)) ? clockOf.format(moment) : `${day}, ${clockOf.format(moment)}`;
 }

@@ -12,8 +12,8 @@ export function toneOf(remark) {
   return "bad";
 }
 
-const STATES = { silent: "bad", quarantine: "bad", left: "off", away: "off", "": "off", starting: "off" };
-const stateTone = (state) => STATES[state] ?? "good";
+const TONES = new Map([["silent", "bad"], ["quarantine", "bad"], ...["left", "away", "", "starting"].map((state) => [state, "off"])]);
+const stateTone = (state) => TONES.get(state) ?? "good";
 
 const total = (reasons) => Object.values(reasons ?? {}).reduce((sum, times) => sum + times, 0);
 const weight = { bad: 0, warn: 1, note: 3 };
@@ -115,7 +115,7 @@ export class WorkersTable {
   #summary(all) {
     const trainers = all.filter(({ role }) => role !== "evaluator");
     if (!trainers.length) return "";
-    const here = trainers.filter(({ state }) => !["silent", "left", "away", "", "starting"].includes(state)).length;
+    const here = trainers.filter(({ state }) => state === "quarantine" || stateTone(state) === "good").length;
     const odd = all.filter((worker) => urgency(worker) < 2).length;
     return `${figure(here)} of ${count(trainers.length, "worker")} here${odd ? `, ${odd} to look at` : ""}`;
   }

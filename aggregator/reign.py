@@ -51,13 +51,14 @@ class Reign:
         self._based_at = 0
         # By worker, the updates that counted when this began.
         self._applied: dict[str, int] | None = counted(snapshot.ledger)
+        self._loss = snapshot.records[-1].loss if snapshot.records else None
 
     def tell_status(
         self, teller: StatusTeller, evaluation: tuple[int, Mapping[str, float]], *, leaves: bool = False
     ) -> None:
         """Let whoever watches know how the run stands; see :meth:`StatusTeller.tell`."""
         if self._applied is not None:
-            teller.figures.begin(self._applied)
+            teller.figures.begin(self._applied, self._loss)
             self._applied = None
         teller.tell(self.machine, self.epoch, evaluation, leaves=leaves)
 

@@ -124,9 +124,10 @@ class Figures:
         self._staleness: deque[int] = deque(maxlen=RECENT)
         self._samples: deque[tuple[float, int, int]] = deque(maxlen=RATE_STATUSES)
 
-    def begin(self, applied: Mapping[str, int]) -> None:
-        """So many updates of each worker counted before."""
+    def begin(self, applied: Mapping[str, int], loss: float | None = None) -> None:
+        """So many updates of each worker counted before, and ``loss`` was that of the newest version."""
         self._applied = dict(applied)
+        self.loss = loss if self.loss is None else self.loss
 
     def note(self, fact: do.Fact) -> None:
         """Something happened."""

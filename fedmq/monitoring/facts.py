@@ -5,7 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from fedmq.monitoring.text import clean
+
 __all__ = ["BrokerFacts", "QueueFacts"]
+
+#: Letters of a queue's name.
+LONGEST = 200
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,8 +28,8 @@ class QueueFacts:
     def snapshot(self) -> dict[str, Any]:
         """As JSON can hold it."""
         return {
-            "name": self.name,
-            "purpose": self.purpose,
+            "name": clean(self.name, LONGEST),
+            "purpose": clean(self.purpose),
             "ready": self.ready,
             "unacked": self.unacked,
             "bytes": self.nbytes,

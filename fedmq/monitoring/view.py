@@ -29,6 +29,8 @@ SILENT_SECONDS = 15.0
 
 #: Beyond, who was not heard for longest is forgotten.
 MOST_WORKERS = 2000
+#: Letters of a text that says what is wrong.
+LONGEST = 500
 #: Values of staleness that are looked at, and seconds over which rates are told.
 RECENT = 500
 RATE_SECONDS = 60.0
@@ -143,9 +145,9 @@ class View:
             "rejected": dict(self.rejected if status.rejected is None else status.rejected),
             "dead_letters": self.facts.dead_letters,
             "queues": [queue.snapshot() for queue in self.facts.queues],
-            "alarms": None if self.facts.alarms is None else list(self.facts.alarms),
+            "alarms": None if self.facts.alarms is None else [clean(text, LONGEST) for text in self.facts.alarms],
             "disk": {name: status.disk.get(name) for name in DISK},
-            "missing": self._missing(now),
+            "missing": [clean(text, LONGEST) for text in self._missing(now)],
         }
 
     def state(self, now: float) -> str:

@@ -26,6 +26,9 @@ SLOW_SECONDS = 0.1
 #: A score that is worth a remark: one bad update.
 REMARKABLE_SCORE = 1.0
 
+#: Below it a worker pulls the other way; honest ones are about at a right angle when little is left to learn.
+REMARKABLE_COSINE = -0.1
+
 #: Reasons that one worker may have; there are about twenty.
 MOST_REASONS = 64
 
@@ -162,7 +165,7 @@ class Worker:
             reasons = sorted(bad.items(), key=lambda pair: (-pair[1], pair[0]))
             named = ", ".join(reason if len(bad) == 1 else f"{n} {reason}" for reason, n in reasons[:4])
             found.append(f"{sum(bad.values())} rejected: {named}" + (", …" if reasons[4:] else ""))
-        if self.cosine is not None and self.cosine < 0:
+        if self.cosine is not None and self.cosine < REMARKABLE_COSINE:
             found.append(f"against the others: cosine {self.cosine:.2f}")
         if self.score >= REMARKABLE_SCORE:
             found.append(f"score {self.score:.1f}")

@@ -29,7 +29,7 @@ from broker.wire import encode
 from fedmq.monitoring import watching
 from fedmq.monitoring.watching import Watching
 from tests.support.builders import spec_of, update_of, vector
-from tests.support.commands import assert_one_message, fedmq
+from tests.support.commands import assert_one_message, fedmq, running
 from tests.support.node import add_user, config_of, fresh_topology
 from tests.support.waiting import wait_for
 
@@ -126,6 +126,10 @@ def test_everything_is_seen_with_the_management_api(run: Run, node: PrivateNode,
             return seen["dead_letters"] == 3 and len(seen["aggregators"]) >= 2 and seen["version"] == 1
 
         wait_for(is_all_there, PATIENCE, what="all of the run")
+
+    with running(tmp_path, "status", "--watch", "--run", run.name, url=node.url, environment=_api(node)) as live:
+        live.wait_log("aggregator host/1 leads, epoch 1")
+        assert live.terminate() == 0
 
     done = fedmq(tmp_path, "status", "--json", "--run", run.name, url=node.url, environment=_api(node))
     assert (done.code, done.err) == (0, ""), done

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import io
+import json
 import math
 import re
 
@@ -9,6 +11,7 @@ from rich.console import Console
 from broker.messages import Event, EventKind, Scalar
 from broker.transport import Connected, Delivery, Source
 from broker.wire import encode
+from fedmq.monitoring.facts import BrokerFacts, QueueFacts
 from fedmq.monitoring.monitor import Monitor
 from fedmq.monitoring.terminal import Display, details, render
 from fedmq.monitoring.worker import SILENT_SECONDS
@@ -157,3 +160,78 @@ def test_where_there_is_no_terminal_a_round_is_a_line() -> None:
         "round 1: training loss 0.5000, staleness 0.0; version 0 held out: accuracy 0.5000",
         "round 2: training loss unknown, staleness 0.0; version 0 held out: accuracy 0.5000",
     ]
+
+
+def detailed(monitor: Monitor, width: int = 250, most: int | None = None) -> str:
+    """All that is known, as it comes out of a terminal of this width, control sequences and all."""
+    console = Console(width=width, height=50, force_terminal=True, color_system=None, file=io.StringIO())
+    console.print(details(monitor.snapshot(), most=most))
+    assert isinstance(console.file, io.StringIO)
+    return console.file.getvalue()
+
+
+def told(monitor: Monitor, *rows: dict[str, object], **more: Scalar) -> None:
+    """An aggregator's status with these rows of workers."""
+    facts: dict[str, Scalar] = {"aggregator": "host/1", "active": True, "epoch": 2, "version": 7, "state": "running"}
+    facts |= {"page": 0, "pages": 1, "applied": 30, "staleness_median": 1, "staleness_p95": 4, "staleness_max": 6}
+    facts |= {
+        "updates_per_second": 2.5,
+        "rounds_per_minute": 10.0,
+        "fill": 1,
+        "goal": 4,
+        "rejected": '{"not-finite": 12}',
+    }
+    facts |= {"checkpoints": 2, "checkpoint_bytes": 12_300_000, "disk_free": 5e9, "disk_total": 10**11}
+    facts |= {f"row{index}": json.dumps(row) for index, row in enumerate(rows)} | more
+    event = Event(run="test", kind=EventKind.STATUS, source="aggregator", time=1.0, data=facts)
+    monitor.take(Delivery(source=Source.EVENT, body=encode(event)))
+
+
+def test_everything_that_is_known_is_told_and_who_is_in_trouble_comes_first() -> None:
+    monitor = Monitor("test")
+    told(
+        monitor,
+        {"name": "a-good-one", "seen": 1.0, "updates": 9, "state": "training", "last": 1.0, "loss": 0.25},
+        {"name": "crashed", "seen": 40.0, "updates": 9, "state": "training"},
+        {"name": "poisoned", "seen": 1.0, "rejected": {"not-finite": 12}, "until": 1.9e9, "score": 6.0},
+        {"name": "slow", "seen": 1.0, "updates": 9, "state": "training", "seconds": 6.0},
+        disk_free=5_000_000_000,
+    )
+    queue = QueueFacts("fedmq.test.updates", "updates", 3, 2, 4_500_000, 1)
+    facts = BrokerFacts(
+        (queue,), 12, ("n: memory alarm",), (("host/1", True), ("host/2", False)), missing=("the moon",)
+    )
+    monitor.observe(facts)
+
+    text = detailed(monitor)
+
+    for words in (
+        r"run +test, running",
+        r"aggregator +host/1 \(active, epoch 2\)",
+        r"host/2 \(stands by\)",
+        r"rates +10 rounds a minute, 2.5 updates a second",
+        r"staleness +median 1, p95 4, largest 6",
+        r"updates +30 applied, 12 rejected; 12 in the dead letters",
+        r"disk +2 checkpoints, 12.3 MB; 5 GB of 100 GB free",
+        r"alarms +n: memory alarm",
+        r"fedmq.test.updates +updates +3 +2 +4.5 MB +1",
+        r"not known: the moon",
+        r"crashed +silent +40 s .* silent for 40 s",
+        r"poisoned +quarantine .* in quarantine until 2030-03-17 17:46:40 UTC; 12 rejected: not-finite; score 6.0",
+        r"slow +training .* slow: 6.0 times the median's seconds an update",
+    ):
+        assert re.search(words, text), (words, text)
+    names = re.findall(r"^(a-good-one|crashed|poisoned|slow) ", text, re.MULTILINE)
+    assert names == ["crashed", "poisoned", "slow", "a-good-one"]
+    assert "… and 3 more" in detailed(monitor, most=1)
+
+
+def test_no_name_is_markup_or_moves_the_cursor() -> None:
+    monitor = Monitor("test")
+    name = "[bold]x[/bold]\x1b[2J\r\u202e[link=http://x]"
+    told(monitor, {"name": name, "seen": 1.0, "left": name, "rejected": {name: 3}}, aggregator=name)
+    monitor.observe(BrokerFacts((QueueFacts(name, name, 1),), alarms=(name,), missing=(name,)))
+    for text in (detailed(monitor), "\n".join(shown(monitor))):
+        assert "\x1b[2J" not in text
+        assert "\u202e" not in text
+        assert "[bold]x[/bold]" in text

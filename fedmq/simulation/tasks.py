@@ -26,6 +26,9 @@ __all__ = ["TaskObjective"]
 
 Array = NDArray[Any]
 
+#: Integers beyond are no classes, but numbers of users, seconds or the like.
+MOST_CLASSES = 10_000
+
 
 class TaskObjective:
     """The task of ``[worker]``. Each worker has a model and its part of the data, made when it first trains.
@@ -186,15 +189,17 @@ def flipped(dataset: Any, classes: int) -> Any:
 
 
 def labels_of(dataset: Any) -> Array | None:
-    """The classes of pairs of input and class, as int64; None if they are none."""
+    """The classes of pairs of input and class, as int64, from 0 on; None if they are none."""
     if hasattr(dataset, "tensors"):
         last = dataset.tensors[-1].numpy() if len(dataset.tensors) == 2 else None
-        return last.astype(np.int64) if last is not None and last.ndim == 1 and last.dtype.kind in "iu" else None
-    try:
-        labels = np.array([label for _, label in (dataset[i] for i in range(len(dataset)))])
-    except (TypeError, ValueError):
+    else:
+        try:
+            last = np.array([label for _, label in (dataset[i] for i in range(len(dataset)))])
+        except (TypeError, ValueError):
+            return None
+    if last is None or last.ndim != 1 or last.dtype.kind not in "iu":
         return None
-    return labels.astype(np.int64) if labels.ndim == 1 and labels.dtype.kind in "iu" else None
+    return last.astype(np.int64) if last.size and last.min() >= 0 and last.max() < MOST_CLASSES else None
 
 
 def groups_of(task: Task, dataset: Any) -> Array | None:

@@ -75,7 +75,7 @@ def load_trace(path: Path) -> Trace:
 
 
 def _from_csv(file: Path) -> Iterator[tuple[str, int, int]]:
-    with file.open(newline="") as handle:
+    with file.open(newline="", encoding="utf-8-sig") as handle:  # spreadsheets put a mark at the beginning
         for number, row in enumerate(csv.DictReader(handle), 2):
             try:
                 start, end = float(row["start"]), float(row["end"])

@@ -109,6 +109,9 @@ def test_flipped_labels_are_flipped_in_both_kinds_of_data_sets() -> None:
 def test_labels_that_are_none_are_none() -> None:
     assert labels_of(TensorDataset(torch.zeros(3, 1), torch.zeros(3))) is None
     assert labels_of([1.0, 2.0]) is None
+    assert labels_of([(0.5, -100), (0.5, 1)]) is None
+    assert labels_of(TensorDataset(torch.zeros(2), torch.tensor([3, 10**9]))) is None
+    assert labels_of([]) is None
 
 
 @pytest.mark.parametrize(

@@ -54,9 +54,10 @@ def test_other_rules_meet_the_same_moments(tmp_path: Path) -> None:
     assert sum(s * n for s, n in result.staleness.items()) > 15
 
 
-def test_a_table_of_trainings(tmp_path: Path) -> None:
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig"])
+def test_a_table_of_trainings(tmp_path: Path, encoding: str) -> None:
     file = tmp_path / "t.csv"
-    file.write_text("worker,start,end\nb,0,2.5\na,0,1\na,1,3\n")
+    file.write_text("worker,start,end\nb,0,2.5\na,0,1\na,1,3\n", encoding=encoding)
 
     result = simulate(scenario_of(tmp_path, {"population.trace": str(file), "aggregator.buffer_size": 1}))
 

@@ -32,6 +32,7 @@ from broker.console import (
     RunOption,
     SetOption,
     VerboseOption,
+    bar,
     guard,
     parse_flags,
     say,
@@ -140,16 +141,27 @@ def verify(
         tell: Callable[[str], None] = say_nothing if as_json else say
         checked = Verification(run_folder(read), store)
         files: list[dict[str, Any]] = []
+        verdicts: list[str] = []
 
         def report(facts: FileFacts, is_sound: bool) -> None:
             files.append({**_plain(facts), "sound": is_sound})
-            tell(_verdict(facts, is_sound))
+            verdicts.append(_verdict(facts, is_sound))
+            step()
 
-        checked.files(report)
+        # Not told in between: lines and a bar on one terminal would run into each other.
+        with bar("reading checkpoints", total=len(store.files()), unit="files") as step:
+            checked.files(report)
+        for verdict in verdicts:
+            tell(verdict)
         if checked.newest is not None:
-            _say_agreement(checked.history(), tell)
-            if not skip_updates and (count := checked.kept()):
-                tell(f"updates: {count:,} were kept, read in full")
+            with bar("reading the history"):
+                agreement = checked.history()
+            _say_agreement(agreement, tell)
+            if not skip_updates:
+                with bar("reading the kept updates"):
+                    count = checked.kept()
+                if count:
+                    tell(f"updates: {count:,} were kept, read in full")
         elif not checked.findings:
             raise CheckpointMissing(_missing(read, store))
         if as_json:
@@ -184,13 +196,17 @@ def export(
     Example: fedmq checkpoint export --run digits --output digits.safetensors
     """
     with _command(config, run, folder, settings, verbose) as (read, store):
-        facts, snapshot = _find(read, store, version)
+        with bar("reading the checkpoint"):
+            facts, snapshot = _find(read, store, version)
         if parameters_digest(snapshot.parameters) != snapshot.digest:
             raise CheckpointCorrupt(f"{facts.file}: the parameters do not have the digest that stands beside them")
         if output.is_dir():
             raise ConfigError(f"--output {output} is a folder: give the name of a file")
         try:
-            write_model(output, read.run, snapshot.parameters, version=str(snapshot.version), digest=snapshot.digest)
+            with bar("writing the model"):
+                write_model(
+                    output, read.run, snapshot.parameters, version=str(snapshot.version), digest=snapshot.digest
+                )
         except OSError as error:
             raise CheckpointNotWritten(f"{output}: {error.strerror or error}; choose another --output") from None
         size = sum(array.size for array in snapshot.parameters.values())

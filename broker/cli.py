@@ -21,8 +21,8 @@ from broker.console import (
     RunOption,
     SetOption,
     VerboseOption,
+    bar,
     broker_command,
-    errors,
     guard,
     say,
     set_up_logging,
@@ -118,7 +118,7 @@ def node(*, verbose: VerboseOption = 0) -> None:
     with guard():
         set_up_logging(verbose)
         stop = threading.Event()
-        with stop_on_signals(stop), errors.status("starting a private RabbitMQ node"):
+        with stop_on_signals(stop), bar("starting a private RabbitMQ node"):
             private = PrivateNode(plugins=("rabbitmq_management",))
             private.start()
         try:

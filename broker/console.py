@@ -20,6 +20,7 @@ from rich.text import Text
 
 from broker.errors import ConfigError, FedmqError
 from broker.logs import LogFormat, handler_for, is_json, says_json
+from broker.progress import bar, errors, show_deep
 from broker.settings import Flag, Origin, Settings, load, redacted
 
 __all__ = [
@@ -30,6 +31,7 @@ __all__ = [
     "RunOption",
     "SetOption",
     "VerboseOption",
+    "bar",
     "broker_command",
     "errors",
     "guard",
@@ -63,8 +65,6 @@ TWICE_SECONDS = 1.0
 PIPE_WIDTH = 1000
 
 _out = Console()
-#: Everything that is not the command's result goes here.
-errors = Console(stderr=True, soft_wrap=True)
 
 
 def say(text: str) -> None:
@@ -141,6 +141,7 @@ def service_logging(verbosity: int, form: str | None = None) -> None:
     given = os.environ.get("FEDMQ_LOG_FORMAT", "") if form is None else form
     known: dict[str, LogFormat] = {"human": "human", "json": "json"}
     set_up_logging(verbosity, form=known.get(given, "auto"), is_service=True)
+    show_deep()
 
 
 @contextlib.contextmanager

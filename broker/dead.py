@@ -21,6 +21,7 @@ from broker.console import (
     RunOption,
     SetOption,
     VerboseOption,
+    bar,
     broker_command,
     errors,
     say,
@@ -239,7 +240,7 @@ def _required(wanted: Selection, *, everything: bool) -> Selection:
 
 def _work(read: Settings, what: str, decide: Callable[[DeadLetter, RawLetter], Wish]) -> int:
     """Look at each letter; their number."""
-    with errors.status(f"reading the dead letters of run {read.run!r}"):
+    with bar(f"reading the dead letters of run {read.run!r}"):
         looked = DeadLetterQueue(read.broker, Topology(read.run), what=what).work(decide)
     if looked.others:
         errors.print(

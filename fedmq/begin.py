@@ -17,6 +17,7 @@ from broker.console import (
     RunOption,
     SetOption,
     VerboseOption,
+    bar,
     guard,
     parse_flags,
     set_up_logging,
@@ -96,7 +97,8 @@ def init(
         _require_torch()
         from fedmq.initialise import initialise  # noqa: PLC0415 (needs torch)
 
-        snapshot = initialise(read)
+        with bar("making the model"):
+            snapshot = initialise(read)
         size = sum(array.size for array in snapshot.parameters.values())
         count = len(snapshot.parameters)
         where = checkpoint_folder(read)

@@ -13,12 +13,11 @@ from typing import Annotated, Any
 
 import numpy as np
 import typer
-from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 from rich.table import Table as Grid
 from safetensors import SafetensorError, safe_open
 
 from broker.codecs import MIN_ELEMENTS, Codec, applies, codec_of
-from broker.console import JsonOption, VerboseOption, errors, guard, say, say_table, set_up_logging
+from broker.console import JsonOption, VerboseOption, bar, guard, say, say_table, set_up_logging
 from broker.errors import ConfigError
 from broker.messages import Array, TensorSpec
 
@@ -164,7 +163,7 @@ def _selection(file: Path, content: Any) -> Selection:
 
 
 def _measure(file: Path, content: Any, selection: Selection, scores: list[Score]) -> None:
-    with _progress(selection.elements * len(scores)) as advance:
+    with bar("compressing", total=selection.elements * len(scores), unit="values") as advance:
         for tensor in selection.tensors:
             _measure_one(_values(file, content, tensor.name), scores, advance)
 
@@ -182,14 +181,6 @@ def _values(file: Path, content: Any, name: str) -> Array:
     if not np.isfinite(values).all():
         raise ConfigError(f"{file}: tensor {name!r} holds values that are not finite; no codec is for such a model")
     return values
-
-
-@contextmanager
-def _progress(total: int) -> Iterator[Callable[[int], object]]:
-    columns = (TextColumn("compressing"), BarColumn(), TaskProgressColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=errors, transient=True, disable=not errors.is_terminal) as progress:
-        task = progress.add_task("", total=total)
-        yield lambda values: progress.advance(task, values)
 
 
 def _show(selection: Selection, rows: list[dict[str, Any]]) -> None:

@@ -5,13 +5,11 @@ from __future__ import annotations
 import json
 import logging
 from collections import Counter
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table as Grid
 
 from aggregator.ancestry import Ancestry
@@ -30,7 +28,7 @@ from broker.console import (
     RunOption,
     SetOption,
     VerboseOption,
-    errors,
+    bar,
     guard,
     parse_flags,
     say,
@@ -86,8 +84,8 @@ def contribution(
             logging.getLogger("fedmq").setLevel(logging.WARNING)
         flags = parse_flags(settings or [], run=run, aggregator__folder=folder, worker__task=task)
         read = load({"aggregator": AggregatorConfig, "worker": WorkerConfig}, file=config, flags=flags)
-        with _progress(method) as report:
-            found = calculate(read, method=method, since=since, until=until, seed=seed, report=report)
+        with bar(method, unit="versions") as shown:
+            found = calculate(read, method=method, since=since, until=until, seed=seed, report=shown.say)
         _keep(run_folder(read) / CONTRIBUTION_FILE, found)
         if as_json:
             say(json.dumps(found, indent=2))
@@ -171,14 +169,6 @@ def _judge(read: Settings, head: SnapshotHead) -> HeldOut:
         differences = "; ".join(head.model.differences(spec, theirs="the task")[:3])
         raise ModelMismatch(f"task {own.task} is not that of run {read.run!r}: {differences}; give the run's --task")
     return judge
-
-
-@contextmanager
-def _progress(method: str) -> Iterator[Report]:
-    columns = (TextColumn(method), BarColumn(), MofNCompleteColumn(), TextColumn("versions"), TimeRemainingColumn())
-    with Progress(*columns, console=errors, transient=True, disable=not errors.is_terminal) as progress:
-        task = progress.add_task("", total=None)
-        yield lambda done, total: progress.update(task, completed=done, total=total)
 
 
 def _keep(file: Path, plain: dict[str, Any]) -> None:

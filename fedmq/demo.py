@@ -29,7 +29,7 @@ from aggregator.strategies import strategy_of
 from aggregator.strategies.base import gathers
 from broker.amqp.node import PrivateNode
 from broker.amqp.transport import AmqpWorkerTransport
-from broker.console import stop_on_signals
+from broker.console import bar, stop_on_signals
 from broker.errors import BrokerUnreachable, ConfigError, FedmqError
 from broker.settings import BrokerConfig, Flag, MetricsConfig, Settings, Table, load, plain, redacted
 from broker.topology import Topology
@@ -193,7 +193,7 @@ def _prepare(settings: Settings, console: Console) -> None:
         console.print(f"run {settings.run} goes on where its checkpoint stands")
         return
     task = settings.table("worker", WorkerConfig).task
-    with console.status(f"initial parameters from {task}"):
+    with bar(f"initial parameters from {task}"):
         snapshot = initialise(settings)
     size = sum(array.size for array in snapshot.parameters.values())
     console.print(f"initial parameters from {task}: {size:,} in {len(snapshot.parameters)} tensors")
@@ -203,7 +203,7 @@ def _broker(settings: Settings, console: Console, stack: ExitStack) -> Place:
     """A broker that the user named, or a private one, or none."""
     in_process = settings.table("demo", DemoConfig).in_process
     if not in_process and ("broker.url" in settings.origins or "broker.url_file" in settings.origins):
-        _require_broker(settings, console)
+        _require_broker(settings)
         admin = settings.broker.management_url
         return Place(",".join(settings.broker.urls()), f"admin UI: {redacted(admin)}" if admin else "")
     available, reason = PrivateNode.available()
@@ -215,7 +215,7 @@ def _broker(settings: Settings, console: Console, stack: ExitStack) -> Place:
         return Place(None, "in-process broker: no admin UI")
     port = settings.table("metrics", MetricsConfig).port
     node = PrivateNode(plugins=("rabbitmq_management", *(["rabbitmq_prometheus"] if port else [])))
-    with console.status("starting a private RabbitMQ node"):
+    with bar("starting a private RabbitMQ node"):
         started: AbstractContextManager[PrivateNode] = node
         stack.enter_context(started)
     login = f"user {node.user}, password {node.password}"
@@ -228,14 +228,14 @@ def _broker(settings: Settings, console: Console, stack: ExitStack) -> Place:
     return Place(node.url, f"admin UI: {node.management_url}\n{login}")
 
 
-def _require_broker(settings: Settings, console: Console) -> None:
+def _require_broker(settings: Settings) -> None:
     """Connect once: members would wait for a broker that is away, and say so in their logs only.
 
     Raises :class:`BrokerError`. As a worker, who declares nothing.
     """
     where = ", ".join(redacted(url) for url in settings.broker.urls())
     probe = AmqpWorkerTransport(settings.broker, Topology(settings.run), worker="demo")
-    with console.status(f"connecting to {where}"):
+    with bar(f"connecting to {where}"):
         try:
             probe.open(lambda _item: None, wait=settings.broker.connect_timeout + 5)
         except BrokerUnreachable as error:

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from aggregator.ancestry import Ancestry
 from aggregator.checkpoint import CheckpointStore
@@ -29,7 +28,7 @@ from broker.console import (
     RunOption,
     SetOption,
     VerboseOption,
-    errors,
+    bar,
     guard,
     parse_flags,
     say,
@@ -218,23 +217,9 @@ def _rebuilt(lineage: Lineage, store: CheckpointStore, version: int) -> Replay:
 
 def _rebuild(rebuilding: Replay, version: int) -> None:
     count = rebuilding.plan(version)
-    with _progress(count) as step:
+    with bar("rebuilding", total=count, unit="versions") as step:
         for _ in rebuilding.run():
             step()
-
-
-@contextmanager
-def _progress(count: int) -> Iterator[Callable[[], object]]:
-    columns = (
-        TextColumn("rebuilding"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TextColumn("versions"),
-        TimeRemainingColumn(),
-    )
-    with Progress(*columns, console=errors, transient=True, disable=not errors.is_terminal) as progress:
-        task = progress.add_task("", total=count)
-        yield lambda: progress.advance(task)
 
 
 def _require_known(workers: set[str], leave_out: frozenset[str], version: int) -> None:

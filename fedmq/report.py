@@ -17,6 +17,7 @@ from broker.console import (
     RunOption,
     SetOption,
     VerboseOption,
+    bar,
     guard,
     parse_flags,
     say,
@@ -50,4 +51,6 @@ def report(
         read = load({"aggregator": AggregatorConfig}, file=config, flags=flags)
         store = CheckpointStore(checkpoint_folder(read), read.run)
         require_some(read, store)
-        say(f"written to {write_report(run_folder(read), store, output)}")
+        with bar("reading the history"):
+            written = write_report(run_folder(read), store, output)
+        say(f"written to {written}")

@@ -21,6 +21,7 @@ from broker.console import (
     RunOption,
     SetOption,
     VerboseOption,
+    bar,
     broker_command,
     errors,
     say,
@@ -80,7 +81,7 @@ def runs(
     """
     with broker_command(config, run, broker, settings, verbose) as read:
         wanted = None if read.origin("run").kind == "default" else read.run
-        with errors.status("looking at the broker"):
+        with bar("looking at the broker"):
             found, missing = _look(read, wanted)
         if as_json:
             say(json.dumps({"runs": [asdict(one) for one in found], "missing": missing}, indent=2))

@@ -11,14 +11,13 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table as Grid
 
 from broker.console import (
     JsonOption,
     SetOption,
     VerboseOption,
-    errors,
+    bar,
     guard,
     parse_flags,
     say,
@@ -109,18 +108,10 @@ def _all(sweep: Sweep, folder: Path, jobs: int) -> list[Outcome]:
 
 @contextmanager
 def _progress(total: int) -> Iterator[Callable[[Outcome, bool], None]]:
-    columns = (
-        TextColumn("simulating"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        TextColumn("{task.description}"),
-    )
-    with Progress(*columns, console=errors, transient=True, disable=not errors.is_terminal) as progress:
-        task = progress.add_task("", total=total)
+    with bar("simulating", total=total, unit="cells") as shown:
 
         def advance(outcome: Outcome, was_there: bool) -> None:
-            progress.update(task, advance=1, description=f"{outcome.variant}, seed {outcome.seed}")
+            shown.say(shown.done + 1, what=f"simulating: {outcome.variant}, seed {outcome.seed}")
             how = "had been computed" if was_there else f"took {outcome.took:.1f} s"
             log.info("%s, seed %d: %s", outcome.variant, outcome.seed, how)
 

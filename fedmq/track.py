@@ -18,6 +18,7 @@ from broker.console import (
     RunOption,
     SetOption,
     VerboseOption,
+    bar,
     guard,
     parse_flags,
     say,
@@ -55,7 +56,9 @@ def track(
         (opens,) = trackers_of([tracker]).values()
         getattr(opens, "require", lambda: None)()
         follower = Follower(tracker, opens, run=read.run, folder=run_folder(read), settings=_settings(read))
-        say(f"{_all(follower):,} lines of the history of run {read.run!r} are new to {tracker}")
+        with bar(f"handing over to {tracker}"):
+            count = _all(follower)
+        say(f"{count:,} lines of the history of run {read.run!r} are new to {tracker}")
 
 
 def _all(follower: Follower) -> int:

@@ -13,6 +13,7 @@ from torch.utils.data import default_collate
 
 from broker.errors import TaskError
 from broker.messages import Mode
+from broker.progress import bar
 from worker_client.batches import Examples, index_batches
 from worker_client.config import WorkerConfig
 from worker_client.context import TrainingContext
@@ -59,7 +60,8 @@ def evaluate(
     was_training = {module: module.training for module in model.modules()}
     model.eval()
     try:
-        with torch.no_grad():
+        batches = -(-len(dataset) // batch_size)
+        with torch.no_grad(), bar("evaluating", total=batches, unit="batches", is_deep=True) as step:
             for batch, size in context.load(dataset, index_batches(len(dataset), batch_size, None)):
                 with blamed(task, "loss"):
                     values = {"loss": loss_of(task, model, batch).item()}
@@ -67,6 +69,7 @@ def evaluate(
                     values |= task.metrics(model, batch)
                 for name, value in values.items():
                     sums[name] = sums.get(name, 0.0) + float(value) * size
+                step()
     finally:
         for module, training in was_training.items():
             module.training = training

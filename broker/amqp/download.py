@@ -11,6 +11,7 @@ import pika
 from broker.amqp.session import Channel
 from broker.amqp.upload import runs_of
 from broker.errors import BrokerError, ConnectionLost
+from broker.progress import bar
 from broker.transport import Delivery
 
 __all__ = ["Download"]
@@ -48,9 +49,12 @@ class Download:
     async def run(self, channel: Channel, stream: str) -> None:
         """Read until all are there, and deliver. Raises the connection's end."""
         start = 0
-        for offset, count in self._runs:
-            await self._read(channel, stream, offset, range(start, start + count))
-            start += count
+        what = f"downloading version {self._delivery.headers.get('version', self._of)}"
+        with bar(what, total=len(self._part), unit="chunks", is_deep=True) as self._bar:
+            self._bar.say(len(self._chunks))
+            for offset, count in self._runs:
+                await self._read(channel, stream, offset, range(start, start + count))
+                start += count
         self.is_over = True
         if len(self._chunks) == len(self._part):
             chunks = tuple(self._chunks.pop(index) for index in self._part)
@@ -77,6 +81,7 @@ class Download:
             if of == self._of and index in missing:
                 missing.discard(index)
                 self._chunks[index] = body
+                self._bar.say(len(self._chunks))
             here = (properties.headers or {}).get("x-stream-offset", following)
             is_gap, following = here > following + GAP, max(here + 1, following)
             if not missing or is_gap or here > first + len(wanted) + SLACK:

@@ -15,6 +15,7 @@ import pika
 from broker.amqp.publisher import Publisher
 from broker.amqp.session import Channel
 from broker.errors import BrokerError, BrokerUnreachable, ConnectionLost, MessageTooLarge
+from broker.progress import bar
 from broker.transport import Outgoing
 
 __all__ = ["Route", "Tail", "Uploader", "chunk_id", "offsets_text", "runs_of"]
@@ -171,18 +172,29 @@ class Uploader:
         missing = [index for index in range(len(message.chunks)) if index not in upload.stored]
         if missing:
             first = 0 if self._tail is None else self._tail.find()
-            _Attempt(self._publisher, self._route, message, lambda: self._is_closed).run(missing, upload.stored, first)
+            with bar(f"uploading {message.message_id}", total=len(missing), unit="chunks", is_deep=True) as step:
+                attempt = _Attempt(self._publisher, self._route, message, lambda: self._is_closed, step)
+                attempt.run(missing, upload.stored, first)
         return upload
 
 
 class _Attempt:
     """One attempt to send the chunks that are missing."""
 
-    def __init__(self, publisher: Publisher, route: Route, message: Outgoing, is_closed: Callable[[], bool]) -> None:
+    def __init__(
+        self,
+        publisher: Publisher,
+        route: Route,
+        message: Outgoing,
+        is_closed: Callable[[], bool],
+        step: Callable[[], object],
+    ) -> None:
+        """``step`` is told of each chunk that is confirmed."""
         self._publisher = publisher
         self._route = route
         self._message = message
         self._is_closed = is_closed
+        self._step = step
         self._room = threading.Semaphore(WINDOW)
         self._errors: dict[int, BaseException] = {}
         self._done: set[int] = set()
@@ -216,6 +228,7 @@ class _Attempt:
         error = done.exception()
         if error is None:
             self._done.add(number)
+            self._step()
         else:
             self._errors[number] = error
         self._room.release()

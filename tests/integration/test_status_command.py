@@ -157,7 +157,10 @@ def test_without_the_management_api_the_rest_is_seen_and_what_is_missing_is_said
     service, thread = run.aggregator()
     good = run.worker("good")
     run.send(good, "good", 0, 1.0)
-    with run.watched(management_url=NO_API) as watch:
+    # As somebody who may look and nothing else; docs/operating.md has these permissions.
+    own = rf"^fedmq\.{run.name}\.watch\..*$"
+    url = add_user(node, configure=own, write=own, read=rf"^fedmq\.(events|{run.name}\..*)$")
+    with run.watched(management_url=NO_API, url=url) as watch:
         assert watch.monitor.wait_complete(PATIENCE)
         wait_for(lambda: watch.monitor.snapshot()["version"] == 1, PATIENCE, what="version 1")
         wait_for(lambda: watch.monitor.snapshot()["queues"], PATIENCE, what="queues by AMQP")
@@ -176,7 +179,7 @@ def test_without_the_management_api_the_rest_is_seen_and_what_is_missing_is_said
         assert watch.monitor.snapshot()["workers"][0]["updates"] == 1
 
     # Who comes then is told what the broker knows
-    with run.watched(management_url=NO_API) as watch:
+    with run.watched(management_url=NO_API, url=url) as watch:
         wait_for(lambda: watch.monitor.snapshot()["epoch"] == 1, PATIENCE, what="the newest version in the stream")
         assert (watch.monitor.snapshot()["state"], watch.monitor.snapshot()["version"]) == ("waiting", 1)
     more = {"FEDMQ_BROKER_MANAGEMENT_URL": NO_API}

@@ -64,6 +64,7 @@ def test_all_contracts_are_kept() -> None:
         ("worker_client/config.py", "import fedmq"),
         ("worker_client/core/machine.py", "import random"),
         ("worker_client/core/machine.py", "import torch"),
+        ("fedmq/dashboard/beside.py", "import uvicorn"),
     ],
 )
 def test_a_forbidden_import_breaks_a_contract(copy: Path, module: str, line: str) -> None:

@@ -50,6 +50,7 @@ ODD = {"w2": ("worker.delay=8",), "w4": ("worker.learning_rate=1000",)}
 WORKERS = 4
 PAGE = {"width": 1180, "height": 900}
 PATIENCE = 240.0
+HEADING = "#main h1, #main h2"
 CHROMIUM = (
     "--no-sandbox",
     "--disable-quic",
@@ -64,7 +65,7 @@ def main(folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     with ExitStack() as stack:
         place = Path(stack.enter_context(tempfile.TemporaryDirectory()))
-        node = stack.enter_context(PrivateNode())
+        node = stack.enter_context(PrivateNode(settings={"collect_statistics_interval": "5000"}))
         (place / "fedmq.toml").write_text(SETTINGS)
         fedmq(place, node, "broker", "policies", "--apply").wait()
         if fedmq(place, node, "init").wait():
@@ -180,9 +181,7 @@ def slow(admin: Admin) -> str:
     raise SystemExit("the slow worker is not there")
 
 
-def shoot(
-    page: Page, file: Path, where: str, *, above: str = "#main h1, #main h2", bottom: str = "", height: int = 0
-) -> None:
+def shoot(page: Page, file: Path, where: str, *, above: str = HEADING, bottom: str = "", height: int = 0) -> None:
     """One page of the UI from the top of ``above`` to the end of ``bottom``, or ``height`` pixels."""
     page.evaluate(f"window.location.hash = {where!r}")
     time.sleep(12)  # it asks for news every five seconds
@@ -210,6 +209,7 @@ def letters(page: Page, file: Path) -> None:
     page.click("input[value='Get Message(s)']")
     page.wait_for_selector("#msg-wrapper table")
     time.sleep(1)
+    page.evaluate("window.scrollTo(0, 0)")
     top = page.locator("h2", has_text="Get messages").first.bounding_box()
     if top is None:
         raise SystemExit("the letter is not to be seen")

@@ -94,7 +94,7 @@ def main(folder: Path) -> None:
 
         processes["aggregator"].terminate()
         processes["aggregator"].wait()
-        wait_for(place, lambda: count(admin, "updates") >= 25, "a growing queue")
+        wait_for(place, lambda: count(admin, "updates") >= 15, "a growing queue")
         shoot(page, folder / "growing.png", f"#/queues/%2F/fedmq.{RUN}.updates", height=480)
 
         node.ctl("set_vm_memory_high_watermark", "absolute", "60MB")

@@ -28,7 +28,7 @@ h3 { font-size: 1rem; margin: 1.4rem 0 .5rem } p { margin: .5rem 0; max-width: 4
 code, pre, .mono { font: .86em/1.5 ui-monospace, "SF Mono", Menlo, Consolas, monospace }
 code, .mono { overflow-wrap: anywhere }
 pre { background: var(--card); border: 1px solid var(--line); border-radius: 6px; padding: .8rem; overflow-x: auto }
-.tiles { display: grid; grid-template-columns: repeat(auto-fit, minmax(8.4rem, 1fr)); gap: .75rem; margin: 1.4rem 0 0;
+.tiles { display: grid; grid-template-columns: repeat(auto-fit, minmax(7.9rem, 1fr)); gap: .75rem; margin: 1.4rem 0 0;
   padding: 0 }
 .tiles div, figure { background: var(--card); border: 1px solid var(--line); border-radius: 8px; padding: .7rem .9rem }
 dt { font-size: .82rem } dd { margin: 0; font-size: 1.35rem; line-height: 1.3; overflow-wrap: anywhere }

@@ -38,7 +38,7 @@ def headline(facts: Facts) -> str:
     shown = [
         ("state", state, "as far as its folder tells" if state == "open" else f"epoch {head.epoch}"),
         ("versions", f"{head.version:,}", _times(starts, "start of an aggregator", "starts of an aggregator")),
-        ("updates in the model", f"{facts.counting:,}", _taken_back(facts)),
+        ("updates", f"{facts.counting:,}", _taken_back(facts)),
         ("workers", f"{sum(1 for row in facts.rows if row['updates']):,}", _kept_out(facts)),
         ("rejected", f"{sum(head.rejected.values()):,}", ", ".join(sorted(head.rejected)) or "nothing"),
         ("time", _span(told), _between(told)),
@@ -52,7 +52,7 @@ def headline(facts: Facts) -> str:
 
 def _taken_back(facts: Facts) -> str:
     lost = facts.chronicle.updates - facts.counting
-    return f"{lost:,} more taken back or left out" if lost > 0 else ""
+    return f"in the model; {lost:,} more taken back" if lost > 0 else "in the model"
 
 
 def _kept_out(facts: Facts) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import glob
 import logging
 import os
 import signal
@@ -44,9 +45,15 @@ __all__ = [
     "stop_on_signals",
 ]
 
+
+def _runs_here(incomplete: str) -> list[str]:
+    """For the shell: runs that have a folder here."""
+    return sorted(path.name for path in Path("runs").glob(f"{glob.escape(incomplete)}*") if path.is_dir())
+
+
 # Options that several commands have.
 ConfigOption = Annotated[Path | None, typer.Option("--config", "-c", help="Settings; fedmq.toml, if there is one.")]
-RunOption = Annotated[str | None, typer.Option("--run", help="Name of the run.")]
+RunOption = Annotated[str | None, typer.Option("--run", help="Name of the run.", autocompletion=_runs_here)]
 BrokerOption = Annotated[str | None, typer.Option("--broker", help="Address of RabbitMQ: amqp://user:password@host/.")]
 SetOption = Annotated[list[str] | None, typer.Option("--set", help="Any setting: worker.batch_size=64. Repeatable.")]
 JsonOption = Annotated[bool, typer.Option("--json", help="As JSON.")]

@@ -53,6 +53,11 @@ class Asking:
         return None if rows is None else {str(row.get("name")): row for row in rows}
 
     @property
+    def vhost(self) -> str:
+        """Our virtual host."""
+        return self._admin.vhost
+
+    @property
     def clock(self) -> float | None:
         """See :class:`Admin`."""
         return self._admin.clock

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import logging
+import shlex
 from collections.abc import Callable, Sequence
 from typing import Annotated, Literal
+from urllib.parse import quote
 
 import typer
 from rich.markup import escape
@@ -169,15 +171,15 @@ def _of_management(
         asking.of_vhost("vhost-limits", "limits of the virtual host") or [],
         connections=connections if isinstance(connections, int) else None,
         queues=None if queues is None else len(queues),
-        setter="rabbitmqctl set_vhost_limits",
+        setter=f"rabbitmqctl set_vhost_limits -p {shlex.quote(asking.vhost)}",
     )
     if name := str(me.get("name", "")):
         findings += of_limits(
             f"user {name!r}",
-            asking.some(f"/user-limits/{name}", "limits of this user") or [],
+            asking.some(f"/user-limits/{quote(name, safe='')}", "limits of this user") or [],
             connections=None,
             queues=None,
-            setter=f"rabbitmqctl set_user_limits {name}",
+            setter=f"rabbitmqctl set_user_limits {shlex.quote(name)}",
         )
     findings += of_objects(queues, declared, topology.run)
     findings += of_policies(topology, queues, policies, declared)

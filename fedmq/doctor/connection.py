@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Sequence
 
 from broker.amqp.trial import Examination, Greeting, Role, Trial
@@ -157,15 +158,11 @@ def permissions_for(role: Role, vhost: str, user: str, run: str, worker: str) ->
             ("fedmq.control", rf"^{run}\.{worker}$"),
             ("fedmq.events", rf"^{run}\.[a-z-]+\.{worker}$"),
         ]
-    where = f"-p {_quoted(vhost)} {_quoted(user)}"
+    where = f"-p {shlex.quote(vhost)} {shlex.quote(user)}"
     return [
         f"rabbitmqctl set_permissions {where} '{configure}' '{write}' '{read}'",
         *(f"rabbitmqctl set_topic_permissions {where} {name} '{key}' '.*'" for name, key in topics),
     ]
-
-
-def _quoted(word: str) -> str:
-    return word if word.replace("-", "").replace("_", "").isalnum() else "'" + word.replace("'", "'\\''") + "'"
 
 
 def _is_refused(trial: Trial) -> bool:

@@ -33,7 +33,7 @@ def script(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / "completion"
 
 
-def completed(script: Path, *words: str) -> list[str]:
+def completed(script: Path, *words: str, folder: Path | None = None) -> list[str]:
     """What bash offers for the last of ``words``."""
     bash = shutil.which("bash")
     if bash is None:
@@ -47,7 +47,7 @@ function=$(complete -p fedmq | sed -n 's/.*-F \\([^ ]*\\).*/\\1/p')
 printf '%s\\n' "${{COMPREPLY[@]}}"
 """
     environment = environment_of(None) | {"PATH": f"{script.parent}:{os.environ['PATH']}"}
-    done = subprocess.run([bash, "-c", code], env=environment, capture_output=True, text=True, check=True)
+    done = subprocess.run([bash, "-c", code], env=environment, cwd=folder, capture_output=True, text=True, check=True)
     return done.stdout.split()
 
 
@@ -56,6 +56,13 @@ def test_bash_completes_commands_and_their_options(script: Path) -> None:
     assert completed(script, "fedmq", "re") == [name for name in COMMANDS if name.startswith("re")]
     assert completed(script, "fedmq", "dead", "re") == ["replay"]
     assert completed(script, "fedmq", "config", "--j") == ["--json"]
+
+
+def test_bash_completes_the_names_of_runs_that_are_here(script: Path, tmp_path: Path) -> None:
+    for name in ("digits", "digits-2", "wine"):
+        (tmp_path / "runs" / name).mkdir(parents=True)
+
+    assert completed(script, "fedmq", "history", "--run", "di", folder=tmp_path) == ["digits", "digits-2"]
 
 
 def terminal(folder: Path, *arguments: str, environment: Mapping[str, str]) -> str:

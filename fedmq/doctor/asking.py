@@ -67,7 +67,7 @@ class Asking:
         advice = (
             "rabbitmq-plugins enable rabbitmq_management on the broker; broker.management_url if its port is not 15672"
             if self._gone is not None
-            else "as it says"
+            else ""
         )
         return [
             note("management", f"not looked at: {', '.join(dict.fromkeys(what))} ({reason})", advice)

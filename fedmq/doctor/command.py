@@ -182,7 +182,7 @@ def _of_management(
             setter=f"rabbitmqctl set_user_limits {shlex.quote(name)}",
         )
     findings += of_objects(queues, declared, topology.run)
-    findings += of_policies(topology, queues, policies, declared)
+    findings += of_policies(topology, queues, policies, declared, vhost=asking.vhost)
     findings += of_dead_letters(topology, queues, bindings)
     findings += of_timeouts(queues, declared, commit_seconds=config.commit_seconds)
     return findings + asking.untold()

@@ -26,7 +26,7 @@ def of_greeting(greeting: Greeting, *, heartbeat: int) -> list[Finding]:
     if greeting.error is not None:
         advice = "look at broker.url, the firewall, and whether RabbitMQ runs there"
         if not isinstance(greeting.error, BrokerUnreachable):
-            advice = "as it says"
+            advice = ""
         return [problem("broker", f"no connection: {greeting.error}", advice)]
     found = [_of_version(greeting)]
     if not greeting.heartbeat:
@@ -92,9 +92,12 @@ def of_trials(
     found = [
         _of_role(role, refused[role], examination.trials, greeting, (run, worker), enough=enough) for role in roles
     ]
+    if examination.is_blocked:
+        text = "whether this user may publish was not tried, since the broker takes no messages for now"
+        found.append(note("permissions", text, "again when the alarm is over"))
     for trial in examination.trials:
         if isinstance(trial.error, TopologyMismatch):
-            found.append(problem("objects", str(trial.error), "as it says"))
+            found.append(problem("objects", str(trial.error)))
         elif trial.error is not None and trial.was_tried and not _is_refused(trial):
             found.append(problem("permissions", f"{trial.what}: {trial.error}", "look at the broker's log"))
     if examination.left:

@@ -44,8 +44,8 @@ def note(area: str, text: str, advice: str = "") -> Finding:
     return Finding(area, Level.NOTE, text, advice)
 
 
-def problem(area: str, text: str, advice: str) -> Finding:
-    """To be changed."""
+def problem(area: str, text: str, advice: str = "") -> Finding:
+    """To be changed; without ``advice`` where the text says how."""
     return Finding(area, Level.PROBLEM, text, advice)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shlex
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -37,7 +38,12 @@ def effective_policy(policies: Sequence[Facts], name: str, kind: str) -> tuple[s
 
 
 def of_policies(
-    topology: Topology, queues: Mapping[str, Facts] | None, policies: Sequence[Facts] | None, declared: Sequence[Queue]
+    topology: Topology,
+    queues: Mapping[str, Facts] | None,
+    policies: Sequence[Facts] | None,
+    declared: Sequence[Queue],
+    *,
+    vhost: str = "/",
 ) -> list[Finding]:
     """Policies on the run's queues: those in force where the queue is there, those that would be where it is not."""
     if queues is None and policies is None:
@@ -52,30 +58,22 @@ def of_policies(
             name, definition = effective_policy(policies, queue.name, queue.type)
         else:
             continue
-        found += _of_policy(topology, queue, name, definition)
+        clear = shlex.join(["rabbitmqctl", "clear_policy", "-p", vhost, name])
+        found += _of_policy(topology, queue, name, definition, f"{clear}, or give it a narrower pattern")
     if not found:
         found.append(ok("policies", f"no policy would lose updates or versions of run {topology.run!r}"))
     return found
 
 
-def _of_policy(topology: Topology, queue: Queue, name: str, definition: Facts) -> list[Finding]:
+def _of_policy(topology: Topology, queue: Queue, name: str, definition: Facts, clear: str) -> list[Finding]:
     found: list[Finding] = []
-    clear = f"rabbitmqctl clear_policy {name!r}, or a narrower pattern"
     what = f"policy {name!r} on {queue.name}"
     lengths = [key for key in LENGTHS if key in definition]
     is_update = queue.name == topology.updates
     if "expires" in definition:
         found.append(problem("policies", f"{what} deletes the queue when nobody uses it (expires)", clear))
     if queue.type == "stream":
-        room = queue.arguments["x-max-length-bytes"]
-        limit = definition.get("max-length-bytes")
-        if _number(limit) and _number(limit) < _number(room):
-            text = f"{what} keeps {limit:,} bytes; versions need {room:,}: slow workers would never get one"
-            found.append(problem("policies", text, clear))
-        if "max-age" in definition:
-            text = f"{what} drops versions by age ({definition['max-age']}): who joins after a pause finds none"
-            found.append(note("policies", text, clear))
-        return found
+        return found + _of_stream(queue, what, definition, clear)
     if queue.name == topology.dead:
         if lengths or "message-ttl" in definition:
             text = f"{what} drops dead letters ({', '.join(definition)}): they cannot be replayed then"
@@ -85,12 +83,15 @@ def _of_policy(topology: Topology, queue: Queue, name: str, definition: Facts) -
         where = "go to the dead letters" if is_update else "vanish"
         text = f"{what} gives messages {definition['message-ttl']} ms: what waits longer for an aggregator {where}"
         found.append(problem("policies", text, clear))
-    overflow = str(definition.get("overflow", "drop-head"))
+    # The queue's own argument goes before a policy.
+    overflow = str(queue.arguments.get("x-overflow") or definition.get("overflow", "drop-head"))
     if lengths and overflow != "reject-publish":
-        text = f"{what} bounds the queue and drops what is in it ({overflow}): hellos or the turn would be lost"
         if is_update:
             text = f"{what} bounds the queue, and what is too much goes to the dead letters ({overflow})"
-        found.append(problem("policies", text, 'add "overflow": "reject-publish" to it: workers wait then'))
+            found.append(problem("policies", text, 'add "overflow": "reject-publish" to it: workers wait then'))
+        else:
+            text = f"{what} bounds the queue and drops what is in it ({overflow}): hellos or the turn would be lost"
+            found.append(problem("policies", text, clear))
     elif lengths and not is_update:
         found.append(
             problem("policies", f"{what} bounds a queue of a few messages: hellos or the turn are refused", clear)
@@ -101,6 +102,19 @@ def _of_policy(topology: Topology, queue: Queue, name: str, definition: Facts) -
     if _number(limit) and _number(limit) < 20:
         text = f"{what} gives up on a message after {limit} returns; each crash of an aggregator is one"
         found.append(problem("policies", text, clear))
+    return found
+
+
+def _of_stream(queue: Queue, what: str, definition: Facts, clear: str) -> list[Finding]:
+    found: list[Finding] = []
+    room = queue.arguments["x-max-length-bytes"]
+    limit = definition.get("max-length-bytes")
+    if _number(limit) and _number(limit) < _number(room):
+        text = f"{what} keeps {limit:,} bytes; versions need {room:,}: slow workers would never get one"
+        found.append(problem("policies", text, clear))
+    if "max-age" in definition:
+        text = f"{what} drops versions by age ({definition['max-age']}): who joins after a pause finds none"
+        found.append(note("policies", text, clear))
     return found
 
 

@@ -78,6 +78,13 @@ def verdicts(examination: Examination, roles: tuple[Role, ...] = ROLES, *, is_as
     return [finding.level for finding in found]
 
 
+def test_what_was_not_tried_for_an_alarm_is_not_called_permitted() -> None:
+    blocked = trials(None, None)
+    blocked.is_blocked = True
+
+    assert verdicts(blocked) == [Level.OK, Level.OK, Level.NOTE]
+
+
 def test_of_two_roles_one_is_enough_unless_it_was_asked_for() -> None:
     assert verdicts(trials(None, None)) == [Level.OK, Level.OK]
     assert verdicts(trials(REFUSED, None)) == [Level.NOTE, Level.OK]

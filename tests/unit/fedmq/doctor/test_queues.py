@@ -65,6 +65,21 @@ def test_a_policy_counts_before_and_after_the_run_is_there(name: str, definition
     assert worst(of_policies(TOPOLOGY, present(), to_come, DECLARED)) is Level.OK
 
 
+def test_a_length_on_a_queue_that_refuses_by_its_own_argument_loses_nothing() -> None:
+    quorum = TOPOLOGY.queues("quorum", 0)
+    in_force = {TOPOLOGY.updates: {"effective_policy_definition": {"max-length": 10}, "policy": "p"}}
+
+    assert worst(of_policies(TOPOLOGY, in_force, None, quorum[:1])) is Level.OK
+
+
+def test_the_advice_names_policy_and_virtual_host() -> None:
+    bad = [policy({"message-ttl": 1}, "updates$", name="my policy")]
+
+    (found,) = of_policies(TOPOLOGY, {}, bad, DECLARED, vhost="my host")
+
+    assert found.advice.startswith("rabbitmqctl clear_policy -p 'my host' 'my policy'")
+
+
 def test_the_matching_policy_of_highest_priority_is_in_force() -> None:
     policies = [
         policy({"max-length": 1}, priority=1, name="low"),

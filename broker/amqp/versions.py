@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import pika
 
@@ -12,7 +12,7 @@ from broker.amqp.publisher import plain
 from broker.amqp.session import Channel
 from broker.transport import order_of
 
-__all__ = ["Lag", "Reader", "newest_broadcast"]
+__all__ = ["Lag", "Reader", "newest_broadcast", "newest_headers"]
 
 #: A stream that is not empty begins to answer far sooner; of one that is, nothing is ever heard.
 QUIET_SECONDS = 1.0
@@ -27,19 +27,26 @@ LAG_SECONDS = 5.0
 
 
 async def newest_broadcast(channel: Channel, stream: str) -> tuple[int, int] | None:
-    """Epoch and version of the newest message in ``stream``; None if there is none.
+    """Epoch and version of the newest message in ``stream``; None if there is none."""
+    headers = await newest_headers(channel, stream)
+    return None if headers is None else order_of(headers)[:2]
+
+
+async def newest_headers(channel: Channel, stream: str) -> Mapping[str, str | int] | None:
+    """Headers of the newest message in ``stream``; None if there is none.
 
     The last block of a stream may hold several, so all that come at once are looked at. On a channel of its
     own: acknowledgements of a stream are credit, and what is left over ends with it.
     """
     probe = await channel.session.channel()
-    newest: tuple[int, int] | None = None
+    newest: Mapping[str, str | int] | None = None
     never: asyncio.Future[None] = asyncio.get_running_loop().create_future()
 
     def on_message(method: pika.spec.Basic.Deliver, properties: pika.BasicProperties, _body: bytes) -> None:
         nonlocal newest
-        epoch, version, _ = order_of(plain(properties.headers))
-        newest = max(newest or (0, 0), (epoch, version))
+        headers = plain(properties.headers)
+        if newest is None or order_of(headers) >= order_of(newest):
+            newest = headers
         probe.raw.basic_ack(method.delivery_tag)
 
     try:

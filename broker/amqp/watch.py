@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import secrets
+from collections.abc import Mapping
 from concurrent.futures import Future
 from dataclasses import dataclass
 
@@ -14,7 +15,7 @@ from broker.amqp.connection import Link
 from broker.amqp.publisher import plain
 from broker.amqp.refusals import Operation
 from broker.amqp.session import Channel
-from broker.amqp.versions import newest_broadcast
+from broker.amqp.versions import newest_headers
 from broker.errors import BrokerError, Unroutable
 from broker.settings import BrokerConfig
 from broker.topology import EVENTS, Topology
@@ -87,12 +88,12 @@ class AmqpWatch:
         """
         return self._link.submit(lambda channel: depths(channel, queues))
 
-    def newest(self) -> Future[tuple[int, int] | None]:
-        """Epoch and version of the newest version in the run's stream; None if there is none. Takes a second.
+    def newest(self) -> Future[Mapping[str, str | int] | None]:
+        """Headers of the newest version in the run's stream; None if there is none. Takes a second.
 
         The future fails as :meth:`look`'s, and with :class:`Unroutable` if there is no stream.
         """
-        return self._link.submit(lambda channel: newest_broadcast(channel, self._topology.parameters))
+        return self._link.submit(lambda channel: newest_headers(channel, self._topology.parameters))
 
     def open(self, sink: Sink) -> None:
         """Start watching; returns at once. ``sink`` is called on the connection's thread."""

@@ -52,5 +52,7 @@ class BrokerFacts:
     """Whether the run's queues are there: an aggregator made them once. None if that could not be learnt."""
     newest: tuple[int, int] | None = None
     """Epoch and version of the newest version in the stream, if that was looked for."""
+    is_done: bool = False
+    """Whether that version is the run's last."""
     missing: tuple[str, ...] = ()
     """What cannot be known, and why."""

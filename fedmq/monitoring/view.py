@@ -153,7 +153,7 @@ class View:
     def state(self, now: float) -> str:
         """``waiting``, ``running``, ``paused``, ``done`` or ``silent``."""
         if self._heard is None:
-            return "waiting"
+            return "done" if self.facts.is_done else "waiting"
         known = self._status.state if self._status is not None else ""
         if known == "done":
             return known
@@ -309,6 +309,8 @@ class View:
         silence = 0.0 if self._heard is None else now - self._heard
         if state == "waiting" and self.facts.is_declared is False:
             found.append(f"no aggregator has ever declared run {self.run} on this broker")
+        elif self._heard is None and state == "done":
+            found.append("no aggregator is heard, as the run is done: its workers and figures are in its folder")
         elif state == "waiting":
             found.append("no aggregator has been heard: workers, rates, staleness and the buffer are not known")
         elif self.has_left and state == "silent":

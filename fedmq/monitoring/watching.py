@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from concurrent.futures import CancelledError, Future
 from contextlib import contextmanager, suppress
 from dataclasses import replace
@@ -20,6 +20,7 @@ from broker.amqp.watch import AmqpWatch, Depth
 from broker.errors import BrokerError, BrokerUnreachable
 from broker.settings import BrokerConfig
 from broker.topology import Topology
+from broker.transport import order_of
 from fedmq.monitoring.broker import COLUMNS, alarms_of, by_amqp, by_management, purposes
 from fedmq.monitoring.facts import BrokerFacts
 from fedmq.monitoring.monitor import Monitor
@@ -67,8 +68,8 @@ class Watching:
         self._answered: float | None = None
         self._refusal = "it has not answered yet"
         self._looking: Future[dict[str, Depth | None]] | None = None
-        self._seeking: Future[tuple[int, int] | None] | None = None
-        self._newest: tuple[int, int] | None = None
+        self._seeking: Future[Mapping[str, str | int] | None] | None = None
+        self._newest: Mapping[str, str | int] | None = None
         self._seek_at = time.monotonic() + NEWEST_AFTER
 
     def __enter__(self) -> Self:
@@ -190,7 +191,9 @@ class Watching:
             else:
                 lack = f"bytes and unacked messages in queues, standbys, the broker's alarms: {self._refusal}"
                 facts = replace(self._by_amqp, missing=(*self._by_amqp.missing, lack))
-            self.monitor.observe(replace(facts, newest=self._newest))
+            if self._newest is not None:
+                facts = replace(facts, newest=order_of(self._newest)[:2], is_done=self._newest.get("done") == 1)
+            self.monitor.observe(facts)
 
 
 @contextmanager

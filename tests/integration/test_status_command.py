@@ -189,6 +189,20 @@ def test_without_the_management_api_the_rest_is_seen_and_what_is_missing_is_said
     assert "not known: no aggregator has been heard" in done.out
 
 
+def test_a_run_that_is_over_is_told_by_its_last_version(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(watching, "NEWEST_AFTER", 0.1)
+    transport = AmqpAggregatorTransport(run.config, run.topology, model_bytes=8, prefetch=10)
+    transport.open(lambda _item: None, wait=PATIENCE)
+    for version, done in ((6, 0), (7, 1)):
+        headers: dict[str, str | int] = {"epoch": 3, "version": version, "attempt": 0, "done": done}
+        transport.broadcast(Outgoing(body=b"x", message_id=str(version), headers=headers)).result(PATIENCE)
+    transport.close()
+    with run.watched() as watch:
+        wait_for(lambda: watch.monitor.state == "done", PATIENCE, what="that it is done")
+        seen = watch.monitor.snapshot()
+        assert (seen["version"], seen["epoch"]) == (7, 3)
+
+
 def test_a_run_that_nobody_declared_and_a_broker_that_refuses_are_told(tmp_path: Path, node: PrivateNode) -> None:
     done = fedmq(tmp_path, "status", "--run", "nobody", "--wait", "0.2", url=node.url, environment=_api(node))
     assert_one_message(done, 4, "no aggregator has ever declared run 'nobody'", "--broker")

@@ -145,6 +145,18 @@ def test_what_the_broker_knows_is_shown_where_no_aggregator_speaks() -> None:
     assert snapshot["aggregators"] == [{"name": "host/9", "active": False, "epoch": None, "seen_seconds": None}]
 
 
+def test_a_run_that_is_done_is_told_by_the_broker() -> None:
+    view = View("r")
+    view.observe(BrokerFacts(newest=(4, 12), is_done=True, is_declared=True), 0.0)
+    snapshot = check(view, 0.0)
+    assert (snapshot["state"], snapshot["version"]) == ("done", 12)
+    assert snapshot["missing"] == [
+        "no aggregator is heard, as the run is done: its workers and figures are in its folder"
+    ]
+    view.take(status(state="running"), 1.0)
+    assert check(view, 1.0)["state"] == "running"
+
+
 def test_a_run_that_nobody_has_declared_is_told() -> None:
     view = View("r")
     view.observe(BrokerFacts(is_declared=False), 0.0)

@@ -12,9 +12,10 @@ import multiprocessing
 import os
 import re
 import signal
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import closing
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -163,20 +164,22 @@ def run_cells(
             found[cell.file_name] = kept
             done(kept, True)
     failed: list[FedmqError] = []
-    for cell, outcome in _computed(missing, folder, jobs):
-        if isinstance(outcome, FedmqError):
-            failed.append(outcome)
-        else:
-            found[cell.file_name] = outcome
-            done(outcome, False)
+    with closing(_computed(missing, folder, jobs)) as computed:
+        for cell, outcome in computed:
+            if isinstance(outcome, FedmqError):
+                failed.append(outcome)
+            else:
+                found[cell.file_name] = outcome
+                done(outcome, False)
     return [found[cell.file_name] for cell in sweep.cells if cell.file_name in found], failed
 
 
-def _computed(cells: Sequence[Cell], folder: Path, jobs: int) -> Iterator[tuple[Cell, Outcome | FedmqError]]:
+def _computed(cells: Sequence[Cell], folder: Path, jobs: int) -> Generator[tuple[Cell, Outcome | FedmqError]]:
     if min(jobs, len(cells)) <= 1:
         for cell in cells:
             yield cell, _compute(cell, folder / cell.file_name)
         return
+    others = set(multiprocessing.active_children())
     # Fresh processes: torch's threads do not survive a fork.
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(min(jobs, len(cells)), mp_context=context, initializer=_leave_signals) as pool:
@@ -193,7 +196,10 @@ def _computed(cells: Sequence[Cell], folder: Path, jobs: int) -> Iterator[tuple[
                 f"not computed: {'; '.join(open_[:3])}. What is computed is kept: run it again, with a smaller --jobs"
             ) from None
         except BaseException:
-            pool.shutdown(wait=False, cancel_futures=True)
+            # What is being computed may take hours, and nobody waits for it any more.
+            for process in set(multiprocessing.active_children()) - others:
+                process.terminate()
+            pool.shutdown(cancel_futures=True)
             raise
 
 

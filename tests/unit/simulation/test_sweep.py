@@ -106,6 +106,20 @@ def test_a_process_that_is_killed_is_told_and_what_was_computed_is_kept(tmp_path
     assert [file.name for file in (tmp_path / "cells").iterdir()] == ["good-seed3.json"]
 
 
+def test_who_interrupts_a_sweep_waits_for_no_cell(tmp_path: Path) -> None:
+    variants = {"quick": {}, "endless": {"run.updates": 10**9}, "other": {"run.updates": 10**9}}
+    sweep = load_sweep(written(tmp_path, TWO | {"sweep.variants": variants, "sweep.seeds": [3], "run.target": None}))
+
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run_cells(sweep, tmp_path / "cells", jobs=2, done=interrupt)
+
+    assert not multiprocessing.active_children()
+    assert [file.name for file in (tmp_path / "cells").iterdir()] == ["quick-seed3.json"]
+
+
 def test_a_cell_that_fails_is_named_and_the_others_are_kept(tmp_path: Path) -> None:
     changes = {"sweep.variants": {"good": {}, "bad": {"population.dropout": 0.9, "aggregator.buffer_size": 50}}}
     sweep = load_sweep(written(tmp_path, TWO | changes | {"sweep.seeds": [3], "run.target": None}))

@@ -167,7 +167,7 @@ def test_the_demo_on_a_broker_of_ones_own_and_on_a_terminal(tmp_path: Path, node
     assert middle, frames[-1]
     last = frames[-1]
     assert re.search(r"round +6 of 6 ", last), last
-    assert re.search(r"staleness +median \d+, largest \d+", last), last
+    assert re.search(r"staleness +median [\d.]+, p95 [\d.]+, largest \d+", last), last
     assert re.search(r"held-out +accuracy 0\.\d+, loss \d+\.\d+ \(version 6\)", last), last
     for worker in ("w0", "w1", "w2", "evaluator"):
         assert re.search(rf"│  {worker} +[a-z-]+ +\d+ +(\d+|-) +\d+\.\d+ +\d+\.\d+ ", last), last

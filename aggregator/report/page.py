@@ -34,7 +34,7 @@ pre { background: var(--card); border: 1px solid var(--line); border-radius: 6px
 dt { font-size: .82rem } dd { margin: 0; font-size: 1.35rem; line-height: 1.3; overflow-wrap: anywhere }
 dd small { display: block; font-size: .8rem; color: var(--soft); line-height: 1.35 }
 .figures { display: grid; align-items: start; gap: 1rem; margin-bottom: 1rem;
-  grid-template-columns: repeat(auto-fit, minmax(min(100%, 30rem), 1fr)) }
+  grid-template-columns: repeat(auto-fill, minmax(min(100%, 30rem), 1fr)) }
 img { display: block; max-width: 100%; border-radius: 4px }
 figure { margin: 0; min-width: 0 } figcaption { font-size: .85rem; margin-bottom: .35rem }
 figcaption b { color: var(--ink); display: block; font-size: .95rem }

@@ -202,6 +202,7 @@ class _Attempts:
         for exchange_name, key in (
             (CONTROL, topology.turn_key),
             (EVENTS, topology.event_key("progress", "aggregator")),
+            (EVENTS, topology.event_key("status", "aggregator")),
             (DEAD, topology.key("broker")),
             (topology.parameters, ""),
             (topology.chunks, ""),

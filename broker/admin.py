@@ -20,6 +20,9 @@ __all__ = ["Admin"]
 
 Facts = dict[str, Any]
 
+#: What RabbitMQ says to a wrong password or an unknown user; to one without rights it says *Not management user*.
+LOGIN_FAILED = "Login failed"
+
 
 class Admin:
     """The API of one node, as one user.
@@ -135,6 +138,11 @@ class Admin:
             detail = error.read(500).decode(errors="replace")
         except (OSError, HTTPException):
             detail = ""
+        if error.code == 401 and _reason_of(detail) == LOGIN_FAILED:
+            return AccessRefused(
+                f"the admin UI at {self.url} refused the login of user {self._user!r}: check user and password in "
+                "broker.url"
+            )
         if error.code in {401, 403}:
             return AccessRefused(
                 f"user {self._user!r} may not use the admin UI at {self.url} for {path} ({_reason_of(detail)}): give "

@@ -71,7 +71,8 @@ TWICE_SECONDS = 1.0
 #: In a pipe there is no width: a line a row, for grep.
 PIPE_WIDTH = 1000
 
-_out = Console()
+#: A text with ``:bug:`` in it stays as it is, JSON above all.
+_out = Console(emoji=False)
 
 
 def say(text: str) -> None:
@@ -85,7 +86,7 @@ def say_nothing(_text: str) -> None:
 
 def say_table(table: Table) -> None:
     """``table``, in full width if the result goes into a pipe."""
-    (_out if _out.is_terminal else Console(width=PIPE_WIDTH)).print(table)
+    (_out if _out.is_terminal else Console(width=PIPE_WIDTH, emoji=False)).print(table)
 
 
 @contextlib.contextmanager

@@ -16,7 +16,7 @@ from rich.progress import BarColumn, Progress, SpinnerColumn, Task, TaskID, Text
 __all__ = ["Bar", "bar", "errors", "show_deep"]
 
 #: Everything that is not a command's result goes here.
-errors = Console(stderr=True, soft_wrap=True)
+errors = Console(stderr=True, soft_wrap=True, emoji=False)
 
 #: What is done sooner needs no bar.
 DELAY_SECONDS = 1.0

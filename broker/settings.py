@@ -15,6 +15,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
+from urllib.parse import urlsplit
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, SecretStr, ValidationError
 from pydantic_core import ErrorDetails
@@ -95,6 +96,20 @@ def _registered(text: str) -> str:
     return text
 
 
+def _admin_address(url: str) -> str:
+    try:
+        parts = urlsplit(url)
+        is_known = parts.scheme in {"http", "https"} and bool(parts.hostname) and parts.port != 0
+    except ValueError:
+        is_known = False
+    if not is_known:
+        raise ValueError("the admin UI's address is like http://127.0.0.1:15672")
+    if parts.username is not None or parts.password is not None:
+        # It is named in messages, on pages and in reports.
+        raise ValueError("no user and no password here: those of broker.url are taken")
+    return url
+
+
 class BrokerConfig(Table):
     """``[broker]``: where RabbitMQ is and how to talk to it."""
 
@@ -102,8 +117,9 @@ class BrokerConfig(Table):
     """Address with user, password and virtual host; several, separated by commas, are tried in turn."""
     url_file: Path | None = None
     """A file that holds the address, instead of ``url``: for Docker's and Kubernetes' secrets."""
-    management_url: str | None = None
-    """The admin UI's address, to show it; ``http://<host>:15672`` of the broker if not set."""
+    management_url: Annotated[str, AfterValidator(_admin_address)] | None = None
+    """The address of the admin UI and its API, without user and password: those of ``url`` are taken.
+    ``http://<host>:15672`` of the broker if not set."""
     heartbeat: Annotated[int, Field(ge=5, le=3600)] = 30
     """Seconds; a silent peer is given up after about two."""
     connect_timeout: Annotated[float, Field(gt=0, le=600)] = 10.0
@@ -375,7 +391,7 @@ def _validated(name: str, kind: type[Table], values: dict[str, Any], origins: Ma
             key = str(problem["loc"][0]) if problem["loc"] else ""
             full = f"{name}.{key}" if key else name
             secret = key in kind.model_fields and kind.model_fields[key].annotation is SecretStr
-            shown = "" if secret or not key else f" = {problem['input']!r:.80}"
+            shown = "" if secret or not key else f" = {redacted(repr(problem['input'])):.80}"
             where = str(origins.get(full, "default")) if key else _all_of(name, origins)
             lines.append(f"{where}: {full}{shown}: {_wanted(problem)}")
         raise ConfigError("\n".join(lines)) from None

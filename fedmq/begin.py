@@ -20,6 +20,7 @@ from broker.console import (
     bar,
     guard,
     parse_flags,
+    say,
     set_up_logging,
 )
 from broker.errors import CheckpointError, TaskError
@@ -28,8 +29,6 @@ from worker_client.cli import TaskOption
 from worker_client.config import WorkerConfig
 
 __all__ = ["demo", "init"]
-
-out = Console()
 
 
 def demo(
@@ -102,7 +101,7 @@ def init(
         size = sum(array.size for array in snapshot.parameters.values())
         count = len(snapshot.parameters)
         where = checkpoint_folder(read)
-        out.print(f"run {read.run!r}: {size:,} numbers in {count} tensors, in {where}", highlight=False, soft_wrap=True)
+        say(f"run {read.run!r}: {size:,} numbers in {count} tensors, in {where}")
 
 
 def _is_initialised(read: Settings, *, exist_ok: bool) -> bool:
@@ -114,7 +113,7 @@ def _is_initialised(read: Settings, *, exist_ok: bool) -> bool:
     text = f"run {read.run!r} has been initialised: {store.folder}"
     if not exist_ok:
         raise CheckpointError(f"{text}; 'fedmq aggregator' goes on with it, or choose another --run or --folder")
-    out.print(text, highlight=False, soft_wrap=True)
+    say(text)
     return True
 
 

@@ -13,6 +13,7 @@ from typing import Annotated, Any
 
 import numpy as np
 import typer
+from rich.markup import escape
 from rich.table import Table as Grid
 from safetensors import SafetensorError, safe_open
 
@@ -194,7 +195,7 @@ def _show(selection: Selection, rows: list[dict[str, Any]]) -> None:
         table.add_column(name, justify="right", no_wrap=True)
     for row in rows:
         table.add_row(
-            row["codec"],
+            escape(row["codec"]),
             f"{row['bytes']:,}",
             f"{row['bytes_per_value']:.3f}",
             f"{row['ratio']:.1f}",

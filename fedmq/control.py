@@ -9,7 +9,6 @@ from collections.abc import Callable
 from typing import Annotated
 
 import typer
-from rich.console import Console
 
 from aggregator.config import AggregatorConfig
 from broker.amqp.operator import Operator
@@ -21,6 +20,7 @@ from broker.console import (
     errors,
     guard,
     parse_flags,
+    say,
     set_up_logging,
 )
 from broker.errors import ConfigError
@@ -36,7 +36,6 @@ ALIASES = {"server_lr": "learning_rate", "lr": "learning_rate"}
 #: Exit code for a command that waits in the run's queue.
 UNANSWERED = 6
 
-out = Console()
 
 WaitOption = Annotated[float, typer.Option("--wait", min=0.0, help="Seconds to wait for the aggregator's answer.")]
 WorkerArgument = Annotated[str, typer.Argument(metavar="WORKER", help="Its name.")]
@@ -167,6 +166,6 @@ def _give(action: Action, settings: Settings, wait: float, changes: dict[str, Sc
         errors.print(text, highlight=False, soft_wrap=True, style="yellow")
         raise typer.Exit(UNANSWERED)
     if answer.accepted:
-        out.print(answer.text, highlight=False, soft_wrap=True)
+        say(answer.text)
     else:
         raise ConfigError(f"refused: {answer.text}")

@@ -10,6 +10,7 @@ from typing import Any
 from urllib.parse import quote, urlsplit, urlunsplit
 
 from pydantic import SecretStr
+from rich.markup import escape
 from rich.table import Table as Grid
 
 from broker.admin import Admin
@@ -30,8 +31,9 @@ from broker.console import (
 from broker.errors import BrokerError
 from broker.settings import BrokerConfig, Settings
 from broker.topology import Topology
+from fedmq.monitoring.text import clean
 
-__all__ = ["RunFacts", "run_of", "runs", "runs_in"]
+__all__ = ["RunFacts", "run_of", "runs", "runs_in", "table_of"]
 
 #: A run's or a worker's name has no dot in it.
 KINDS = "updates|control|turn|dead|parameters|chunks|outbox|notice|events"
@@ -87,7 +89,7 @@ def runs(
             say(json.dumps({"runs": [asdict(one) for one in found], "missing": missing}, indent=2))
             return
         if found:
-            say_table(_table(found))
+            say_table(table_of(found))
         else:
             say(f"run {wanted!r} is not on this broker" if wanted else "there is no run on this broker")
         for text in missing:
@@ -184,7 +186,8 @@ def _in_vhost(config: BrokerConfig, vhost: str) -> BrokerConfig:
     return config.model_copy(update={"url": SecretStr(",".join(map(urlunsplit, urls))), "url_file": None})
 
 
-def _table(found: Sequence[RunFacts]) -> Grid:
+def table_of(found: Sequence[RunFacts]) -> Grid:
+    """As a terminal shows them."""
     hosts = {one.vhost for one in found}
     table = Grid(box=None, pad_edge=False, header_style="bold")
     table.add_column("run", no_wrap=True)
@@ -197,7 +200,7 @@ def _table(found: Sequence[RunFacts]) -> Grid:
         aggregator = ("active" if one.active else "none") + (f", {one.standby} standing by" if one.standby else "")
         workers = None if one.workers is None else len(one.workers)
         numbers = (one.version, one.epoch, workers, one.waiting, one.unacked, one.dead, one.bytes)
-        hosts_cell = [one.vhost] if len(hosts) > 1 else []
+        hosts_cell = [escape(clean(one.vhost))] if len(hosts) > 1 else []
         table.add_row(one.run, *hosts_cell, aggregator, *("" if n is None else f"{n:,}" for n in numbers))
     return table
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table as Grid
 
 from aggregator.config import AggregatorConfig
@@ -58,7 +59,7 @@ def config(
         for name in ("value", "from"):
             table.add_column(name, overflow="fold")
         for key, value, origin in rows:
-            table.add_row(key, "-" if value is None else str(value), origin)
+            table.add_row(key, "-" if value is None else escape(str(value)), escape(origin))
         say_table(table)
 
 

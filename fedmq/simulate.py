@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from rich.markup import escape
 from rich.table import Table as Grid
 
 from broker.console import (
@@ -124,7 +125,7 @@ def _show_all(outcomes: list[Outcome]) -> None:
     for name in rows[0]:
         table.add_column(name, justify="left" if name == "variant" else "right", overflow="fold")
     for row in rows:
-        table.add_row(*row.values())
+        table.add_row(*map(escape, row.values()))
     say_table(table)
 
 
@@ -150,5 +151,5 @@ def _show(outcome: Outcome) -> None:
     table.add_column("what", no_wrap=True)
     table.add_column("value", overflow="fold")
     for row in rows:
-        table.add_row(*row)
+        table.add_row(*map(escape, row))
     say_table(table)

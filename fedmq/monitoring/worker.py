@@ -169,7 +169,8 @@ class Worker:
             found.append(f"against the others: cosine {self.cosine:.2f}")
         if self.score >= REMARKABLE_SCORE:
             found.append(f"score {self.score:.1f}")
-        found += self._slowness(pace)
+        if not silence:  # what it was like before is of no use now
+            found += self._slowness(pace)
         if self.farewell:
             found.append("left" if self.farewell == "left" else f"left: {self.farewell}")
         return found

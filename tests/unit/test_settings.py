@@ -174,10 +174,9 @@ def test_a_key_without_its_table_is_found_in_any() -> None:
     ],
 )
 def test_a_password_is_never_shown(url: str, shown: str) -> None:
-    settings = read("", [("broker.url", url), ("broker.management_url", f"http://me:{PASSWORD}@host:15672")])
+    settings = read("", [("broker.url", url)])
     values = plain(settings)["broker"]
     assert values["url"] == shown
-    assert values["management_url"] == "http://me:***@host:15672"
     assert PASSWORD not in repr(settings.broker.url) + tomli_w.dumps(plain(settings))
 
 
@@ -186,6 +185,29 @@ def test_an_address_that_is_none_is_refused_without_showing_it(url: str) -> None
     with pytest.raises(ConfigError, match="amqp://") as caught:
         read("", [("broker.url", url)]).broker.urls()
     assert PASSWORD not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("url", "words"),
+    [
+        (f"http://me:{PASSWORD}@host:15672", "those of broker.url are taken"),
+        (f"https://{PASSWORD}@host", "those of broker.url are taken"),
+        ("host:15672", "is like http://"),
+        ("amqp://host", "is like http://"),
+        ("http://", "is like http://"),
+        ("http://host:port", "is like http://"),
+        ("http://[::1", "is like http://"),
+    ],
+)
+def test_an_admin_address_is_one_and_holds_no_password(url: str, words: str) -> None:
+    told = complaint("", [("broker.management_url", url)])
+    assert words in told
+    assert f":{PASSWORD}" not in told
+
+
+@pytest.mark.parametrize("url", ["http://127.0.0.1:15672", "https://[::1]:15671/prefix/", "http://rabbit"])
+def test_an_admin_address_stays_as_it_was_given(url: str) -> None:
+    assert read("", [("broker.management_url", url)]).broker.management_url == url
 
 
 def test_a_wrong_type_of_address_does_not_show_it() -> None:

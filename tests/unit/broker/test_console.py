@@ -5,9 +5,10 @@ import signal
 import threading
 
 import pytest
+from rich.table import Table
 
 from broker import console
-from broker.console import guard, stop_on_signals
+from broker.console import guard, say, say_table, stop_on_signals
 from broker.errors import CheckpointError, ConfigError, ModelMismatch, PublishRefused, TaskError, WireError
 
 
@@ -70,3 +71,14 @@ def test_each_kind_of_error_has_its_exit_code(error: Exception, code: int, capsy
 def test_what_is_no_error_of_ours_is_not_hidden() -> None:
     with pytest.raises(ZeroDivisionError), guard():
         raise ZeroDivisionError
+
+
+def test_a_text_that_looks_like_an_emoji_stays_as_it_is(capfd: pytest.CaptureFixture[str]) -> None:
+    table = Table()
+    table.add_column("host:100:host")
+    table.add_row("a:bug:b")
+    say('{"host": "a:bug:b [/]"}')
+    say_table(table)
+    out, _ = capfd.readouterr()
+    assert out.startswith('{"host": "a:bug:b [/]"}\n')
+    assert ("host:100:host" in out, out.count("a:bug:b")) == (True, 2)

@@ -7,9 +7,10 @@ from typing import Any
 import pytest
 
 from broker.amqp.look import Count
+from broker.console import say_table
 from broker.errors import BrokerError
 from broker.topology import Topology
-from fedmq.runs import run_of, runs_in
+from fedmq.runs import run_of, runs_in, table_of
 
 
 def row(name: str, vhost: str = "/", **facts: Any) -> dict[str, Any]:
@@ -38,6 +39,13 @@ def test_a_runs_queues_add_up_and_foreign_ones_do_not_count() -> None:
     assert (first.run, first.vhost, first.active, first.workers) == ("b", "/", True, ["w1", "w2"])
     assert (first.waiting, first.unacked, first.dead, first.bytes, first.standby) == (3, 2, 4, 990, 2)
     assert (second.run, second.vhost, second.active, second.standby, second.workers) == ("a", "other", False, 0, [])
+
+
+def test_a_virtual_host_may_be_called_anything(capfd: pytest.CaptureFixture[str]) -> None:
+    say_table(table_of(runs_in([row("fedmq.a.updates"), row("fedmq.a.updates", vhost="[/]:bug:\x1b[2J")])))
+    out, _ = capfd.readouterr()
+    assert "[/]:bug:\N{REPLACEMENT CHARACTER}[2J" in out
+    assert "\x1b" not in out
 
 
 def test_facts_that_are_missing_count_as_none_of_them() -> None:

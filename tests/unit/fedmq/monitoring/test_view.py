@@ -208,6 +208,15 @@ def test_of_two_workers_the_slow_one_is_told() -> None:
     assert remarks == {"fast": [], "slow": ["slow: 6.0 times the median's seconds an update"]}
 
 
+def test_of_one_that_is_silent_it_is_not_said_that_it_is_slow() -> None:
+    view = View("r")
+    for now in (0.0, 20.0):
+        view.take(event(EventKind.HEARTBEAT, "fast", state="training", seconds=1.0), now)
+    view.take(event(EventKind.HEARTBEAT, "gone", state="training", seconds=6.0), 0.0)
+    remarks = {worker["name"]: worker["remarks"] for worker in check(view, 20.0)["workers"]}
+    assert remarks == {"fast": [], "gone": ["silent for 20 s"]}
+
+
 @pytest.mark.parametrize(
     ("seconds", "role"), [((0.001, 0.05), "trainer"), ((1.0, 1.9), "trainer"), ((1.0, 60.0), "evaluator")]
 )

@@ -92,6 +92,8 @@ def test_a_user_without_the_tag_for_alarms_sees_the_rest() -> None:
     ("answer", "words"),
     [
         ((401, b"who?"), "may not use the admin UI"),
+        ((401, {"error": "not_authorised", "reason": "Login failed"}), "check user and password"),
+        ((401, {"error": "not_authorised", "reason": "Not management user"}), "give it the tag 'monitoring'"),
         ((404, b"\x00\xff"), "404"),
         ((200, b"<html>"), "does not answer"),
         ((200, {"items": QUEUES}), "something else than a list"),

@@ -32,6 +32,8 @@ __all__ = ["status"]
 
 #: Longest wait for the aggregators that stand by.
 STANDBY_SECONDS = 2.0
+#: Longest wait for the newest version of a run without an aggregator, which it takes some to find in its stream.
+STREAM_SECONDS = 10.0
 #: Between two looks whether there is something new to say.
 LOOK_SECONDS = 0.2
 #: With --watch --json, between two lines.
@@ -72,6 +74,7 @@ def status(
         monitor.wait_complete(wait)
         watching.asked.wait(ANSWER_SECONDS)
         watching.looked.wait(ANSWER_SECONDS)
+        watching.await_newest(STREAM_SECONDS)
         snapshot = _with_standbys(monitor)
         if monitor.failure is not None and not snapshot["queues"]:
             raise monitor.failure  # nothing can be known

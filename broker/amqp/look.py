@@ -20,6 +20,8 @@ __all__ = ["Count", "counts", "newest_versions"]
 #: Of a run whose stream is empty one second is needed to know, so several are asked at once.
 AT_ONCE = 16
 SECONDS = 30.0
+#: Of a run that makes versions without a pause: what is newest after so many seconds is told.
+PATIENCE = 3.0
 
 T = TypeVar("T")
 
@@ -46,7 +48,7 @@ def newest_versions(config: BrokerConfig, runs: Sequence[str]) -> dict[str, tupl
             async with turns:
                 channel = await session.channel()
                 try:
-                    newest = await newest_broadcast(channel, Topology(run).parameters)
+                    newest = await newest_broadcast(channel, Topology(run).parameters, patience=PATIENCE)
                 except BrokerError:
                     return  # not there any more, or not for this user
                 finally:

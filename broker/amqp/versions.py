@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 import time
 from collections.abc import Callable, Mapping
 
@@ -26,17 +27,22 @@ READ_PREFETCH = 2
 LAG_SECONDS = 5.0
 
 
-async def newest_broadcast(channel: Channel, stream: str) -> tuple[int, int] | None:
-    """Epoch and version of the newest message in ``stream``; None if there is none."""
-    headers = await newest_headers(channel, stream)
+async def newest_broadcast(channel: Channel, stream: str, *, patience: float = math.inf) -> tuple[int, int] | None:
+    """Epoch and version of the newest message in ``stream``; None if there is none. ``patience`` as below."""
+    headers = await newest_headers(channel, stream, patience=patience)
     return None if headers is None else order_of(headers)[:2]
 
 
-async def newest_headers(channel: Channel, stream: str) -> Mapping[str, str | int] | None:
+async def newest_headers(
+    channel: Channel, stream: str, *, patience: float = math.inf
+) -> Mapping[str, str | int] | None:
     """Headers of the newest message in ``stream``; None if there is none.
 
     The last block of a stream may hold several, so all that come at once are looked at. On a channel of its
     own: acknowledgements of a stream are credit, and what is left over ends with it.
+
+    Of a run that goes on there may always be one more: once something has come, whoever only looks is content with the
+    newest that comes within ``patience`` seconds. An aggregator that begins is not.
     """
     probe = await channel.session.channel()
     newest: Mapping[str, str | int] | None = None
@@ -52,7 +58,10 @@ async def newest_headers(channel: Channel, stream: str) -> Mapping[str, str | in
     try:
         await probe.consume(stream, on_message, prefetch=PREFETCH, arguments={"x-stream-offset": "last"})
         heard = -SILENCE_BYTES
+        begun = time.monotonic()
         while probe.session.received_bytes - heard >= SILENCE_BYTES:
+            if newest is not None and time.monotonic() - begun >= patience:
+                break
             heard = probe.session.received_bytes
             await probe.wait(never, QUIET_SECONDS if newest is None else QUIET_SECONDS / 4)
     finally:

@@ -27,6 +27,8 @@ log = logging.getLogger("fedmq.broker")
 
 QUEUE_LENGTH = 10_000
 RETRY_SECONDS = 0.5
+#: For the newest version of a run that makes them without a pause.
+PATIENCE = 3.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,7 +95,7 @@ class AmqpWatch:
 
         The future fails as :meth:`look`'s, and with :class:`Unroutable` if there is no stream.
         """
-        return self._link.submit(lambda channel: newest_headers(channel, self._topology.parameters))
+        return self._link.submit(lambda channel: newest_headers(channel, self._topology.parameters, patience=PATIENCE))
 
     def open(self, sink: Sink) -> None:
         """Start watching; returns at once. ``sink`` is called on the connection's thread."""

@@ -54,6 +54,7 @@ class Watching:
         self.monitor = Monitor(run)
         #: Set when the management API has answered, or failed, and when the queues were looked at.
         self.asked, self.looked = threading.Event(), threading.Event()
+        self._sought = threading.Event()
         self._topology = Topology(run)
         self._watch = AmqpWatch(config, self._topology)
         self._admin = Admin.of(config, timeout=ANSWER_SECONDS)
@@ -107,6 +108,11 @@ class Watching:
         if self.monitor.failure is not None:
             raise self.monitor.failure
 
+    def await_newest(self, timeout: float) -> None:
+        """Where no aggregator speaks, wait until the stream has said which version is the newest, or has failed to."""
+        if self._is_unheard():
+            self._sought.wait(timeout)
+
     # ------------------------------------------------------------------------------------------------ AMQP
 
     def _keep_looking(self) -> None:
@@ -138,6 +144,8 @@ class Watching:
             seeking, self._seeking = self._seeking, None
             with suppress(BrokerError, CancelledError):
                 self._newest = seeking.result()
+            self._share()
+            self._sought.set()
         elif self._seeking is None and now >= self._seek_at and self._is_unheard():
             self._seek_at = now + NEWEST_EVERY
             self._seeking = self._watch.newest()

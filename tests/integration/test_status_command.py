@@ -186,6 +186,7 @@ def test_without_the_management_api_the_rest_is_seen_and_what_is_missing_is_said
     done = fedmq(tmp_path, "status", "--wait", "0.2", "--run", run.name, url=node.url, environment=more)
     assert done.code == 0, done
     assert "none is heard" in done.out
+    assert ["round", "1"] in [line.split() for line in done.out.splitlines()]
     assert "not known: no aggregator has been heard" in done.out
 
 

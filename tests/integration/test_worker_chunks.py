@@ -255,7 +255,9 @@ def test_who_is_asked_to_leave_in_the_middle_leaves(moment: str, node: PrivateNo
         wait_for(lambda: "leads run" in place.log(), LONG, what="an aggregator that leads")
         if moment == "download":
             proxy.delay(0.5)
-        worker = place.worker(0, url=proxy.url(node.url), log="w0")
+        # Verbose, so that it says when it trains.
+        own = ("--name", "w0", "--shard", "0/1", "--verbose")
+        worker = place.command("worker", *own, url=proxy.url(node.url), log="w0")
         wait_for(lambda: "downloading version 0" in place.log("w0"), LONG, what="a download")
         carried = dict(proxy.carried)
         if moment == "upload":

@@ -23,7 +23,7 @@ def command(folder: Path, *arguments: str) -> Iterator[subprocess.Popen[str]]:
     with subprocess.Popen(
         [sys.executable, "-m", "worker_client", *arguments],
         cwd=folder,
-        env=environment | {"PYTHONPATH": str(ROOT), "NO_COLOR": "1"},
+        env=environment | {"PYTHONPATH": str(ROOT), "NO_COLOR": "1", "FEDMQ_LOG_FORMAT": "human"},
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,

@@ -85,6 +85,8 @@ DEFAULTS: dict[str, Any] = {
 TROUBLE: dict[str, Any] = {
     "aggregator.stop_after_rounds": 400,
     "aggregator.max_staleness": 10_000,
+    # The first updates have nothing that they could be compared with.
+    "aggregator.max_norm": 100.0,
     "aggregator.norm_factor": 5.0,
     "aggregator.quarantine_score": 4.0,
     "aggregator.quarantine_seconds": 600.0,
@@ -223,7 +225,9 @@ def _broker(settings: Settings, console: Console, stack: ExitStack) -> Place:
         console.print(f"RabbitMQ's metrics while this runs: {node.prometheus_url}", soft_wrap=True)
     console.print(f"RabbitMQ's admin UI while this runs: {node.management_url} ({login})", soft_wrap=True)
     console.print(
-        f"from another terminal: fedmq status --watch --run {settings.run} --broker {node.url}", soft_wrap=True
+        # Not by --broker: what is on a command line, everybody on the machine can read.
+        f"from another terminal: FEDMQ_BROKER_URL={node.url} fedmq status --watch --run {settings.run}",
+        soft_wrap=True,
     )
     return Place(node.url, f"admin UI: {node.management_url}\n{login}")
 

@@ -365,8 +365,9 @@ class PrivateNode:
                     "127.0.0.1", port, credentials=pika.PlainCredentials(self.user, self.password), socket_timeout=2
                 )
             )
-            connection.channel()
-            connection.close()
+            # Closed also if it does not come to a channel: else the socket stays until somebody collects it.
+            with connection:
+                connection.channel()
         except (OSError, pika.exceptions.AMQPError):
             return False
         return True

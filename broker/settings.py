@@ -23,6 +23,7 @@ from pydantic_core import ErrorDetails
 from broker.codecs import CODECS
 from broker.errors import ConfigError
 from broker.parts import register
+from broker.secretfiles import read_secret
 from broker.topology import KEPT_VERSIONS, check_name
 
 __all__ = [
@@ -116,7 +117,8 @@ class BrokerConfig(Table):
     url: SecretStr = SecretStr("amqp://guest:guest@127.0.0.1:5672/")
     """Address with user, password and virtual host; several, separated by commas, are tried in turn."""
     url_file: Path | None = None
-    """A file that holds the address, instead of ``url``: for Docker's and Kubernetes' secrets."""
+    """A file that holds the address, instead of ``url``: for Docker's and Kubernetes' secrets. Refused if others than
+    its owner and its group may read it, except below ``/run/secrets``."""
     management_url: Annotated[str, AfterValidator(_admin_address)] | None = None
     """The address of the admin UI and its API, without user and password: those of ``url`` are taken.
     ``http://<host>:15672`` of the broker if not set."""
@@ -144,16 +146,11 @@ class BrokerConfig(Table):
     def urls(self) -> tuple[str, ...]:
         """The addresses to try, from ``url_file`` if it is set.
 
-        Raises :class:`ConfigError` if the file cannot be read or an address is not AMQP's.
+        Raises :class:`ConfigError` if the file cannot be read, others may read it, or an address is not AMQP's.
         """
         text = self.url.get_secret_value()
         if self.url_file is not None:
-            try:
-                text = self.url_file.read_text()
-            except OSError as error:
-                raise ConfigError(f"broker.url_file = {str(self.url_file)!r}: {error.strerror}") from None
-            except UnicodeDecodeError:
-                raise ConfigError(f"broker.url_file = {str(self.url_file)!r}: holds no text, but bytes") from None
+            text = read_secret(self.url_file, "broker.url_file")
         urls = tuple(part.strip() for part in text.split(",") if part.strip())
         for url in urls:
             if not url.startswith(("amqp://", "amqps://")):

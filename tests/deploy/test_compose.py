@@ -202,6 +202,7 @@ def test_settings_of_the_file_and_of_the_environment_are_settings_of_fedmq(name:
     environment = dict(compose.services()[name]["environment"])
     secret = tmp_path / "broker_url"
     secret.write_text("amqp://user:password@rabbitmq:5672/%2F\n")
+    secret.chmod(0o600)
     assert environment["FEDMQ_BROKER_URL_FILE"] == "/run/secrets/broker_url"
     environment["FEDMQ_BROKER_URL_FILE"] = str(secret)
 

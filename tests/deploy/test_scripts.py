@@ -95,7 +95,10 @@ def test_a_node_with_this_configuration_lets_the_secret_in_and_not_guest(tmp_pat
     make_secrets(tmp_path / "secrets")
     own = configuration((ROOT / "deploy" / "rabbitmq" / "20-fedmq.conf").read_text())
     user = configuration((tmp_path / "secrets" / "rabbitmq.conf").read_text())
-    (url,) = BrokerConfig(url_file=tmp_path / "secrets" / "broker_url").urls()
+    # The mode that it has behind the closed folder is taken from a container's mounts only.
+    url_file = tmp_path / "secrets" / "broker_url"
+    url_file.chmod(0o600)
+    (url,) = BrokerConfig(url_file=url_file).urls()
     node = PrivateNode(plugins=(), settings=own | user)
     node.user, node.password = user["default_user"], user["default_pass"]
 

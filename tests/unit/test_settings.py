@@ -12,6 +12,7 @@ from aggregator.config import AggregatorConfig
 from broker.codecs import CODECS
 from broker.console import parse_flags
 from broker.errors import ConfigError
+from broker.secretfiles import write_secret
 from broker.settings import BrokerConfig, Flag, Origin, Settings, load, plain, redacted
 
 PASSWORD = "pl4nted-s3cret"  # noqa: S105 (of nothing)
@@ -216,7 +217,7 @@ def test_a_wrong_type_of_address_does_not_show_it() -> None:
 
 
 def test_an_address_may_come_from_a_file() -> None:
-    Path("url").write_text(f"amqp://me:{PASSWORD}@one/, amqp://me:{PASSWORD}@two/\n")
+    write_secret("url", f"amqp://me:{PASSWORD}@one/, amqp://me:{PASSWORD}@two/\n".encode())
     settings = read("", [("broker.url_file", "url")])
     assert [redacted(url) for url in settings.broker.urls()] == ["amqp://me:***@one/", "amqp://me:***@two/"]
     assert PASSWORD not in str(plain(settings))
@@ -224,9 +225,17 @@ def test_an_address_may_come_from_a_file() -> None:
 
 @pytest.mark.parametrize("content", [b"", b"\n", b"\xff\xfe"])
 def test_a_file_that_holds_no_address_is_named(content: bytes) -> None:
-    Path("url").write_bytes(content)
+    write_secret("url", content)
     with pytest.raises(ConfigError, match=r"broker\.url"):
         read("", [("broker.url_file", "url")]).broker.urls()
+
+
+def test_a_file_with_an_address_that_others_may_read_is_refused() -> None:
+    Path("url").write_text(f"amqp://me:{PASSWORD}@one/")
+    Path("url").chmod(0o644)
+    with pytest.raises(ConfigError, match=r"broker\.url_file = 'url': others may read .* chmod 600 url") as caught:
+        read("", [("broker.url_file", "url")]).broker.urls()
+    assert PASSWORD not in str(caught.value)
 
 
 def test_what_is_printed_can_be_read_again() -> None:

@@ -6,6 +6,7 @@ import re
 from collections.abc import Callable, Mapping
 
 from aggregator.core import events as on
+from aggregator.senders import NO_USER, Senders
 from broker.errors import UnknownFormat, WireError
 from broker.messages import (
     NAME_PATTERN,
@@ -28,21 +29,35 @@ from broker.wire import Message, decode, join
 __all__ = ["from_aside", "read_update"]
 
 
-def read_update(token: Token, delivery: Delivery) -> on.Announced | on.Arrived | on.Unreadable:
-    """The update in ``delivery``, or its announcement, or why it is none that can be used."""
+def read_update(
+    token: Token, delivery: Delivery, senders: Senders | None = None
+) -> on.Announced | on.Arrived | on.Unreadable:
+    """The update in ``delivery``, or its announcement, or why it is none that can be used.
+
+    ``senders`` knows who may speak in whose name; if None, anybody may.
+    """
     worker = str(delivery.headers.get("worker", ""))
+    if senders is not None:
+        if not delivery.user:
+            return on.Unreadable(token, Reason.NO_USER, NO_USER)
+        # For what cannot be read, whoever sent it is to blame, and not whom its headers name.
+        worker = senders.blamed(delivery.user, worker)
     try:
         message = decode(delivery.body)
-    except UnknownFormat as error:
-        return on.Unreadable(token, Reason.UNKNOWN_FORMAT, str(error), worker)
-    except WireError as error:
-        return on.Unreadable(token, Reason.MALFORMED, str(error), worker)
-    if isinstance(message, Update):
-        return on.Arrived(token, message, len(delivery.body))
-    if isinstance(message, Manifest) and isinstance(message.head, UpdateHead):
-        return _in_chunks(token, delivery, message, message.head)
-    kind = type(message).__name__.lower()
-    return on.Unreadable(token, Reason.MALFORMED, f"a {kind} in the queue of updates", worker)
+    except (UnknownFormat, WireError) as error:
+        reason = Reason.UNKNOWN_FORMAT if isinstance(error, UnknownFormat) else Reason.MALFORMED
+        return on.Unreadable(token, reason, str(error), worker)
+    head = message.head if isinstance(message, Manifest) else message
+    if not isinstance(head, Update | UpdateHead):
+        kind = type(message).__name__.lower()
+        return on.Unreadable(token, Reason.MALFORMED, f"a {kind} in the queue of updates", worker)
+    if senders is not None and (refused := senders.refusal(delivery.user, head.id.worker)):
+        # Without its id: the worker that it names has perhaps sent an update under that one.
+        return on.Unreadable(token, *refused, worker)
+    if isinstance(head, Update):
+        return on.Arrived(token, head, len(delivery.body))
+    assert isinstance(message, Manifest)  # noqa: S101  (whose head this is)
+    return _in_chunks(token, delivery, message, head)
 
 
 def _in_chunks(
@@ -67,7 +82,11 @@ def _in_chunks(
 
 
 def from_aside(
-    delivery: Delivery, run: str, newest: int, heard: Callable[[Event], None] = lambda _event: None
+    delivery: Delivery,
+    run: str,
+    newest: int,
+    heard: Callable[[Event], None] = lambda _event: None,
+    senders: Senders | None = None,
 ) -> on.Happening | Command | None:
     """What a message that is no update says; None for what makes no sense or is of another run.
 
@@ -76,8 +95,9 @@ def from_aside(
         run: this run.
         newest: its newest version; nobody can have evaluated a later one.
         heard: is given each heartbeat, of which the round machine needs less than people who watch.
+        senders: knows who may speak in whose name; if None, anybody may.
 
-    Raises :class:`WireError`.
+    Raises :class:`WireError`, also for what nobody may say in that name.
     """
     message = decode(delivery.body)
     if isinstance(message, Manifest | Update) or message.run != run:
@@ -85,6 +105,10 @@ def from_aside(
     if isinstance(message, Command):
         # Only the queue that operators may write to; anybody's event may look like one.
         return message if delivery.source is Source.CONTROL and delivery.token is not None else None
+    if senders is not None and isinstance(message, Hello | Goodbye | Event):
+        name = message.source if isinstance(message, Event) else message.worker
+        if refused := senders.refusal(delivery.user, name):
+            raise WireError(refused[1])
     if isinstance(message, Event) and message.kind is EventKind.HEARTBEAT:
         heard(message)
     return _happening(message, newest)

@@ -11,6 +11,7 @@ import queue
 import time
 from collections import deque
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 from pathlib import Path
 
 from aggregator.archive import UpdateArchive
@@ -29,6 +30,7 @@ from aggregator.reign import Reign, claim, shown
 from aggregator.reporting import Reporter
 from aggregator.results import Outcome, is_written, write_results
 from aggregator.room import Room
+from aggregator.senders import Senders
 from aggregator.status import StatusTeller
 from aggregator.writing import CheckpointWriter
 from broker.errors import (
@@ -110,6 +112,7 @@ class AggregatorService:
         self._versions = Broadcasts(run, chunk_bytes=chunk_bytes, codec=config.version_codec, lossless=pack_chunks)
         self._accept_older, self._drop_changes = accept_older, drop_changes
         self._wall = time.time() - time.monotonic()
+        self._senders = Senders("", frozenset(config.trusted_users))
         self._led: Reign | None = None
         self._history = History(folder / "history.jsonl")
         self._inbox: queue.SimpleQueue[Incoming | on.Happening] = queue.SimpleQueue()
@@ -290,6 +293,7 @@ class AggregatorService:
                 return self._read(item)
             case Connected(generation, newest):
                 self.leads, self._stands_by = True, False
+                self._senders = replace(self._senders, own=self._transport.account)
                 return on.LinkUp(generation) if self._lead(item, newest) else None
             case Standby():
                 self.leads, self._stands_by = False, True
@@ -355,7 +359,7 @@ class AggregatorService:
             return self._read_aside(delivery, self._led.machine)
         assert delivery.token is not None  # noqa: S101  (updates are always acknowledged by hand)
         with self._meter.decode:
-            event = read_update(delivery.token, delivery)
+            event = read_update(delivery.token, delivery, self._senders)
         self._meter.received(delivery, event)
         head = event.update if isinstance(event, on.Arrived) else getattr(event, "head", None)
         if head is not None and head.base_epoch > self._led.epoch:
@@ -378,7 +382,7 @@ class AggregatorService:
 
     def _read_aside(self, delivery: Delivery, machine: RoundMachine) -> on.Happening | None:
         try:
-            message = from_aside(delivery, self.run_name, machine.version, self._status.hear)
+            message = from_aside(delivery, self.run_name, machine.version, self._status.hear, self._senders)
         except WireError as error:
             log.warning("ignored a %s message that cannot be read: %s", delivery.source, error)
             message = None

@@ -6,7 +6,7 @@ from dataclasses import fields, replace
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import AfterValidator, Field
+from pydantic import AfterValidator, BeforeValidator, Field
 
 from aggregator.optimizers import OPTIMIZERS, default_rate
 from aggregator.recipe import Recipe
@@ -19,7 +19,7 @@ from broker.codecs import codec_of
 from broker.errors import ConfigError
 from broker.messages import Mode, Rounds
 from broker.parts import Name
-from broker.settings import Table
+from broker.settings import Table, listed
 
 __all__ = ["MAX", "AggregatorTable"]
 
@@ -207,6 +207,9 @@ class AggregatorTable(Table):
     keep_updates: bool = False
     """Keep every applied update on disk, so that ``fedmq replay`` can rebuild any version. Takes the size of the
     model for each update."""
+    trusted_users: Annotated[tuple[str, ...], BeforeValidator(listed)] = ()
+    """Accounts of the broker that may speak in any worker's name, besides the aggregator's own: of the operators who
+    publish dead letters again. All others may speak only for the worker that is called as they are."""
 
     @property
     def effective_schedule_rounds(self) -> int | None:

@@ -43,7 +43,7 @@ __all__ = [
 UNKNOWN = "unknown"
 
 #: Headers that a rejection adds to those of the update.
-REASON_HEADERS = frozenset({"reason", "detail", "time", "body"})
+REASON_HEADERS = frozenset({"reason", "detail", "time", "body", "user"})
 #: What the header ``body`` says if a rejection had to leave the body out.
 LEFT_OUT = re.compile(r"(\d{1,12}) bytes, left out", re.ASCII)
 REASON_LENGTH = 100

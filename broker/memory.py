@@ -79,7 +79,8 @@ class MemoryBroker:
     def command(self, run: str, message: Outgoing) -> None:
         """What an operator asks of the run's aggregator, now or later."""
         with self.turn():
-            self.run(run).commands.append(Delivery(source=Source.CONTROL, body=message.body, headers=message.headers))
+            command = Delivery(source=Source.CONTROL, body=message.body, headers=message.headers, user="operator")
+            self.run(run).commands.append(command)
             self.pump(self.run(run))
 
     def dead_letters(self, run: str) -> list[DeadLetter]:
@@ -124,10 +125,12 @@ class MemoryBroker:
         while run.commands:
             active.take(run.commands.popleft())
 
-    def send_event(self, topology: Topology, kind: str, message: Outgoing, *, notice_to: str | None = None) -> None:
+    def send_event(
+        self, topology: Topology, kind: str, message: Outgoing, *, user: str, notice_to: str | None = None
+    ) -> None:
         """Events go to watchers, what the aggregator hears also to the active one, and notices to the one worker."""
         run = self.run(topology.run)
-        delivery = Delivery(source=Source.EVENT, body=message.body, headers=message.headers)
+        delivery = Delivery(source=Source.EVENT, body=message.body, headers=message.headers, user=user)
         if notice_to is None:
             for aggregator in run.aggregators[:1] if kind in HEARD else ():
                 self.hand(aggregator.sink, delivery)
@@ -142,7 +145,9 @@ class MemoryBroker:
 class _Endpoint:
     """What both sides' connections have in common."""
 
-    def __init__(self, broker: MemoryBroker, topology: Topology) -> None:
+    def __init__(self, broker: MemoryBroker, topology: Topology, account: str) -> None:
+        #: See the port. As on a RabbitMQ with an account for each.
+        self.account = account
         self.sink: Sink | None = None
         self.generation = 0
         self._broker = broker
@@ -173,7 +178,7 @@ class _Endpoint:
         """See the port."""
         with self._broker.turn():
             if self.sink is not None:
-                self._broker.send_event(self._topology, kind, message)
+                self._broker.send_event(self._topology, kind, message, user=self.account)
 
 
 class MemoryAggregatorTransport(_Endpoint):
@@ -181,7 +186,7 @@ class MemoryAggregatorTransport(_Endpoint):
 
     def __init__(self, broker: MemoryBroker, topology: Topology, prefetch: int) -> None:
         """Use :meth:`MemoryBroker.aggregator`."""
-        super().__init__(broker, topology)
+        super().__init__(broker, topology, "aggregator")
         self.prefetch = prefetch
         self.unacked: dict[int, Delivery] = {}
         self._next_tag = 0
@@ -257,7 +262,7 @@ class MemoryAggregatorTransport(_Endpoint):
         """See the port."""
         with self._broker.turn():
             if self.sink is not None:
-                self._broker.send_event(self._topology, "notice", message, notice_to=worker)
+                self._broker.send_event(self._topology, "notice", message, user=self.account, notice_to=worker)
 
     def close(self) -> None:
         """See the port."""
@@ -306,7 +311,7 @@ class MemoryWorkerTransport(_Endpoint):
 
     def __init__(self, broker: MemoryBroker, topology: Topology, name: str) -> None:
         """Use :meth:`MemoryBroker.worker`."""
-        super().__init__(broker, topology)
+        super().__init__(broker, topology, name)
         self.name = name
         self._last: tuple[int, int, int] = (-1, -1, -1)
 
@@ -345,7 +350,9 @@ class MemoryWorkerTransport(_Endpoint):
         if order > self._last:
             self._last = order
             headers = {**message.headers, "message_id": message.message_id}
-            self._broker.hand(self.sink, Delivery(source=Source.PARAMETERS, body=message.body, headers=headers))
+            self._broker.hand(
+                self.sink, Delivery(source=Source.PARAMETERS, body=message.body, headers=headers, user="aggregator")
+            )
 
     def fetch(self, delivery: Delivery, part: range | None = None) -> None:
         """See the port. Only the newest version's chunks are kept."""
@@ -383,7 +390,7 @@ class MemoryWorkerTransport(_Endpoint):
         if chunks:
             run.chunks[message.message_id] = chunks
         headers = {**message.headers, "message_id": message.message_id}
-        queue.append(Delivery(source=source, body=message.body, headers=headers))
+        queue.append(Delivery(source=source, body=message.body, headers=headers, user=self.account))
         self._broker.pump(run)
 
     def _connect(self) -> None:

@@ -37,6 +37,7 @@ __all__ = [
     "Origin",
     "Settings",
     "Table",
+    "listed",
     "load",
     "load_tables",
     "plain",
@@ -83,6 +84,11 @@ class Table(BaseModel):
     model_config = ConfigDict(
         extra="forbid", frozen=True, validate_default=True, use_attribute_docstrings=True, allow_inf_nan=False
     )
+
+
+def listed(value: Any) -> Any:
+    """``value``, split at its commas if it is text: how a list is written in the environment and in options."""
+    return tuple(part.strip() for part in value.split(",") if part.strip()) if isinstance(value, str) else value
 
 
 def _registered(text: str) -> str:

@@ -72,6 +72,8 @@ class Delivery:
     lost: str = ""
     """Why some of its chunks could not be fetched; there are none then."""
     headers: Mapping[str, str | int] = field(default_factory=dict)
+    user: str = ""
+    """The account that sent it, for which the broker vouches; empty if it does not."""
     token: Token | None = None
     redelivered: bool = False
 
@@ -195,6 +197,10 @@ class AggregatorTransport(Protocol):
     def max_message_bytes(self) -> int:
         """The largest body that this broker takes, as far as is known."""
 
+    @property
+    def account(self) -> str:
+        """The broker's account that it speaks as; empty before it is connected."""
+
     def broadcast(self, message: Outgoing) -> Future[None]:
         """Give a version to all workers, present and future. The future is done once the broker has it.
 
@@ -238,6 +244,10 @@ class WorkerTransport(Protocol):
         One at a time: another call takes the place of the one before, if that is not done yet. Goes on after a
         broken connection with the chunks that are missing.
         """
+
+    @property
+    def account(self) -> str:
+        """The broker's account that it speaks as; empty before it is connected."""
 
     @property
     def max_message_bytes(self) -> int:

@@ -6,12 +6,12 @@ import hashlib
 import re
 import socket
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 from pydantic import AfterValidator, BeforeValidator, Field
 
 from broker.errors import ConfigError
-from broker.settings import Table
+from broker.settings import Table, listed
 from broker.topology import check_name
 
 __all__ = ["WorkerConfig", "host_name", "shard_of"]
@@ -46,11 +46,6 @@ def _checked_shard(text: str) -> str:
     return text
 
 
-def _listed(value: Any) -> Any:
-    """In the environment and in options a list is written with commas."""
-    return tuple(part.strip() for part in value.split(",") if part.strip()) if isinstance(value, str) else value
-
-
 class WorkerConfig(Table):
     """``[worker]``: what one worker is called, what it trains on, and how."""
 
@@ -63,7 +58,7 @@ class WorkerConfig(Table):
     """Which part of the task's data is this worker's: ``2/4`` (index from 0), or ``auto/4`` (by the name)."""
     folder: Path | None = None
     """Where identity and sequence are kept; ``runs/<run>/workers/<name>`` from the command line."""
-    local_parameters: Annotated[tuple[str, ...], BeforeValidator(_listed)] = ()
+    local_parameters: Annotated[tuple[str, ...], BeforeValidator(listed)] = ()
     """Parameters that stay with this worker, as patterns like ``["head.*"]``: they train along and are never sent. The
     same for all workers of a run, from ``fedmq init`` on."""
     validation_fraction: Annotated[float, Field(ge=0, lt=1)] = 0.0

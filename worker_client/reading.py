@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass, fields, replace
 
-from broker.errors import WireError
+from broker.errors import ConfigError, WireError
 from broker.messages import Event, EventKind, Manifest, ModelSpec, Parameters, ParametersHead
 from broker.transport import Delivery, Source
 from broker.wire import Shared, decode, delta_range, follow, join
 from broker.wire.messages import read_chunk
 
-__all__ = ["Broken", "Complete", "Offer", "head_of", "read", "under"]
+__all__ = ["Broken", "Complete", "Offer", "head_of", "read", "require_account", "under"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,6 +49,22 @@ class Broken:
 
     head: ParametersHead
     problem: str
+
+
+def require_account(account: str, name: str, theirs: str) -> None:
+    """Raise :class:`ConfigError` if the aggregator will take nothing from the worker ``name``.
+
+    Args:
+        account: the broker's account of this worker.
+        name: what this worker is called.
+        theirs: the account that publishes the run's versions; empty if the broker does not say.
+    """
+    if theirs and account not in {"", name, theirs}:
+        raise ConfigError(
+            f"this worker is called {name!r} and its account at the broker {account!r}: the aggregator takes updates "
+            f"of a worker from the account of the same name only. Set worker.name = {account!r}, or give it its own "
+            "account in broker.url"
+        )
 
 
 def read(delivery: Delivery, run: str, shared: Shared | None = None) -> Complete | Offer | Broken | Event | None:

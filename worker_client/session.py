@@ -18,7 +18,7 @@ from broker.errors import BrokerError, FedmqError, MessageTooLarge, TaskError, U
 from broker.logs import describe
 from broker.messages import Event, EventKind, ModelSpec, Parameters, ParametersHead, Reason, Role, UpdateId
 from broker.seldom import Seldom
-from broker.transport import Connected, Delivery, Disconnected, Failed, Standby, WorkerTransport
+from broker.transport import Connected, Delivery, Disconnected, Failed, Source, Standby, WorkerTransport
 from broker.variates import like
 from worker_client.config import WorkerConfig
 from worker_client.context import Abandoned
@@ -32,7 +32,7 @@ from worker_client.outbox import Outbox
 from worker_client.preparing import Preparation
 from worker_client.presence import Presence
 from worker_client.publishing import Publishing
-from worker_client.reading import Broken, Complete, Offer, head_of, read
+from worker_client.reading import Broken, Complete, Offer, head_of, read, require_account
 from worker_client.sending import Sender
 from worker_client.shelf import Shelf
 from worker_client.training import Evaluation, Trained, Trainer
@@ -205,6 +205,8 @@ class Session:
         except WireError as error:
             log.warning("a message from %s is ignored: %s", delivery.source, error)
             return
+        if delivery.source is Source.PARAMETERS:
+            require_account(self._transport.account, self._config.name, delivery.user)
         match message:
             case Complete(parameters, state):
                 self._arrived(parameters, state)

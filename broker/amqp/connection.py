@@ -76,6 +76,8 @@ class Link:
         self.up: Future[None] = Future()
         #: Called on the link's thread each time that a connection was made.
         self.connected: Callable[[], object] = lambda: None
+        #: The broker's account that it speaks as, from the first connection on.
+        self.account = ""
         #: Why the last attempt to connect failed.
         self.problem = ""
         self.traffic = Traffic()
@@ -269,6 +271,7 @@ class Link:
                 if not self._is_quiet:
                     log.info("%s: connected to %s", self.name, session.place.address)
                 self._is_quiet = True
+                self.account = session.place.user
                 self.connected()
                 return session
         self.problem = "; ".join(problems)

@@ -218,6 +218,8 @@ class Publisher:
                 )
             )
             return
+        # RabbitMQ refuses any other than the connection's own, so whoever receives it may believe it.
+        publication.properties.user_id = channel.session.place.user
         try:
             channel.raw.basic_publish(
                 publication.exchange,

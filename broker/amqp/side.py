@@ -84,6 +84,11 @@ class Side:
         """See the port."""
         return self._publisher.max_message_bytes
 
+    @property
+    def account(self) -> str:
+        """See the port."""
+        return self._consumer.account
+
     def state(self) -> LinkState:
         """How it stands with the broker. May be asked at any time, from any thread."""
         links = [link.traffic for link in (self._publisher.link, self._consumer)]
@@ -149,7 +154,8 @@ class Side:
 
 def delivery_of(source: Source, body: bytes, properties: pika.BasicProperties, **more: Any) -> Delivery:
     """A message as the port hands it over; the broker's ``message_id`` becomes a header."""
-    delivery = Delivery(source=source, body=body, headers=plain(properties.headers), **more)
+    user = properties.user_id or ""
+    delivery = Delivery(source=source, body=body, headers=plain(properties.headers), user=user, **more)
     if properties.message_id:
         delivery = replace(delivery, headers={**delivery.headers, "message_id": properties.message_id})
     return delivery

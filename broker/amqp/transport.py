@@ -100,6 +100,8 @@ class AmqpAggregatorTransport(Side):
     def reject(self, token: Token, reason: Reason, detail: str, delivery: Delivery) -> None:
         """See the port. Tried again until it succeeds or the connection that the token is of has gone."""
         facts: dict[str, str | int] = {"reason": reason.value, "detail": detail[:500], "time": int(time.time())}
+        if delivery.user:  # the copy is the aggregator's own message
+            facts["user"] = delivery.user
         body = delivery.body
         if "chunks" in delivery.headers:
             facts["body"], body = f"{delivery.headers.get('bytes', 0)} bytes, left out", b""

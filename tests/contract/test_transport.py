@@ -67,6 +67,8 @@ def test_an_update_arrives_once_with_its_headers_and_its_id(backend: Backend) ->
     first = inbox.deliveries()[0]
     assert first.headers["base_version"] == 7
     assert first.headers["message_id"] == "id-a"
+    assert first.user == worker.account
+    assert first.user
     assert not first.redelivered
 
 

@@ -122,7 +122,8 @@ def has_outbox(raw: Channel, topology: Topology) -> bool:
 def says_hello(raw: Channel, topology: Topology) -> bool:
     hello = Hello(run=topology.run, worker=WORKER, incarnation="i")
     try:
-        raw.basic_publish(CONTROL, topology.key(WORKER), encode(hello), mandatory=True)
+        properties = pika.BasicProperties(user_id=user_of(raw))
+        raw.basic_publish(CONTROL, topology.key(WORKER), encode(hello), properties, mandatory=True)
     except pika.exceptions.UnroutableError:
         return False
     return True
@@ -133,6 +134,11 @@ def parts_of(update: Update) -> tuple[bytes, list[bytes]]:
     return body, list(chunks)
 
 
+def user_of(raw: Channel) -> str:
+    """The account, which is the aggregator's too: the broker vouches for it, and it may speak for any worker."""
+    return str(raw.connection._impl.params.credentials.username)
+
+
 def send_chunk(raw: Channel, topology: Topology, update: Update, index: int, body: bytes) -> None:
     properties = pika.BasicProperties(message_id=f"{update.id}#{index}", delivery_mode=2)
     raw.basic_publish(UPDATES, topology.chunk_key(WORKER), body, properties, mandatory=True)
@@ -140,7 +146,7 @@ def send_chunk(raw: Channel, topology: Topology, update: Update, index: int, bod
 
 def send_manifest(raw: Channel, topology: Topology, update: Update, body: bytes, **headers: int) -> None:
     facts = {"worker": WORKER, "chunks": 4, "bytes": MODEL.nbytes, **headers}
-    properties = pika.BasicProperties(message_id=str(update.id), headers=facts, delivery_mode=2)
+    properties = pika.BasicProperties(message_id=str(update.id), headers=facts, delivery_mode=2, user_id=user_of(raw))
     raw.basic_publish(UPDATES, topology.key(WORKER), body, properties, mandatory=True)
 
 

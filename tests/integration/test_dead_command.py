@@ -59,7 +59,11 @@ def counting(topology: Topology, index: int) -> Update:
 
 def send(node: PrivateNode, topology: Topology, one: Update) -> None:
     properties = pika.BasicProperties(
-        delivery_mode=2, message_id=str(one.id), type="update", headers={"worker": one.id.worker}
+        delivery_mode=2,
+        message_id=str(one.id),
+        type="update",
+        headers={"worker": one.id.worker},
+        user_id=node.user,
     )
     with channel(node) as inside:
         inside.confirm_delivery()

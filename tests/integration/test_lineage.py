@@ -66,7 +66,9 @@ def publish(pair: Pair, version: int, epoch: int) -> UpdateId:
     )
     with channel(pair.node) as inside:
         inside.confirm_delivery()
-        properties = pika.BasicProperties(delivery_mode=2, message_id=str(update.id), headers={"worker": "late"})
+        properties = pika.BasicProperties(
+            delivery_mode=2, message_id=str(update.id), headers={"worker": "late"}, user_id=pair.node.user
+        )
         inside.basic_publish(UPDATES, pair.topology.key("late"), encode(update), properties, mandatory=True)
     return update.id
 

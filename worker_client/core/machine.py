@@ -48,9 +48,7 @@ from worker_client.core.versions import Versions
 __all__ = ["State", "WorkerMachine"]
 
 #: Rejections that would meet every further update of this process too; going on would only burn energy.
-HOPELESS = frozenset({Reason.UNKNOWN_FORMAT, Reason.NOT_SUPPORTED, Reason.WRONG_RUN, Reason.WRONG_WORKER}) | {
-    Reason.MODEL_MISMATCH
-}
+HOPELESS = frozenset({Reason.UNKNOWN_FORMAT, Reason.NOT_SUPPORTED, Reason.WRONG_RUN, Reason.MODEL_MISMATCH})
 FIRST_BACK_OFF = 0.5
 LONGEST_BACK_OFF = 30.0
 

@@ -28,7 +28,7 @@ class FakeSession:
     def __init__(self) -> None:
         self.closed: asyncio.Future[BrokerError] = asyncio.get_running_loop().create_future()
         self.closed.set_result(ConnectionLost("cut"))
-        self.place = type("Place", (), {"address": "somewhere:5672"})
+        self.place = type("Place", (), {"address": "somewhere:5672", "user": "u"})
 
     async def close(self) -> None: ...
 

@@ -266,12 +266,21 @@ class Channel:
         try:
             getattr(self.raw, method)(callback=lambda frame: _settle(reply, frame), **arguments)
         except pika.exceptions.AMQPError as error:
-            if self.closed.done():
-                raise self.closed.result() from None
-            raise channel_error(error, self.session.place, operation) from None
+            raise self._reason(error) from None
         result = await self.reply_of(reply)
         self._operation = Operation("publish")
         return result
+
+    def publish(self, exchange: str, key: str, body: bytes, properties: pika.BasicProperties) -> None:
+        """Publish without waiting for a confirmation. Raises the :class:`BrokerError` for which the channel ended."""
+        try:
+            self.raw.basic_publish(exchange, key, body, properties)
+        except pika.exceptions.AMQPError as error:
+            raise self._reason(error) from None
+
+    def _reason(self, error: pika.exceptions.AMQPError) -> BrokerError:
+        """Why the channel has ended, or what ``error`` means if it has not."""
+        return self.closed.result() if self.closed.done() else channel_error(error, self.session.place, self._operation)
 
     def expect(self, operation: Operation) -> None:
         """If the broker closes the channel from here on, ``operation`` is what it refuses."""

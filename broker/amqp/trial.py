@@ -296,7 +296,7 @@ class _Attempts:
         """Why the broker ends the channel over such a message."""
         channel = await session.channel()
         channel.expect(Operation(f"publish to exchange {exchange!r} with key {key!r}"))
-        channel.raw.basic_publish(exchange, key, body, pika.BasicProperties(expiration=NO_NUMBER, app_id="fedmq"))
+        channel.publish(exchange, key, body, pika.BasicProperties(expiration=NO_NUMBER, app_id="fedmq"))
         return await channel.ended()
 
     async def _consume(self, role: Role, queue: str) -> None:

@@ -83,8 +83,9 @@ class Tail:
         try:
             await probe.consume(self._stream, on_message, prefetch=1, arguments={"x-stream-offset": "next"})
             for _ in range(5):
-                mark = pika.BasicProperties(delivery_mode=2, type="mark", app_id="fedmq")
-                probe.raw.basic_publish(self._exchange, "", b"", mark)
+                probe.publish(
+                    self._exchange, "", b"", pika.BasicProperties(delivery_mode=2, type="mark", app_id="fedmq")
+                )
                 if await probe.wait(found, MARK_SECONDS):
                     return found.result()
         finally:

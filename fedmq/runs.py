@@ -194,7 +194,7 @@ def table_of(found: Sequence[RunFacts]) -> Grid:
     if len(hosts) > 1:
         table.add_column("virtual host")
     table.add_column("aggregator")
-    for name in ("version", "epoch", "workers", "waiting", "unacked", "dead", "bytes"):
+    for name in ("version", "epoch", "members", "waiting", "unacked", "dead", "bytes"):
         table.add_column(name, justify="right")
     for one in found:
         aggregator = ("active" if one.active else "none") + (f", {one.standby} standing by" if one.standby else "")

@@ -22,6 +22,7 @@ from broker.console import (
     stop_on_signals,
 )
 from broker.errors import Unroutable
+from broker.progress import errors
 from broker.settings import BrokerConfig
 from fedmq.monitoring.broker import TURN
 from fedmq.monitoring.monitor import Monitor
@@ -69,7 +70,7 @@ def status(
         watching.await_connection(_patience(read.broker))
         monitor = watching.monitor
         if watch:
-            _follow(monitor, as_json=as_json)
+            _follow(monitor, read.run, wait, as_json=as_json)
             return
         monitor.wait_complete(wait)
         watching.asked.wait(ANSWER_SECONDS)
@@ -108,10 +109,15 @@ def _console() -> Console:
     return console if console.is_terminal else Console(width=PIPE_WIDTH)
 
 
-def _follow(monitor: Monitor, *, as_json: bool) -> None:
+def _follow(monitor: Monitor, run: str, wait: float, *, as_json: bool) -> None:
     stop = threading.Event()
     console = Console()
     with stop_on_signals(stop):
+        if as_json or not console.is_terminal:
+            # The first line is not of a run of which nothing has been heard yet.
+            monitor.wait_complete(wait)
+            if monitor.is_absent:
+                errors.print(f"no aggregator has declared run {run!r} yet; waiting for it", highlight=False)
         if as_json:
             while not stop.is_set():
                 say(json.dumps(monitor.snapshot()))

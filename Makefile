@@ -13,7 +13,7 @@ PYTHON ?= $(shell for p in python3 python3.14 python3.13 python3.12 python3.11; 
 # Where to take torch from, if not from pip's usual index. On Linux without a GPU
 # https://download.pytorch.org/whl/cpu has a build without the gigabytes of CUDA.
 TORCH_INDEX ?=
-# Address of a RabbitMQ for `make demo`; without it the demo starts a private one.
+# Address of a RabbitMQ for `make demo`, as is FEDMQ_BROKER_URL; without either the demo starts a private one.
 BROKER ?=
 # How long `make chaos` kills, in seconds, and what the faults are drawn from (empty: another seed each time).
 DURATION ?= 120
@@ -32,13 +32,14 @@ READY := $(VENV)/.ready
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 	@echo
-	@echo '  BROKER=amqp://user:password@host  the broker for `make demo`'
+	@echo '  BROKER=amqp://user:password@host  the broker for `make demo`; FEDMQ_BROKER_URL in the environment is the same,'
+	@echo '                                   and others on this machine do not see it'
 	@echo '  TORCH_INDEX=https://…             where to take torch from'
 	@echo '  DURATION=1800 SEED=7              for `make chaos`: seconds, and what the faults are drawn from'
 	@echo '  ARGS="…"                          more arguments for demo, test, test-fast, chaos and bench'
 
 demo: $(READY) rabbitmq ## a whole federation on this machine
-	$(BIN)/fedmq demo $(if $(BROKER),--broker '$(BROKER)') $(ARGS)
+	$(if $(BROKER),FEDMQ_BROKER_URL='$(BROKER)') $(BIN)/fedmq demo $(ARGS)
 
 test: lint rabbitmq chromium ## everything that CI checks
 	$(BIN)/python -m pytest $(PARALLEL) $(ARGS)

@@ -31,7 +31,7 @@ from broker.console import (
 from broker.errors import BrokerError, BrokerUnreachable
 from broker.policies import DEAD_BYTES, UPDATE_BYTES
 from broker.policies import policies as policies_of
-from broker.settings import redacted
+from broker.redaction import redacted
 from broker.topology import Topology
 from broker.transport import Failed, Incoming
 
@@ -52,7 +52,7 @@ def check(
 
     Takes no message from any queue but hellos and goodbyes that wait there. Run it before the aggregator.
 
-    Example: fedmq broker check --run digits --broker amqp://user:password@host/
+    Example: fedmq broker check --run digits
     """
     with broker_command(config, run, broker, settings, verbose) as read:
         where = ", ".join(redacted(url) for url in read.broker.urls())

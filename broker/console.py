@@ -7,11 +7,13 @@ import glob
 import logging
 import os
 import signal
+import sys
 import threading
 import time
+import traceback
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from types import FrameType
+from types import FrameType, TracebackType
 from typing import Annotated, Any
 
 import typer
@@ -19,10 +21,12 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from broker.addresses import holds_password
 from broker.errors import ConfigError, FedmqError
 from broker.logs import LogFormat, handler_for, is_json, says_json
 from broker.progress import bar, errors, show_deep
-from broker.settings import Flag, Origin, Settings, load, redacted
+from broker.redaction import harmless, redacted
+from broker.settings import Flag, Origin, Settings, load
 
 __all__ = [
     "BrokerOption",
@@ -54,7 +58,10 @@ def _runs_here(incomplete: str) -> list[str]:
 # Options that several commands have.
 ConfigOption = Annotated[Path | None, typer.Option("--config", "-c", help="Settings; fedmq.toml, if there is one.")]
 RunOption = Annotated[str | None, typer.Option("--run", help="Name of the run.", autocompletion=_runs_here)]
-BrokerOption = Annotated[str | None, typer.Option("--broker", help="Address of RabbitMQ: amqp://user:password@host/.")]
+BrokerOption = Annotated[
+    str | None,
+    typer.Option("--broker", help="Address of RabbitMQ: amqp://host/. With a password rather in FEDMQ_BROKER_URL."),
+]
 SetOption = Annotated[list[str] | None, typer.Option("--set", help="Any setting: worker.batch_size=64. Repeatable.")]
 JsonOption = Annotated[bool, typer.Option("--json", help="As JSON.")]
 LogFormatOption = Annotated[
@@ -98,7 +105,7 @@ def guard() -> Iterator[None]:
         if says_json():
             logging.getLogger("fedmq").error("%s", error, extra={"exit_code": error.exit_code})
         else:
-            errors.print(Text.assemble(("error: ", "bold red"), str(error)))
+            errors.print(Text.assemble(("error: ", "bold red"), harmless(str(error))))
         logging.getLogger("fedmq").debug("raised here", exc_info=error)
         raise SystemExit(error.exit_code) from None
 
@@ -121,7 +128,17 @@ def parse_flags(pairs: Sequence[str], **named: Any) -> list[Flag]:
             key = name.replace("__", ".")
             option = OPTIONS.get(key, f"--{key.rpartition('.')[2]}")
             result.append((key, value, Origin("flag", option)))
+    _warn_of_the_command_line(result)
     return result
+
+
+def _warn_of_the_command_line(flags: Sequence[Flag]) -> None:
+    """What stands on a command line, everybody on the machine can read, and the shell keeps it."""
+    if any(key == "broker.url" and isinstance(value, str) and holds_password(value) for key, value, *_ in flags):
+        logging.getLogger("fedmq").warning(
+            "broker.url is on the command line with a password, where every user of this machine can read it: put it "
+            "into the environment (FEDMQ_BROKER_URL), or into a file of mode 0600 (broker.url_file)"
+        )
 
 
 def set_up_logging(
@@ -139,6 +156,21 @@ def set_up_logging(
     logging.basicConfig(level=logging.WARNING, handlers=[handler], force=True)
     level = logging.ERROR if quiet else logging.DEBUG if verbosity else logging.INFO
     logging.getLogger("fedmq").setLevel(level)
+    # Typer has put its own there, which would print the same.
+    sys.excepthook = _say_crash
+    if threading.excepthook is threading.__excepthook__:
+        threading.excepthook = _say_crash_of_a_thread
+
+
+def _say_crash(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+    """A mistake of ours comes out with its traceback, like any of Python's, but for the passwords in it."""
+    sys.stderr.write(harmless("".join(traceback.format_exception(kind, error, trace))))
+
+
+def _say_crash_of_a_thread(crash: threading.ExceptHookArgs) -> None:
+    if crash.exc_value is not None and not isinstance(crash.exc_value, SystemExit):
+        sys.stderr.write(f"Exception in thread {crash.thread.name if crash.thread else '(gone)'}:\n")
+        _say_crash(crash.exc_type, crash.exc_value, crash.exc_traceback)
 
 
 def service_logging(verbosity: int, form: str | None = None) -> None:

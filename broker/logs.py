@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import logging
-import re
 import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -19,15 +18,14 @@ from typing import Literal
 from rich.console import Console
 from rich.logging import RichHandler
 
+from broker.redaction import harmless
+
 __all__ = ["FIELDS", "LogFormat", "describe", "handler_for", "is_json", "member", "says_json"]
 
 LogFormat = Literal["auto", "human", "json"]
 
 #: What a line says of where it comes from, as far as it is known; in this order.
 FIELDS = ("role", "run", "worker", "epoch", "version")
-
-#: An address with a password in it: whatever is logged, that is not.
-_PASSWORD = re.compile(r"(://[^:/@\s]*):[^/\s]*@")
 
 Fields = dict[str, str | int]
 
@@ -86,7 +84,7 @@ class _Human(logging.Formatter):
 
     def format(self, record: logging.LogRecord) -> str:
         record.where = _where(_fields())
-        return _harmless(super().format(record))
+        return harmless(super().format(record))
 
 
 class _Json(logging.Formatter):
@@ -98,13 +96,13 @@ class _Json(logging.Formatter):
             "time": moment.replace("+00:00", "Z"),
             "level": record.levelname.lower(),
             "logger": record.name,
-            "message": _harmless(record.getMessage()),
+            "message": harmless(record.getMessage()),
             **_fields(),
         }
         if isinstance(code := getattr(record, "exit_code", None), int):
             line["exit_code"] = code
         if record.exc_info:
-            line["exception"] = _harmless(self.formatException(record.exc_info))
+            line["exception"] = harmless(self.formatException(record.exc_info))
         return json.dumps(line, ensure_ascii=False, default=str)
 
 
@@ -121,7 +119,3 @@ def _where(fields: Mapping[str, str | int]) -> str:
     numbers = [f"{name[0]}{fields[name]}" for name in ("epoch", "version") if name in fields]
     text = " ".join([part for part in ("/".join(names), *numbers) if part])
     return f"[{text}] " if text else ""
-
-
-def _harmless(text: str) -> str:
-    return _PASSWORD.sub(r"\1:***@", text)

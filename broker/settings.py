@@ -9,6 +9,7 @@ from __future__ import annotations
 import difflib
 import os
 import re
+import shlex
 import sys
 import tomllib
 from collections.abc import Iterable, Mapping, Sequence
@@ -20,10 +21,12 @@ from urllib.parse import urlsplit
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, SecretStr, ValidationError
 from pydantic_core import ErrorDetails
 
+from broker.addresses import addresses_of, holds_password
 from broker.codecs import CODECS
 from broker.errors import ConfigError
 from broker.parts import register
-from broker.secretfiles import read_secret
+from broker.redaction import HIDDEN, redacted
+from broker.secretfiles import is_exposed, read_secret
 from broker.topology import KEPT_VERSIONS, check_name
 
 __all__ = [
@@ -41,7 +44,6 @@ __all__ = [
     "load",
     "load_tables",
     "plain",
-    "redacted",
 ]
 
 DEFAULT_FILE = "fedmq.toml"
@@ -117,12 +119,19 @@ def _admin_address(url: str) -> str:
     return url
 
 
+def _no_address(path: Path) -> Path:
+    # A path has lost one of the slashes. What is taken for a file's name is shown here and there.
+    if ":/" in str(path):
+        raise ValueError("a path is wanted; an address is given as broker.url")
+    return path
+
+
 class BrokerConfig(Table):
     """``[broker]``: where RabbitMQ is and how to talk to it."""
 
     url: SecretStr = SecretStr("amqp://guest:guest@127.0.0.1:5672/")
     """Address with user, password and virtual host; several, separated by commas, are tried in turn."""
-    url_file: Path | None = None
+    url_file: Annotated[Path, AfterValidator(_no_address)] | None = None
     """A file that holds the address, instead of ``url``: for Docker's and Kubernetes' secrets. Refused if others than
     its owner and its group may read it, except below ``/run/secrets``."""
     management_url: Annotated[str, AfterValidator(_admin_address)] | None = None
@@ -157,13 +166,7 @@ class BrokerConfig(Table):
         text = self.url.get_secret_value()
         if self.url_file is not None:
             text = read_secret(self.url_file, "broker.url_file")
-        urls = tuple(part.strip() for part in text.split(",") if part.strip())
-        for url in urls:
-            if not url.startswith(("amqp://", "amqps://")):
-                raise ConfigError("broker.url: an address begins with amqp:// or amqps://")
-        if not urls:
-            raise ConfigError("broker.url is empty: it is like amqp://user:password@host:5672/vhost")
-        return urls
+        return addresses_of(text)
 
 
 class MetricsConfig(Table):
@@ -240,16 +243,11 @@ def plain(settings: Settings) -> dict[str, Any]:
         if isinstance(table, BrokerConfig):
             urls = table.url.get_secret_value().split(",")
             # A comma within a password would come out in pieces that are no addresses.
-            values["url"] = ",".join(map(redacted, urls)) if all("://" in url for url in urls) else "***"
+            values["url"] = ",".join(map(redacted, urls)) if all("://" in url for url in urls) else HIDDEN
             if table.management_url is not None:
                 values["management_url"] = redacted(table.management_url)
         result[name] = values
     return result
-
-
-def redacted(url: str) -> str:
-    """``url`` without its password."""
-    return re.sub(r"(://[^:/@]*):.*@", r"\1:***@", url)
 
 
 def load(
@@ -324,7 +322,9 @@ def _make_importable(values: Iterable[Any]) -> None:
 def _from_file(file: Path | None) -> list[tuple[str, Any, Origin]]:
     path = Path(DEFAULT_FILE) if file is None else file
     try:
-        content = tomllib.loads(path.read_text())
+        with path.open(encoding="utf-8") as opened:
+            mode = os.fstat(opened.fileno()).st_mode
+            content = tomllib.loads(opened.read())
     except FileNotFoundError:
         if file is None:
             return []
@@ -333,6 +333,7 @@ def _from_file(file: Path | None) -> list[tuple[str, Any, Origin]]:
         raise ConfigError(f"{path}: cannot be read: {error}") from None
     except tomllib.TOMLDecodeError as error:
         raise ConfigError(f"{path}: not TOML: {error}") from None
+    _refuse_exposed(path, mode, content)
     origin = Origin("file", str(path))
     result: list[tuple[str, Any, Origin]] = []
     for name, value in content.items():
@@ -341,6 +342,17 @@ def _from_file(file: Path | None) -> list[tuple[str, Any, Origin]]:
         else:
             result.append((name, value, origin))
     return result
+
+
+def _refuse_exposed(path: Path, mode: int, content: Mapping[str, Any]) -> None:
+    """A file of settings that holds a password is a secret like any other file that does."""
+    table = content.get("broker")
+    url = table.get("url") if isinstance(table, dict) else None
+    if isinstance(url, str) and holds_password(url) and is_exposed(path, mode):
+        raise ConfigError(
+            f"{path}: broker.url holds a password, and others may read this file: chmod 600 {shlex.quote(str(path))}, "
+            "or keep the address in a file of its own (broker.url_file), or in FEDMQ_BROKER_URL"
+        )
 
 
 def _from_environment(environment: Mapping[str, str]) -> list[tuple[str, Any, Origin]]:

@@ -31,7 +31,8 @@ from broker.amqp.node import PrivateNode
 from broker.amqp.transport import AmqpWorkerTransport
 from broker.console import bar, stop_on_signals
 from broker.errors import BrokerUnreachable, ConfigError, FedmqError
-from broker.settings import BrokerConfig, Flag, MetricsConfig, Settings, Table, load, plain, redacted
+from broker.redaction import redacted
+from broker.settings import BrokerConfig, Flag, MetricsConfig, Settings, Table, load, plain
 from broker.topology import Topology
 from fedmq.dashboard.beside import page_of
 from fedmq.dashboard.config import DashboardConfig

@@ -79,7 +79,7 @@ def runs(
     From the management API, in all virtual hosts that this user may see; the newest version from the run's stream. With
     --run that one alone, also where there is no management API.
 
-    Example: fedmq runs --broker amqp://user:password@host/
+    Example: fedmq runs
     """
     with broker_command(config, run, broker, settings, verbose) as read:
         wanted = None if read.origin("run").kind == "default" else read.run

@@ -17,7 +17,7 @@ from aggregator.core.snapshot import SnapshotHead
 from aggregator.report.chronicle import Chronicle, chronicle
 from aggregator.software import software
 from aggregator.tally import CONTRIBUTION_FILE, read_contributions, rows_of
-from broker.settings import redacted
+from broker.redaction import redacted
 
 __all__ = ["Facts", "facts_of"]
 

@@ -36,7 +36,8 @@ from broker.errors import (
     Unroutable,
 )
 from broker.letters import DeadLetter, RawLetter, letter_of, replayed_headers
-from broker.settings import BrokerConfig, redacted
+from broker.redaction import redacted
+from broker.settings import BrokerConfig
 from broker.topology import UPDATES, Topology
 from broker.transport import Outgoing
 

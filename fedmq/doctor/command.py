@@ -77,7 +77,7 @@ def doctor(
 
     Exit code 1 if there is a problem; notes are none.
 
-    Example: fedmq doctor --run digits --broker amqp://user:password@host/
+    Example: fedmq doctor --run digits
     """
     with guard():
         set_up_logging(verbose, quiet=not verbose)

@@ -12,8 +12,9 @@ from aggregator.config import AggregatorConfig
 from broker.codecs import CODECS
 from broker.console import parse_flags
 from broker.errors import ConfigError
+from broker.redaction import redacted
 from broker.secretfiles import write_secret
-from broker.settings import BrokerConfig, Flag, Origin, Settings, load, plain, redacted
+from broker.settings import BrokerConfig, Flag, Origin, Settings, load, plain
 
 PASSWORD = "pl4nted-s3cret"  # noqa: S105 (of nothing)
 KINDS = {"aggregator": AggregatorConfig}
@@ -236,6 +237,53 @@ def test_a_file_with_an_address_that_others_may_read_is_refused() -> None:
     with pytest.raises(ConfigError, match=r"broker\.url_file = 'url': others may read .* chmod 600 url") as caught:
         read("", [("broker.url_file", "url")]).broker.urls()
     assert PASSWORD not in str(caught.value)
+
+
+@pytest.mark.parametrize("given", [f"amqp://me:{PASSWORD}@one/", f"amqp:/me:{PASSWORD}@one/"])
+def test_an_address_in_the_place_of_its_file_is_refused_when_it_is_read(given: str) -> None:
+    told = complaint("", [("broker.url_file", given)])
+    assert "broker.url_file" in told
+    assert "a path is wanted; an address is given as broker.url" in told
+    assert PASSWORD not in told
+
+
+@pytest.mark.parametrize("mode", [0o644, 0o602, 0o666])
+def test_a_file_of_settings_with_a_password_is_refused_where_others_may_read_it(mode: int) -> None:
+    Path("fedmq.toml").write_text(f"[broker]\nurl = 'amqp://me:{PASSWORD}@one/'\n")
+    Path("fedmq.toml").chmod(mode)
+    told = complaint()
+    assert told.startswith("fedmq.toml: broker.url holds a password, and others may read this file: chmod 600 fedmq.t")
+    assert "broker.url_file" in told
+    assert PASSWORD not in told
+    Path("fedmq.toml").chmod(0o600)
+    assert read().broker.urls() == (f"amqp://me:{PASSWORD}@one/",)
+
+
+@pytest.mark.parametrize(
+    "line", ["url = 'amqp://guest:guest@h/'", "url = 'amqp://h/'", "url_file = 'x'", "heartbeat = 9"]
+)
+def test_a_file_of_settings_without_a_password_is_everybodys(line: str) -> None:
+    Path("fedmq.toml").write_text(f"[broker]\n{line}\n")
+    Path("fedmq.toml").chmod(0o666)
+    assert read().run == "default"
+
+
+@pytest.mark.parametrize(
+    ("pairs", "option", "is_warned"),
+    [
+        ([], f"amqp://me:{PASSWORD}@h/", True),
+        ([f"broker.url=amqp://me:{PASSWORD}@h/"], None, True),
+        ([], "amqp://guest:guest@h/", False),
+        (["broker.url=amqp://h/", "worker.batch_size=3"], None, False),
+    ],
+)
+def test_a_password_on_the_command_line_is_warned_of(
+    pairs: list[str], option: str | None, is_warned: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    parse_flags(pairs, broker__url=option)
+    assert [record.levelname for record in caplog.records] == ["WARNING"] * is_warned
+    assert ("FEDMQ_BROKER_URL" in caplog.text) is is_warned
+    assert PASSWORD not in caplog.text
 
 
 def test_what_is_printed_can_be_read_again() -> None:

@@ -1,0 +1,60 @@
+"""Text without passwords. Whatever a program says goes through here last: its log, its errors, its tracebacks.
+
+Two nets, since neither is enough. An address with a password in it is known by its form, wherever it comes from. And a
+password that this process has read is known itself, however a library or a user's task quotes it.
+"""
+
+from __future__ import annotations
+
+import base64
+import re
+from urllib.parse import quote, unquote
+
+__all__ = ["HIDDEN", "conceal", "harmless", "redacted"]
+
+#: What stands in a password's place.
+HIDDEN = "***"
+
+#: In running text an address ends where a space is. Rather too much than too little: a password may hold any of :/@.
+_ADDRESS = re.compile(r"(://[^\s:]*):\S*@")
+#: What follows a host's colon and is a port.
+_PORT = re.compile(r"\d{1,5}(?![\w.%-])")
+_HOST = re.compile(r"\[[^\]]*\]|[^:/?#]*")
+
+#: Shorter ones are words of ordinary text as well, and hiding them there would tell what they are.
+_SHORTEST = 8
+
+_known: set[str] = set()
+
+
+def redacted(text: str) -> str:
+    """An address without its password, also if it is malformed; or a text with one address in it."""
+    start = text.find("://") + 3 if "://" in text else 0
+    inside, at, after = text[start:].rpartition("@")
+    if at:
+        user, colon, _ = inside.partition(":")
+        return f"{text[:start]}{user}{':' + HIDDEN if colon else ''}@{after}"
+    host = _HOST.match(text, start) if start else None
+    if host and text.startswith(":", host.end()) and not _PORT.match(text, host.end() + 1):
+        # The host was forgotten: this is a user and a password.
+        return f"{text[: host.end()]}:{HIDDEN}"
+    return text
+
+
+def conceal(password: str, user: str = "") -> None:
+    """From now on :func:`harmless` hides this password, in the form in which it stands in addresses and decoded.
+
+    Not one of fewer than eight characters, or of letters alone.
+    """
+    plain = unquote(password)
+    if len(plain) < _SHORTEST or plain.isalpha():
+        return
+    basic = base64.b64encode(f"{user}:{plain}".encode()).decode()
+    _known.update((password, plain, quote(plain, safe=""), basic))
+
+
+def harmless(text: str) -> str:
+    """A text for people or for a log, without passwords."""
+    for secret in sorted(_known, key=len, reverse=True):
+        text = text.replace(secret, HIDDEN)
+    return _ADDRESS.sub(rf"\1:{HIDDEN}@", text)

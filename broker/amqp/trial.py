@@ -21,6 +21,7 @@ from broker.amqp.names import Lookups
 from broker.amqp.refusals import Inequivalent, Operation, limit_of
 from broker.amqp.session import Channel, Session, parameters, quiet_pika
 from broker.errors import AccessRefused, BrokerError, ConnectionLost, MessageTooLarge, TopologyMismatch, Unroutable
+from broker.permissions import OWN_NONCE
 from broker.settings import BrokerConfig
 from broker.topology import CONTROL, DEAD, EVENTS, UPDATES, Queue, Topology
 from broker.wire.chunks import CHUNK_OVERHEAD
@@ -214,7 +215,7 @@ class _Attempts:
     async def _as_worker(self) -> None:
         topology, worker = self._topology, self._worker
         key = topology.notice_key(worker)
-        own = Queue(topology.own_queue("notice", f"{worker}.{self._nonce}"), "classic", EVENTS, (key,))
+        own = Queue(topology.own_queue("notice", f"{worker}.{secrets.token_hex(OWN_NONCE)}"), "classic", EVENTS, (key,))
         await self._queue("worker", own, is_own=True)
         for exchange_name, key in (
             (UPDATES, topology.key(worker)),

@@ -18,6 +18,7 @@ from broker.amqp.side import OWN_QUEUE_LENGTH, Side, delivery_of
 from broker.amqp.upload import Route
 from broker.amqp.versions import Reader
 from broker.errors import BrokerError, Unroutable
+from broker.permissions import OWN_NONCE
 from broker.settings import BrokerConfig
 from broker.topology import CONTROL, EVENTS, UPDATES, Topology
 from broker.transport import Delivery, Outgoing, Source, order_of
@@ -91,7 +92,7 @@ class AmqpWorkerTransport(Side):
         while not await channel.session.exists(exchanges=(EVENTS,), queues=(stream,)):
             self._say_absent()
             await asyncio.sleep(RETRY_SECONDS)
-        notices = self._topology.own_queue("notice", f"{self._worker}.{secrets.token_hex(4)}")
+        notices = self._topology.own_queue("notice", f"{self._worker}.{secrets.token_hex(OWN_NONCE)}")
         await channel.declare_own_queue(notices, OWN_QUEUE_LENGTH)
         key = self._topology.notice_key(self._worker)
         await channel.bind(notices, EVENTS, key)

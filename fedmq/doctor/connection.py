@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-import shlex
 from collections.abc import Sequence
 
 from broker.amqp.trial import Examination, Greeting, Role, Trial
 from broker.errors import AccessRefused, BrokerUnreachable, TopologyMismatch
+from broker.permissions import commands as commands_for
+from broker.permissions import rights_of
 from fedmq.doctor.findings import Finding, Level, note, ok, problem
 
-__all__ = ["TESTED", "of_greeting", "of_sizes", "of_trials", "permissions_for"]
+__all__ = ["TESTED", "of_greeting", "of_sizes", "of_trials"]
 
 #: What all tests run on, as docs/rabbitmq-versions.md says.
 TESTED = ((3, 10, 8), (4, 0, 5))
@@ -126,7 +127,8 @@ def _of_role(
         more = f" and {len(refused) - NAMED} more" if len(refused) > NAMED else ""
         level = Level.NOTE if enough else Level.PROBLEM
         text = f"{who} may not be {a_role} of run {run!r}: refused are {named}{more}"
-        commands = permissions_for(role, greeting.vhost, greeting.user, run, worker)
+        rights = rights_of(role, greeting.user, run=run, worker=worker if role == "worker" else "")
+        commands = commands_for(rights, greeting.vhost, greeting.user)
         if not any("topic" in str(trial.error).partition("topic):")[2] for trial in refused):
             commands = commands[:1]
         return Finding("permissions", level, text, " && ".join(commands))
@@ -139,33 +141,6 @@ def _of_role(
             "again when the aggregator has been started, or as the aggregator's user",
         )
     return ok("permissions", f"{who} may do all that {a_role} of run {run!r} does ({len(tried)} operations tried)")
-
-
-def permissions_for(role: Role, vhost: str, user: str, run: str, worker: str) -> list[str]:
-    """Commands that give ``user`` what ``role`` needs and no more: permissions, and those on topics."""
-    if role == "aggregator":
-        all_of_it = rf"^fedmq\.(updates|control|events|dead|{run}\..*)$"
-        configure = write = read = all_of_it
-        topics = [
-            ("fedmq.control", rf"^{run}\..*$"),
-            ("fedmq.events", rf"^{run}\..*$"),
-            ("fedmq.dead", rf"^{run}\..*$"),
-        ]
-    else:
-        notices = rf"{run}\.notice\.{worker}\..*"
-        configure = rf"^fedmq\.{notices}$"
-        write = rf"^fedmq\.(updates|control|events|{notices})$"
-        read = rf"^fedmq\.(events|{run}\.(parameters|chunks)|{notices})$"
-        topics = [
-            ("fedmq.updates", rf"^{run}\.{worker}(\.chunk)?$"),
-            ("fedmq.control", rf"^{run}\.{worker}$"),
-            ("fedmq.events", rf"^{run}\.[a-z-]+\.{worker}$"),
-        ]
-    where = f"-p {shlex.quote(vhost)} {shlex.quote(user)}"
-    return [
-        f"rabbitmqctl set_permissions {where} '{configure}' '{write}' '{read}'",
-        *(f"rabbitmqctl set_topic_permissions {where} {name} '{key}' '.*'" for name, key in topics),
-    ]
 
 
 def _is_refused(trial: Trial) -> bool:

@@ -17,10 +17,11 @@ import pytest
 from broker.admin import Admin
 from broker.amqp.node import PrivateNode
 from broker.amqp.trial import Role, examine
+from broker.permissions import commands, rights_of
 from broker.settings import BrokerConfig
 from broker.topology import Topology
 from fedmq.doctor.asking import Asking
-from fedmq.doctor.connection import of_sizes, of_trials, permissions_for
+from fedmq.doctor.connection import of_sizes, of_trials
 from fedmq.doctor.findings import Level, worst
 from tests.support.commands import SECRET, fedmq
 from tests.support.ends import Ends
@@ -79,7 +80,7 @@ def test_a_user_is_refused_until_the_advised_commands_were_given(
 
     (refused,) = tried(role)
     assert refused.level is Level.PROBLEM
-    first, *topics = permissions_for(role, vhost, user, "digits", "w1")
+    first, *topics = commands(rights_of(role, user, run="digits", worker="w1"), vhost, user)
     assert refused.advice == first
 
     *_, configure, write, read = shlex.split(first)

@@ -9,7 +9,8 @@ import pytest
 
 from broker.amqp.trial import ROLES, Examination, Greeting, Role, Trial
 from broker.errors import AccessRefused, BrokerUnreachable, ConnectionLost, TopologyMismatch, Unroutable
-from fedmq.doctor.connection import TESTED, of_greeting, of_sizes, of_trials, permissions_for
+from broker.permissions import commands, rights_of
+from fedmq.doctor.connection import TESTED, of_greeting, of_sizes, of_trials
 from fedmq.doctor.findings import Finding, Level, worst
 from tests.support.commands import ROOT
 
@@ -119,7 +120,7 @@ def test_a_command_gives_what_is_missing_and_topics_only_where_a_topic_was_refus
 
 
 def test_odd_names_are_quoted_for_the_shell() -> None:
-    first = permissions_for("worker", "my host", "o'neil; rm", "r", "w")[0]
+    first = commands(rights_of("worker", "o'neil; rm", run="r", worker="w"), "my host", "o'neil; rm")[0]
 
     assert shlex.split(first)[:5] == ["rabbitmqctl", "set_permissions", "-p", "my host", "o'neil; rm"]
 

@@ -25,6 +25,7 @@ from aggregator.disk import make_folder, sync_folder, write_all
 from broker.errors import CheckpointCorrupt, CheckpointError, CheckpointNotWritten, LineageError, WireError
 from broker.messages import UpdateId
 from broker.wire.envelope import MAX_HEADER, PREFIX, unpack
+from broker.wire.sealed import SEAL_BYTES
 
 __all__ = ["KeptUpdates", "UpdateArchive", "base_file"]
 
@@ -224,7 +225,7 @@ class KeptUpdates:
             end = start + HEAD.size + length
             if end > size:
                 break
-            update_id = _id_of(content.read(min(length, PREFIX.size + MAX_HEADER)))
+            update_id = _id_of(content.read(min(length, SEAL_BYTES + PREFIX.size + MAX_HEADER)))
             if update_id is None:
                 self._damaged.append(f"{file}: the record at byte {start} is damaged")
             else:

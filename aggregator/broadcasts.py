@@ -10,6 +10,7 @@ from aggregator.core import effects as do
 from aggregator.core.snapshot import Snapshot
 from broker.errors import BrokerError, FedmqError
 from broker.messages import Manifest, Parameters, ParametersHead, Plan
+from broker.signing import VERSION, Signer, sealing_of
 from broker.transport import AggregatorTransport, Outgoing
 from broker.wire import CHUNK_OVERHEAD, Chunks, Shared, Sums, encode, encode_in_chunks, told_by_delta
 
@@ -24,12 +25,16 @@ class Broadcasts:
         chunk_bytes: versions that are larger travel in chunks.
         codec: in which code workers that have followed get what a version changes; empty for none.
         lossless: pack chunks.
+        signer: signs them.
     """
 
-    def __init__(self, run: str, *, chunk_bytes: int, codec: str = "", lossless: bool = False) -> None:
+    def __init__(
+        self, run: str, *, chunk_bytes: int, codec: str = "", lossless: bool = False, signer: Signer | None = None
+    ) -> None:
         self._run = run
         self._chunk_bytes = chunk_bytes
         self._codec, self._lossless = codec, lossless
+        self._sealing = sealing_of(signer, VERSION)
         self._shared: Shared | None = None
         self._told: tuple[str, Manifest, Sequence[bytes]] | None = None
         # Of the version that was cut last: it is cut once to be sent ahead and again with each plan. Not the chunks,
@@ -46,10 +51,12 @@ class Broadcasts:
         limit = min(self._chunk_bytes, largest)
         if self._codec:
             manifest, chunks = self._by_delta(version, message_id, limit)
-            body = encode(manifest)
+            body = encode(manifest, self._sealing)
         else:
             known = self._sums[1] if self._sums is not None and self._sums[0] == (message_id, limit) else None
-            body, chunks = encode_in_chunks(version, message_id, limit, lossless=self._lossless, sums=known)
+            body, chunks = encode_in_chunks(
+                version, message_id, limit, lossless=self._lossless, sums=known, sealing=self._sealing
+            )
             if isinstance(chunks, Chunks):
                 self._sums = (message_id, limit), chunks.sums()
         headers: dict[str, str | int] = {
@@ -67,7 +74,13 @@ class Broadcasts:
         """The same chunks for the same version, whose plan may be another now."""
         if self._told is None or self._told[0] != message_id:
             manifest, chunks, self._shared = told_by_delta(
-                version, message_id, self._shared, self._codec, chunk_bytes=limit, lossless=self._lossless
+                version,
+                message_id,
+                self._shared,
+                self._codec,
+                chunk_bytes=limit,
+                lossless=self._lossless,
+                strong=self._sealing is not None,
             )
             self._told = message_id, manifest, chunks
         _, manifest, chunks = self._told

@@ -7,7 +7,8 @@ from collections.abc import Callable, Mapping
 
 from aggregator.core import events as on
 from aggregator.senders import NO_USER, Senders
-from broker.errors import UnknownFormat, WireError
+from aggregator.signatures import Signatures
+from broker.errors import BadSignature, NotSigned, UnknownFormat, WireError
 from broker.messages import (
     NAME_PATTERN,
     Command,
@@ -30,11 +31,12 @@ __all__ = ["from_aside", "read_update"]
 
 
 def read_update(
-    token: Token, delivery: Delivery, senders: Senders | None = None
+    token: Token, delivery: Delivery, senders: Senders | None = None, signatures: Signatures | None = None
 ) -> on.Announced | on.Arrived | on.Unreadable:
     """The update in ``delivery``, or its announcement, or why it is none that can be used.
 
-    ``senders`` knows who may speak in whose name; if None, anybody may.
+    ``senders`` knows who may speak in whose name, by the broker's word, and ``signatures`` by their own; if None,
+    anybody may.
     """
     worker = str(delivery.headers.get("worker", ""))
     if senders is not None:
@@ -43,21 +45,35 @@ def read_update(
         # For what cannot be read, whoever sent it is to blame, and not whom its headers name.
         worker = senders.blamed(delivery.user, worker)
     try:
-        message = decode(delivery.body)
-    except (UnknownFormat, WireError) as error:
-        reason = Reason.UNKNOWN_FORMAT if isinstance(error, UnknownFormat) else Reason.MALFORMED
-        return on.Unreadable(token, reason, str(error), worker)
+        signers = signatures.of_update(delivery.body) if signatures is not None else None
+        message = decode(delivery.body, strong=signers is not None)
+    except WireError as error:
+        return on.Unreadable(token, _reason(error), str(error), worker)
     head = message.head if isinstance(message, Manifest) else message
     if not isinstance(head, Update | UpdateHead):
         kind = type(message).__name__.lower()
         return on.Unreadable(token, Reason.MALFORMED, f"a {kind} in the queue of updates", worker)
-    if senders is not None and (refused := senders.refusal(delivery.user, head.id.worker)):
+    refused = senders.refusal(delivery.user, head.id.worker) if senders is not None else None
+    if refused is None and signers is not None and head.id.worker not in signers:
+        refused = Reason.BAD_SIGNATURE, f"{', '.join(sorted(signers))} has signed it, in the name of {head.id.worker}"
+    if refused is not None:
         # Without its id: the worker that it names has perhaps sent an update under that one.
         return on.Unreadable(token, *refused, worker)
     if isinstance(head, Update):
         return on.Arrived(token, head, len(delivery.body))
     assert isinstance(message, Manifest)  # noqa: S101  (whose head this is)
     return _in_chunks(token, delivery, message, head)
+
+
+def _reason(error: WireError) -> Reason:
+    match error:
+        case UnknownFormat():
+            return Reason.UNKNOWN_FORMAT
+        case NotSigned():
+            return Reason.NOT_SIGNED
+        case BadSignature():
+            return Reason.BAD_SIGNATURE
+    return Reason.MALFORMED
 
 
 def _in_chunks(
@@ -76,7 +92,7 @@ def _in_chunks(
     try:
         message = join(manifest, str(head.id), delivery.chunks)
     except WireError as error:
-        return on.Unreadable(token, Reason.MALFORMED, str(error), worker, head.id)
+        return on.Unreadable(token, _reason(error), str(error), worker, head.id)
     assert isinstance(message, Update)  # noqa: S101  (its head is an update's)
     return on.Arrived(token, message, manifest.nbytes)
 
@@ -87,6 +103,8 @@ def from_aside(
     newest: int,
     heard: Callable[[Event], None] = lambda _event: None,
     senders: Senders | None = None,
+    *,
+    signatures: Signatures | None = None,
 ) -> on.Happening | Command | None:
     """What a message that is no update says; None for what makes no sense or is of another run.
 
@@ -95,7 +113,8 @@ def from_aside(
         run: this run.
         newest: its newest version; nobody can have evaluated a later one.
         heard: is given each heartbeat, of which the round machine needs less than people who watch.
-        senders: knows who may speak in whose name; if None, anybody may.
+        senders: knows who may speak in whose name, by the broker's word; if None, anybody may.
+        signatures: the same by their own; of commands :meth:`Signatures.require_command` knows.
 
     Raises :class:`WireError`, also for what nobody may say in that name.
     """
@@ -109,6 +128,8 @@ def from_aside(
         name = message.source if isinstance(message, Event) else message.worker
         if refused := senders.refusal(delivery.user, name):
             raise WireError(refused[1])
+    if signatures is not None and isinstance(message, Hello | Goodbye | Event):
+        signatures.require_aside(delivery, message.source if isinstance(message, Event) else message.worker)
     if isinstance(message, Event) and message.kind is EventKind.HEARTBEAT:
         heard(message)
     return _happening(message, newest)

@@ -13,6 +13,7 @@ from aggregator.history import History
 from aggregator.status import MOST_LETTERS
 from broker.logs import describe
 from broker.messages import Event, EventKind, Reason, Scalar, UpdateId
+from broker.signing import EVENT, Signer, notice_to, sealing_of
 from broker.transport import AggregatorTransport, Outgoing
 from broker.wire import encode
 
@@ -54,8 +55,10 @@ class Reporter:
         now: Callable[[], float],
         *,
         observers: Sequence[Observer] = (),
+        signer: Signer | None = None,
     ) -> None:
         """``now`` gives seconds since 1970; ``observers`` hear of each fact, and of the version of then."""
+        self._signer = signer
         self.metrics: tuple[int, Mapping[str, float]] = (-1, {})
         """Version and figures of the newest evaluation."""
         self.federated: Federated | None = None
@@ -82,7 +85,8 @@ class Reporter:
         """Let ``worker`` know that its update was rejected."""
         data: dict[str, Scalar] = {"reason": reason.value, "detail": detail[:500], "update": str(update or "")}
         event = Event(run=self._run, kind=EventKind.NOTICE, source="aggregator", time=self._now(), data=data)
-        self._transport.notify(worker, Outgoing(body=encode(event), headers={"run": self._run}))
+        body = encode(event, sealing_of(self._signer, notice_to(worker)))
+        self._transport.notify(worker, Outgoing(body=body, headers={"run": self._run}))
 
     def progress(self, what: str, version: int, **data: float | str | None) -> None:
         """Something happened while ``version`` was the newest."""
@@ -93,7 +97,8 @@ class Reporter:
             time=self._now(),
             data={"what": what, "version": version, **data},
         )
-        self._transport.event("progress", Outgoing(body=encode(event), headers={"run": self._run, "what": what}))
+        body = encode(event, sealing_of(self._signer, EVENT))
+        self._transport.event("progress", Outgoing(body=body, headers={"run": self._run, "what": what}))
 
     def due_in(self) -> float | None:
         """Seconds until :meth:`tell_folded` has something to do; None if nothing is to be told."""

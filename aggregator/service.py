@@ -20,17 +20,18 @@ from aggregator.checkpoint import CheckpointStore
 from aggregator.config import AggregatorConfig
 from aggregator.core import effects as do
 from aggregator.core import events as on
-from aggregator.core.controls import Order
 from aggregator.core.machine import RoundMachine
 from aggregator.core.snapshot import Snapshot
 from aggregator.history import History
 from aggregator.meter import Meter
+from aggregator.orders import ordered
 from aggregator.reading import from_aside, read_update
 from aggregator.reign import Reign, claim, shown
 from aggregator.reporting import Reporter
 from aggregator.results import Outcome, is_written, write_results
 from aggregator.room import Room
 from aggregator.senders import Senders
+from aggregator.signatures import Signatures
 from aggregator.status import StatusTeller
 from aggregator.writing import CheckpointWriter
 from broker.errors import (
@@ -40,7 +41,7 @@ from broker.errors import (
     StaleEpoch,
     WireError,
 )
-from broker.messages import Action, Command, Role
+from broker.messages import Command, Role
 from broker.settings import CHUNK_BYTES
 from broker.transport import (
     AggregatorTransport,
@@ -109,7 +110,10 @@ class AggregatorService:
         self._config = config
         self._store = store
         self._meter = meter or Meter()
-        self._versions = Broadcasts(run, chunk_bytes=chunk_bytes, codec=config.version_codec, lossless=pack_chunks)
+        self._signatures = signed = Signatures.load(config, run)
+        self._versions = Broadcasts(
+            run, chunk_bytes=chunk_bytes, codec=config.version_codec, lossless=pack_chunks, signer=signed.signer
+        )
         self._accept_older, self._drop_changes = accept_older, drop_changes
         self._wall = time.time() - time.monotonic()
         self._senders = Senders("", frozenset(config.trusted_users))
@@ -147,9 +151,11 @@ class AggregatorService:
             self.run_name, transport, self._versions, lambda error: self._inbox.put(Failed(error))
         )
         self._room = Room(self._announcer, self._handle, self._waits_no_longer)
-        self._status = StatusTeller(self.run_name, transport, self._store.folder, self._now)
+        signer = self._signatures.signer
+        self._status = StatusTeller(self.run_name, transport, self._store.folder, self._now, signer)
+        observers = [self._meter.records, self._status.note]
         self._reporter = Reporter(
-            self.run_name, transport, self._history, self._now, observers=[self._meter.records, self._status.note]
+            self.run_name, transport, self._history, self._now, observers=observers, signer=signer
         )
         self._meter.watch(lambda: self.leads)
         try:
@@ -359,7 +365,7 @@ class AggregatorService:
             return self._read_aside(delivery, self._led.machine)
         assert delivery.token is not None  # noqa: S101  (updates are always acknowledged by hand)
         with self._meter.decode:
-            event = read_update(delivery.token, delivery, self._senders)
+            event = read_update(delivery.token, delivery, self._senders, self._signatures)
         self._meter.received(delivery, event)
         head = event.update if isinstance(event, on.Arrived) else getattr(event, "head", None)
         if head is not None and head.base_epoch > self._led.epoch:
@@ -382,7 +388,8 @@ class AggregatorService:
 
     def _read_aside(self, delivery: Delivery, machine: RoundMachine) -> on.Happening | None:
         try:
-            message = from_aside(delivery, self.run_name, machine.version, self._status.hear, self._senders)
+            who, signed = self._senders, self._signatures
+            message = from_aside(delivery, self.run_name, machine.version, self._status.hear, who, signatures=signed)
         except WireError as error:
             log.warning("ignored a %s message that cannot be read: %s", delivery.source, error)
             message = None
@@ -405,22 +412,15 @@ class AggregatorService:
                 self._transport.admit(worker)
 
     def _ordered(self, command: Command, delivery: Delivery, machine: RoundMachine) -> on.Ordered | None:
-        assert delivery.token is not None  # noqa: S101  (the caller has looked)
-        order = None
-        if command.action is Action.SET and not machine.controls.knows(command.id):
-            try:
-                changes = self._config.normal({**machine.controls.newest, **command.changes})
-                order = Order(changes, self._config.changed(changes).rules(machine.model.nbytes))
-            except ConfigError as error:
-                log.warning("refused a command: %s", error)
-                self._reporter.progress(
-                    "command", machine.version, id=command.id, accepted=False, text=str(error)[:500]
-                )
-                return None
+        try:
+            event = ordered(command, delivery, machine, self._config, self._signatures)
+        except ConfigError as error:
+            log.warning("refused a command: %s", error)
+            self._reporter.progress("command", machine.version, id=command.id, accepted=False, text=str(error)[:500])
+            return None
         what = shown(command.changes) if command.changes else ""
         self._reporter.expect(command.id, f"{command.action} {what}".strip())
-        worker = str(command.changes.get("worker", "")) if command.action is Action.RELEASE else ""
-        return on.Ordered(delivery.token, command.id, command.action, order, worker)
+        return event
 
     # ----------------------------------------------------------------------------------------- the deeds
 

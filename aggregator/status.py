@@ -35,6 +35,7 @@ from aggregator.core.machine import RoundMachine
 from aggregator.core.roster import Member
 from aggregator.core.snapshot import Entry, VersionRecord
 from broker.messages import Event, EventKind, Role, Scalar
+from broker.signing import EVENT, Signer, sealing_of
 from broker.transport import AggregatorTransport, Outgoing
 from broker.wire import encode
 
@@ -196,11 +197,19 @@ class Figures:
 class StatusTeller:
     """Tells the status of one aggregator."""
 
-    def __init__(self, run: str, transport: AggregatorTransport, folder: Path, now: Callable[[], float]) -> None:
-        """``folder`` is the checkpoints'; ``now`` gives seconds since 1970."""
+    def __init__(
+        self,
+        run: str,
+        transport: AggregatorTransport,
+        folder: Path,
+        now: Callable[[], float],
+        signer: Signer | None = None,
+    ) -> None:
+        """``folder`` is the checkpoints'; ``now`` gives seconds since 1970; ``signer`` signs what is told."""
         self.figures = Figures()
         self._run = run
         self._transport = transport
+        self._signer = signer
         self._folder = folder
         self._now = now
         self._name = own_name()
@@ -275,7 +284,8 @@ class StatusTeller:
 
     def _tell(self, data: Mapping[str, Scalar]) -> None:
         event = Event(run=self._run, kind=EventKind.STATUS, source="aggregator", time=self._now(), data=dict(data))
-        self._transport.event(EventKind.STATUS.value, Outgoing(body=encode(event), headers={"run": self._run}))
+        body = encode(event, sealing_of(self._signer, EVENT))
+        self._transport.event(EventKind.STATUS.value, Outgoing(body=body, headers={"run": self._run}))
 
 
 def rows_of(names: Iterable[str], machine: RoundMachine, figures: Figures, now: float) -> list[dict[str, Any]]:

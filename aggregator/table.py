@@ -210,6 +210,12 @@ class AggregatorTable(Table):
     trusted_users: Annotated[tuple[str, ...], BeforeValidator(listed)] = ()
     """Accounts of the broker that may speak in any worker's name, besides the aggregator's own: of the operators who
     publish dead letters again. All others may speak only for the worker that is called as they are."""
+    signing_key_file: Path | None = None
+    """Private key with which versions, notices and events are signed. See docs/signatures.md."""
+    worker_keys_file: Path | None = None
+    """Public keys of workers and evaluators: only what one of these has signed is taken. Read again when it changes."""
+    operator_keys_file: Path | None = None
+    """Public keys of operators: only commands that one of these has signed are executed. Read again when it changes."""
 
     @property
     def effective_schedule_rounds(self) -> int | None:

@@ -5,7 +5,9 @@
     ├── TaskError                   the user's task cannot be imported, or raised
     ├── ModelMismatch               two descriptions of a model differ: shows where
     ├── WireError                   bytes that are not a message of ours
-    │   └── UnknownFormat           a message of a newer (or foreign) format version
+    │   ├── UnknownFormat           a message of a newer (or foreign) format version
+    │   ├── NotSigned               a message without the signature that is asked for
+    │   └── BadSignature            a message that is not as somebody who is believed has signed it
     ├── BrokerError                 RabbitMQ said no, or said nothing
     │   ├── BrokerUnreachable       no connection could be made                       (worth retrying)
     │   ├── ConnectionLost          the connection broke; what was in flight is unknown (worth retrying)
@@ -36,6 +38,7 @@ from pydantic import ValidationError
 
 __all__ = [
     "AccessRefused",
+    "BadSignature",
     "BrokerError",
     "BrokerUnreachable",
     "CheckpointCorrupt",
@@ -49,6 +52,7 @@ __all__ = [
     "LineageError",
     "MessageTooLarge",
     "ModelMismatch",
+    "NotSigned",
     "PublishRefused",
     "StaleEpoch",
     "StrategyBroken",
@@ -94,6 +98,14 @@ class WireError(FedmqError):
 
 class UnknownFormat(WireError):
     """A message of a format version that this release does not know."""
+
+
+class NotSigned(WireError):
+    """A message without a signature, where one is asked for."""
+
+
+class BadSignature(WireError):
+    """A message that nobody who is believed has signed as it is: forged, changed, or of a key that is not enrolled."""
 
 
 class BrokerError(FedmqError):

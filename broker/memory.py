@@ -17,7 +17,19 @@ from dataclasses import dataclass, field, replace
 from broker.errors import BrokerUnreachable, MessageTooLarge, PublishRefused, Unroutable
 from broker.messages import Reason
 from broker.topology import Topology
-from broker.transport import HEARD, Connected, Delivery, Disconnected, Incoming, Outgoing, Sink, Source, Standby, Token
+from broker.transport import (
+    HEARD,
+    Believe,
+    Connected,
+    Delivery,
+    Disconnected,
+    Incoming,
+    Outgoing,
+    Sink,
+    Source,
+    Standby,
+    Token,
+)
 
 __all__ = ["DeadLetter", "MemoryAggregatorTransport", "MemoryBroker", "MemoryWorkerTransport"]
 
@@ -136,7 +148,7 @@ class MemoryBroker:
                 self.hand(aggregator.sink, delivery)
         else:
             for worker in run.workers:
-                if worker.name == notice_to:
+                if worker.name == notice_to and worker.believe(delivery):
                     self.hand(worker.sink, delivery)
         for watcher in run.watchers:
             self.hand(watcher, delivery)
@@ -313,12 +325,14 @@ class MemoryWorkerTransport(_Endpoint):
         """Use :meth:`MemoryBroker.worker`."""
         super().__init__(broker, topology, name)
         self.name = name
+        self.believe: Believe = lambda _delivery: True
         self._last: tuple[int, int, int] = (-1, -1, -1)
 
-    def open(self, sink: Sink, *, wait: float = 0.0) -> None:
+    def open(self, sink: Sink, *, wait: float = 0.0, believe: Believe | None = None) -> None:
         """See the port. Never waits."""
         del wait
         with self._broker.turn():
+            self.believe = believe or self.believe
             self.sink = sink
             self._connect()
 
@@ -347,12 +361,11 @@ class MemoryWorkerTransport(_Endpoint):
     def offer(self, message: Outgoing) -> None:
         """A version, handed on if it is newer than the last. The broker calls this."""
         order = (_int(message, "epoch"), _int(message, "version"), _int(message, "attempt"))
-        if order > self._last:
+        headers = {**message.headers, "message_id": message.message_id}
+        delivery = Delivery(source=Source.PARAMETERS, body=message.body, headers=headers, user="aggregator")
+        if order > self._last and self.believe(delivery):
             self._last = order
-            headers = {**message.headers, "message_id": message.message_id}
-            self._broker.hand(
-                self.sink, Delivery(source=Source.PARAMETERS, body=message.body, headers=headers, user="aggregator")
-            )
+            self._broker.hand(self.sink, delivery)
 
     def fetch(self, delivery: Delivery, part: range | None = None) -> None:
         """See the port. Only the newest version's chunks are kept."""

@@ -23,6 +23,7 @@ from broker.messages import Reason
 __all__ = [
     "HEARD",
     "AggregatorTransport",
+    "Believe",
     "Connected",
     "Delivery",
     "Disconnected",
@@ -143,6 +144,8 @@ HEARD = ("heartbeat", "evaluation", "check")
 
 Incoming = Delivery | Connected | Standby | Disconnected | Failed
 Sink = Callable[[Incoming], None]
+#: Whether a delivery is to be believed; called at once, from whatever thread the transport has.
+Believe = Callable[[Delivery], bool]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -223,8 +226,11 @@ class AggregatorTransport(Protocol):
 class WorkerTransport(Protocol):
     """A worker's side: reads parameters and notices, publishes updates."""
 
-    def open(self, sink: Sink, *, wait: float = 0.0) -> None:
+    def open(self, sink: Sink, *, wait: float = 0.0, believe: Believe | None = None) -> None:
         """Start connecting and reading; ``wait`` as for the aggregator.
+
+        A version or notice for which ``believe`` is false is left aside, as if it had never come: what is newer than a
+        forged version must not be told by that.
 
         Of the parameters at least the newest version is delivered. A run that no aggregator has declared yet is
         waited for: nothing is delivered until it exists.

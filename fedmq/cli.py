@@ -112,6 +112,7 @@ COMMANDS = {
         "fedmq.simulate:simulate",
         "Let a federation happen in virtual time: the real aggregation code, with workers and faults that are made up.",
     ),
+    "keys": Command("fedmq.keys:app", "Keys for signatures: make them, and say whose are believed."),
     "checkpoint": Command(
         "aggregator.checkpoints:app",
         "A run's checkpoints: list them, look into one, verify them, export the model.",

@@ -6,6 +6,7 @@ import re
 import secrets
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -26,6 +27,7 @@ from broker.console import (
 from broker.errors import ConfigError
 from broker.messages import NAME_PATTERN, Action, Command, Scalar
 from broker.settings import Settings, load
+from broker.signing import COMMAND, Signer, sealing_of
 from broker.topology import Topology
 
 __all__ = ["pause", "release", "resume", "set_", "stop"]
@@ -38,6 +40,9 @@ UNANSWERED = 6
 
 
 WaitOption = Annotated[float, typer.Option("--wait", min=0.0, help="Seconds to wait for the aggregator's answer.")]
+KeyOption = Annotated[
+    Path | None, typer.Option("--key", help="Sign it with this private key; see aggregator.operator_keys_file.")
+]
 WorkerArgument = Annotated[str, typer.Argument(metavar="WORKER", help="Its name.")]
 ChangesArgument = Annotated[list[str], typer.Argument(metavar="NAME=VALUE...", help="Settings of the aggregator.")]
 
@@ -48,6 +53,7 @@ def set_(
     config: ConfigOption = None,
     run: RunOption = None,
     broker: BrokerOption = None,
+    key: KeyOption = None,
     wait: WaitOption = 10.0,
     verbose: VerboseOption = 0,
 ) -> None:
@@ -62,7 +68,7 @@ def set_(
     """
     with guard():
         set_up_logging(verbose, quiet=not verbose)
-        _give(Action.SET, _settings(config, run, broker), wait, _parsed(changes))
+        _give(Action.SET, _settings(config, run, broker), key, wait, _parsed(changes))
 
 
 def _plain(action: Action, text: str) -> Callable[..., None]:
@@ -73,12 +79,13 @@ def _plain(action: Action, text: str) -> Callable[..., None]:
         config: ConfigOption = None,
         run: RunOption = None,
         broker: BrokerOption = None,
+        key: KeyOption = None,
         wait: WaitOption = 10.0,
         verbose: VerboseOption = 0,
     ) -> None:
         with guard():
             set_up_logging(verbose, quiet=not verbose)
-            _give(action, _settings(config, run, broker), wait)
+            _give(action, _settings(config, run, broker), key, wait)
 
     command.__doc__ = text
     return command
@@ -90,6 +97,7 @@ def release(
     config: ConfigOption = None,
     run: RunOption = None,
     broker: BrokerOption = None,
+    key: KeyOption = None,
     wait: WaitOption = 10.0,
     verbose: VerboseOption = 0,
 ) -> None:
@@ -104,7 +112,7 @@ def release(
         set_up_logging(verbose, quiet=not verbose)
         if not re.fullmatch(NAME_PATTERN, worker):
             raise ConfigError(f"{worker!r} cannot be a worker's name: letters, digits, dash and underscore, up to 64")
-        _give(Action.RELEASE, _settings(config, run, broker), wait, {"worker": worker})
+        _give(Action.RELEASE, _settings(config, run, broker), key, wait, {"worker": worker})
 
 
 pause = _plain(
@@ -154,10 +162,13 @@ def _parsed(pairs: list[str]) -> dict[str, Scalar]:
     return changes
 
 
-def _give(action: Action, settings: Settings, wait: float, changes: dict[str, Scalar] | None = None) -> None:
+def _give(
+    action: Action, settings: Settings, key: Path | None, wait: float, changes: dict[str, Scalar] | None = None
+) -> None:
+    sealing = sealing_of(Signer.load(key, settings.run, "--key"), COMMAND)
     command = Command(run=settings.run, id=secrets.token_hex(8), action=action, changes=changes or {}, time=time.time())
     with Operator(settings.broker, Topology(settings.run)) as operator:
-        answer = operator.give(command, wait=wait)
+        answer = operator.give(command, wait=wait, sealing=sealing)
     if answer is None:
         text = (
             f"no aggregator of run {settings.run!r} has answered in {wait:g} s: it is away, or cannot write its "

@@ -97,6 +97,9 @@ def evaluate(
         if read.origin("worker.name").kind == "default":
             # A worker on the same host has the host's name already.
             own = own.model_copy(update={"name": f"{own.name[:54]}-evaluator"})
+        if own.folder is None and own.aggregator_keys_file is not None:
+            # It must not forget which version it has believed last.
+            own = own.model_copy(update={"folder": Path("runs") / read.run / "workers" / own.name})
         _live(read, own, evaluator=True)
 
 

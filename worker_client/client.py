@@ -9,6 +9,7 @@ from broker.settings import CHUNK_BYTES
 from broker.transport import WorkerTransport
 from worker_client.config import WorkerConfig
 from worker_client.core import EvaluatorMachine, WorkerMachine
+from worker_client.guard import Identity
 from worker_client.meter import Meter
 from worker_client.outbox import Outbox
 from worker_client.session import GRACE, Session, StopSignal, Summary
@@ -39,11 +40,13 @@ def run_worker(
     packed if that makes them smaller with ``pack_chunks``. ``meter`` counts what is done.
 
     Raises:
+        ConfigError: a file of keys cannot be used.
         TaskError: the task raised, or its shard is empty.
         ModelMismatch: the run's model is not the task's.
         CheckpointError: the folder cannot be used.
         BrokerError: the broker refuses this worker for good, or an update is too large for it.
     """
+    identity = Identity.load(config, run)
     trainer = Trainer(task, config)
     examples = trainer.load_data()
     held = f", and {trainer.held_out} held out" if trainer.held_out else ""
@@ -59,6 +62,7 @@ def run_worker(
             transport=transport,
             trainer=trainer,
             outbox=outbox,
+            identity=identity,
             machine=machine,
             role=Role.TRAINER,
             chunk_bytes=chunk_bytes,
@@ -89,6 +93,7 @@ def run_evaluator(
     :func:`run_worker`.
     """
     config.require_whole_model("an evaluator")
+    identity = Identity.load(config, run)
     trainer = Trainer(task, config)
     log.info("evaluator %s: %d held-out examples", config.name, trainer.load_test_data())
     return Session(
@@ -97,6 +102,7 @@ def run_evaluator(
         transport=transport,
         trainer=trainer,
         outbox=Outbox.open(None, run, config.name),
+        identity=identity,
         machine=EvaluatorMachine(),
         role=Role.EVALUATOR,
         chunk_bytes=chunk_bytes,

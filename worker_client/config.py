@@ -91,6 +91,12 @@ class WorkerConfig(Table):
     max_updates: Annotated[int, Field(ge=1)] | None = None
     """Leave after so many updates."""
 
+    signing_key_file: Path | None = None
+    """Private key with which everything that this worker says is signed. See docs/signatures.md."""
+    aggregator_keys_file: Path | None = None
+    """Public keys of aggregators: only versions and notices that one of these has signed are believed. Read again when
+    it changes."""
+
     def require_whole_model(self, who: str) -> None:
         """Raise :class:`ConfigError` if some of the model is with the workers, where ``who`` would need it."""
         if self.local_parameters:

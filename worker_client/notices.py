@@ -25,6 +25,8 @@ MEANINGS: Mapping[Reason, str] = {
     Reason.WRONG_MODE: "the run wants another of gradient, delta and parameters; the next version's plan says which",
     Reason.MODEL_MISMATCH: "the model differs from the run's; use the same task, with the same sizes",
     Reason.INCOMPLETE: "chunks of it are gone from the outbox: did somebody delete or purge that queue?",
+    Reason.NOT_SIGNED: "the run takes signed updates only; set worker.signing_key_file, see docs/signatures.md",
+    Reason.BAD_SIGNATURE: "its key is not enrolled for this name, or somebody changed it; ask the run's operator",
     Reason.NO_EXAMPLES: "no examples stand behind it; check the shard",
     Reason.NOT_FINITE: "it holds NaN or infinity: training diverged; lower learning_rate or set clip_norm",
     Reason.NORM_TOO_LARGE: "it is longer than the run allows; lower learning_rate or local_steps, or set clip_norm",

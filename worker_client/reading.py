@@ -67,16 +67,19 @@ def require_account(account: str, name: str, theirs: str) -> None:
         )
 
 
-def read(delivery: Delivery, run: str, shared: Shared | None = None) -> Complete | Offer | Broken | Event | None:
+def read(
+    delivery: Delivery, run: str, shared: Shared | None = None, *, signed: bool = False
+) -> Complete | Offer | Broken | Event | None:
     """The version or notice in ``delivery``; None for what is not for a worker of ``run``. Raises :class:`WireError`.
 
-    ``shared`` is what is here, which a delta may start from.
+    ``shared`` is what is here, which a delta may start from. ``signed``: that it is was looked at, so its tensors must
+    be those that the signature stands for.
 
     Of a version in chunks, each is checked against its checksum, and its tensors are views of them. The digest is not
     computed again: it comes from the same aggregator as the checksums, so it proves nothing more, and for 100 MB it
     takes 60 ms and more where the checksums take 10.
     """
-    message = decode(delivery.body)
+    message = decode(delivery.body, strong=signed)
     if isinstance(message, Event):
         return message if message.kind is EventKind.NOTICE and message.run == run else None
     if delivery.source is not Source.PARAMETERS:

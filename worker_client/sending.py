@@ -18,6 +18,7 @@ from broker.messages import (
     Update,
     UpdateId,
 )
+from broker.signing import CONTROL, EVENT, UPDATE, Signer, sealing_of
 from broker.transport import Outgoing
 from broker.wire import Message, decode, encode, encode_in_chunks
 from worker_client.training import Trained
@@ -37,19 +38,22 @@ class Sender:
         *,
         pack_chunks: bool = False,
         more: Callable[[UpdateId], Mapping[str, str | int]] = lambda _: {},
+        signer: Signer | None = None,
     ) -> None:
-        """``more`` gives headers that go with an update."""
+        """``more`` gives headers that go with an update; ``signer`` signs everything."""
         self._run = run
         self._worker = worker
         self._incarnation = incarnation
         self._role = role
         self._pack_chunks = pack_chunks
         self._more = more
+        self._signer = signer
 
     def hello(self, version: int) -> Outgoing:
         """The worker is here, and ``version`` is the newest it has (-1: none)."""
         return self._sheet(
-            Hello(run=self._run, worker=self._worker, incarnation=self._incarnation, role=self._role, version=version)
+            Hello(run=self._run, worker=self._worker, incarnation=self._incarnation, role=self._role, version=version),
+            CONTROL,
         )
 
     def goodbye(self, confirmed: int, reason: str, *, incarnation: str = "") -> Outgoing:
@@ -62,13 +66,14 @@ class Sender:
                 role=self._role,
                 confirmed=confirmed,
                 reason=reason[:1000],
-            )
+            ),
+            CONTROL,
         )
 
     def event(self, kind: EventKind, data: Mapping[str, Any]) -> Outgoing:
         """Something worth showing; role and incarnation are added to ``data``."""
         facts = {**data, "role": str(self._role), "incarnation": self._incarnation}
-        return self._sheet(Event(run=self._run, kind=kind, source=self._worker, time=time.time(), data=facts))
+        return self._sheet(Event(run=self._run, kind=kind, source=self._worker, time=time.time(), data=facts), EVENT)
 
     def update(self, update: UpdateId, base: ParametersHead, trained: Trained, model: ModelSpec) -> Update:
         """What was trained from ``base``."""
@@ -103,7 +108,8 @@ class Sender:
             "examples": update.examples,
             "steps": update.steps,
         }
-        body, chunks = encode_in_chunks(update, str(update.id), largest, lossless=self._pack_chunks)
+        sealing = sealing_of(self._signer, UPDATE)
+        body, chunks = encode_in_chunks(update, str(update.id), largest, lossless=self._pack_chunks, sealing=sealing)
         if chunks:
             manifest = decode(body)
             assert isinstance(manifest, Manifest)  # noqa: S101  (it was encoded here)
@@ -111,5 +117,6 @@ class Sender:
         headers |= self._more(update.id)
         return Outgoing(body=body, chunks=chunks, message_id=str(update.id), headers=headers)
 
-    def _sheet(self, message: Message) -> Outgoing:
-        return Outgoing(body=encode(message), headers={"run": self._run, "worker": self._worker})
+    def _sheet(self, message: Message, purpose: str) -> Outgoing:
+        body = encode(message, sealing_of(self._signer, purpose))
+        return Outgoing(body=body, headers={"run": self._run, "worker": self._worker})

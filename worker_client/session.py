@@ -24,6 +24,7 @@ from worker_client.config import WorkerConfig
 from worker_client.context import Abandoned
 from worker_client.core import EvaluatorMachine, WorkerMachine
 from worker_client.core import events as ev
+from worker_client.guard import Identity
 from worker_client.heap import trim
 from worker_client.mailbox import Bench, Finished, Item, Mailbox, Published
 from worker_client.meter import Meter, Standing
@@ -80,6 +81,7 @@ class Session:
         transport: WorkerTransport,
         trainer: Trainer,
         outbox: Outbox,
+        identity: Identity,
         machine: WorkerMachine | EvaluatorMachine,
         role: Role,
         chunk_bytes: int,
@@ -95,9 +97,12 @@ class Session:
         self._machine = machine
         self._role = role
         self._meter = meter or Meter()
-        sender = Sender(run, config.name, outbox.incarnation, role, pack_chunks=pack_chunks, more=self._meter.headers)
-        self._presence = Presence(transport, sender, outbox, config.folder)
+        self._guard = identity.guard
+        more = self._meter.headers
         who = f"{config.name} {outbox.incarnation}"
+        signer = identity.signer
+        sender = Sender(run, config.name, outbox.incarnation, role, pack_chunks=pack_chunks, more=more, signer=signer)
+        self._presence = Presence(transport, sender, outbox, config.folder)
         self._variates = Variates(config.folder if role is Role.TRAINER else None, config, trainer.spec)
         self._prepare = Preparation(config, who, trainer, self._variates)
         self._stop = stop or threading.Event()
@@ -133,7 +138,7 @@ class Session:
     def run(self) -> Summary:
         """Live it. Raises what ended it, if that was an error."""
         self._meter.watch(self._standing, self._trainer.spec.nbytes)
-        self._transport.open(self._mailbox.put)
+        self._transport.open(self._mailbox.put, believe=self._guard.believes)
         heartbeat = 0.0
         try:
             while self._reason is None:
@@ -201,7 +206,7 @@ class Session:
 
     def _read(self, delivery: Delivery) -> None:
         try:
-            message = read(delivery, self._run, self._shelf.shared)
+            message = read(delivery, self._run, self._shelf.shared, signed=self._guard.asks)
         except WireError as error:
             log.warning("a message from %s is ignored: %s", delivery.source, error)
             return
@@ -225,6 +230,7 @@ class Session:
     def _arrived(self, parameters: Parameters, state: str) -> None:
         if self._is_ours(parameters.model):
             head, versions = head_of(parameters), self._machine.versions
+            self._guard.note(head)
             effects = self._machine.handle(ev.ParametersArrived(head))
             if versions.here is not None and versions.here.digest == head.digest:
                 self._shelf.put(parameters, state)
@@ -232,6 +238,7 @@ class Session:
 
     def _offered(self, offer: Offer) -> None:
         if self._is_ours(offer.model):
+            self._guard.note(offer.head)
             effects = self._machine.handle(ev.Offered(offer.head))
             if self._machine.versions.newest == offer.head:
                 self._shelf.offer(offer)

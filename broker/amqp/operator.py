@@ -15,7 +15,7 @@ from broker.messages import Command, Event, EventKind
 from broker.settings import BrokerConfig
 from broker.topology import CONTROL, EVENTS, Topology
 from broker.transport import Delivery, Failed, Incoming, Outgoing
-from broker.wire import decode, encode
+from broker.wire import Sealing, decode, encode
 
 __all__ = ["Answer", "Operator"]
 
@@ -53,14 +53,16 @@ class Operator:
         self._publisher.stop()
         self._watch.close()
 
-    def give(self, command: Command, *, wait: float) -> Answer | None:
+    def give(self, command: Command, *, wait: float, sealing: Sealing | None = None) -> Answer | None:
         """Put ``command`` into the run's queue, durably; the answer, or None if there is none in ``wait`` seconds.
+
+        ``sealing`` signs it.
 
         Raises:
             Unroutable: no aggregator has ever declared the run on this broker.
             BrokerError: the broker cannot be reached or refuses.
         """
-        message = Outgoing(body=encode(command), message_id=command.id, headers={"run": command.run})
+        message = Outgoing(body=encode(command, sealing), message_id=command.id, headers={"run": command.run})
         try:
             # First, or a quick answer would be gone before anybody listens.
             self._watch.watching.result(self._patience)

@@ -21,7 +21,7 @@ from broker.errors import BrokerError, Unroutable
 from broker.permissions import OWN_NONCE
 from broker.settings import BrokerConfig
 from broker.topology import CONTROL, EVENTS, UPDATES, Topology
-from broker.transport import Delivery, Outgoing, Source, order_of
+from broker.transport import Believe, Delivery, Outgoing, Sink, Source, order_of
 
 __all__ = ["AmqpWorkerTransport"]
 
@@ -49,8 +49,14 @@ class AmqpWorkerTransport(Side):
         self._worker = worker
         self._last = (-1, -1, -1)
         self._offsets: str | int = ""
+        self._believe: Believe = lambda _delivery: True
         self._download: Download | None = None
         self._wish = asyncio.Event()
+
+    def open(self, sink: Sink, *, wait: float = 0.0, believe: Believe | None = None) -> None:
+        """See the port."""
+        self._believe = believe or self._believe
+        super().open(sink, wait=wait)
 
     def publish(self, message: Outgoing) -> Future[None]:
         """See the port."""
@@ -98,7 +104,8 @@ class AmqpWorkerTransport(Side):
         await channel.bind(notices, EVENTS, key)
 
         def on_notice(_method: object, properties: pika.BasicProperties, body: bytes) -> None:
-            self._hand(delivery_of(Source.EVENT, body, properties))
+            if self._believe(notice := delivery_of(Source.EVENT, body, properties)):
+                self._hand(notice)
 
         await channel.consume(notices, on_notice, tag=f"{self._worker}-notices")
         versions = Reader(channel, stream, f"{self._worker}-parameters", self._take)
@@ -145,7 +152,8 @@ class AmqpWorkerTransport(Side):
         delivery = delivery_of(Source.PARAMETERS, body, properties)
         order, offsets = order_of(delivery.headers), delivery.headers.get("offsets", "")
         # The same version in other places: the stream of chunks was deleted and made again.
-        if order > self._last or (order == self._last and offsets != self._offsets):
+        is_news = order > self._last or (order == self._last and offsets != self._offsets)
+        if is_news and self._believe(delivery):
             self._last, self._offsets = order, offsets
             self._hand(delivery)
 

@@ -11,14 +11,15 @@ from abc import abstractmethod
 from collections.abc import Iterable, Sequence
 from typing import overload
 
-import xxhash
 import zstandard
 
-from broker.errors import MessageTooLarge, WireError
+from broker.errors import BadSignature, MessageTooLarge, WireError
 from broker.messages import ChunkHead, Manifest, Parameters, Update
 from broker.wire.envelope import ALIGNMENT, MAX_ARRAY, aligned, pack
 from broker.wire.messages import chunk_header, encode, manifest_of, read_chunk, section_of, with_tensors
+from broker.wire.sealed import Sealing
 from broker.wire.section import Section
+from broker.wire.tensors import STRONG, checksum, matches
 
 __all__ = ["CHUNK_OVERHEAD", "Bodies", "Chunks", "Sums", "encode_in_chunks", "join", "part_size", "section_from"]
 
@@ -54,9 +55,19 @@ class Chunks(Bodies):
     """The bodies of a message's chunks, cut from its section."""
 
     def __init__(
-        self, section: Section, of: str, size: int, *, lossless: bool, first: int = 0, sums: Sums | None = None
+        self,
+        section: Section,
+        of: str,
+        size: int,
+        *,
+        lossless: bool,
+        first: int = 0,
+        sums: Sums | None = None,
+        strong: bool = False,
     ) -> None:
         """``first`` is the index that the first one has among all of the message's chunks; ``sums``: if known.
+
+        ``strong``: the checksums are such as a signature can stand for.
 
         Raises :class:`MessageTooLarge` if there are more than a manifest can name.
         """
@@ -71,6 +82,7 @@ class Chunks(Bodies):
         self._lossless = lossless
         self._first = first
         self._sums = sums
+        self._strong = strong
 
     def __len__(self) -> int:
         """How many there are."""
@@ -97,11 +109,8 @@ class Chunks(Bodies):
     def _made(self) -> Sums:
         result = []
         for index in range(len(self)):
-            state = xxhash.xxh3_128()
             views = self._views(index)
-            for view in views:
-                state.update(view)
-            result.append((sum(view.nbytes for view in views), state.hexdigest()))
+            result.append((sum(view.nbytes for view in views), checksum(views, strong=self._strong)))
         return tuple(result)
 
     def _views(self, index: int) -> list[memoryview]:
@@ -110,7 +119,13 @@ class Chunks(Bodies):
 
 
 def encode_in_chunks(
-    message: Update | Parameters, of: str, chunk_bytes: int, *, lossless: bool = False, sums: Sums | None = None
+    message: Update | Parameters,
+    of: str,
+    chunk_bytes: int,
+    *,
+    lossless: bool = False,
+    sums: Sums | None = None,
+    sealing: Sealing | None = None,
 ) -> tuple[bytes, Sequence[bytes]]:
     """``message`` as one body, or as a manifest and chunks if it is larger than ``chunk_bytes``.
 
@@ -122,14 +137,16 @@ def encode_in_chunks(
         chunk_bytes: the largest body.
         lossless: pack each chunk with zstandard, if that makes it smaller.
         sums: what :meth:`Chunks.sums` said when the same message was cut to the same size before.
+        sealing: signs the body.
 
     Raises as :func:`broker.wire.encode`, and :class:`MessageTooLarge` for more chunks than a manifest can name.
     """
     section = section_of(message)
-    if section.nbytes + CHUNK_OVERHEAD <= chunk_bytes and len(body := encode(message)) <= chunk_bytes:
+    if section.nbytes + CHUNK_OVERHEAD <= chunk_bytes and len(body := encode(message, sealing)) <= chunk_bytes:
         return body, ()
-    chunks = Chunks(section, of, part_size(chunk_bytes), lossless=lossless, sums=sums)
-    return encode(manifest_of(message, section.nbytes, chunks.sums())), chunks
+    strong = sealing is not None
+    chunks = Chunks(section, of, part_size(chunk_bytes), lossless=lossless, sums=sums, strong=strong)
+    return encode(manifest_of(message, section.nbytes, chunks.sums()), sealing), chunks
 
 
 def part_size(chunk_bytes: int) -> int:
@@ -156,13 +173,17 @@ def section_from(announced: Sequence[tuple[int, str]], of: str, chunks: Iterable
     for index, body in enumerate(chunks):
         if index >= len(announced):
             raise WireError(f"more chunks than the {len(announced)} that the manifest announces")
-        parts.append(_part(body, of, first + index, *announced[index]))
+        try:
+            parts.append(_part(body, of, first + index, *announced[index]))
+        except WireError as error:
+            # What is not as a checksum has it that nobody can forge was not made so by whoever has signed that.
+            raise BadSignature(str(error)) if len(announced[index][1]) == STRONG else error from None
     if len(parts) < len(announced):
         raise WireError(f"{len(parts)} of {len(announced)} chunks")
     return Section(parts)
 
 
-def _part(body: bytes, of: str, index: int, size: int, checksum: str) -> memoryview:
+def _part(body: bytes, of: str, index: int, size: int, announced: str) -> memoryview:
     head, is_packed, data = read_chunk(body)
     if (head.of, head.index) != (of, index):
         raise WireError(f"chunk {head.index} of {head.of} in the place of chunk {index} of {of}")
@@ -170,7 +191,7 @@ def _part(body: bytes, of: str, index: int, size: int, checksum: str) -> memoryv
         data = _unpacked(data, size)
     if data.nbytes != size:
         raise WireError(f"chunk {index} has {data.nbytes} bytes; the manifest says {size}")
-    if xxhash.xxh3_128_hexdigest(data) != checksum:
+    if not matches(data, announced):
         raise WireError(f"chunk {index} does not match its checksum: it was damaged on its way")
     return data
 

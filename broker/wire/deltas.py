@@ -65,17 +65,24 @@ class _Both(Bodies):
 
 
 def told_by_delta(
-    message: Parameters, of: str, before: Shared | None, codec: str, *, chunk_bytes: int, lossless: bool = False
+    message: Parameters,
+    of: str,
+    before: Shared | None,
+    codec: str,
+    *,
+    chunk_bytes: int,
+    lossless: bool = False,
+    strong: bool = False,
 ) -> tuple[Manifest, Sequence[bytes], Shared]:
     """Manifest and chunks of ``message``: its whole state, and how that differs from the one ``before``.
 
     The third is the state that whoever reads either of them has then; its arrays, which the chunks borrow, are new
-    or, without one before, those of ``message``.
+    or, without one before, those of ``message``. ``strong``: checksums such as a signature can stand for.
     """
     size = part_size(chunk_bytes)
     if before is None:
         state = hashlib.sha256(f"{of} {message.digest}".encode()).hexdigest()
-        chunks = Chunks(section_of(message), of, size, lossless=lossless)
+        chunks = Chunks(section_of(message), of, size, lossless=lossless, strong=strong)
         manifest = manifest_of(message, data_length(message.model), chunks.sums())
         return replace(manifest, state=state), chunks, Shared(message.tensors, state)
     seed = int.from_bytes(hashlib.sha256(before.state.encode()).digest()[:6], "big")
@@ -83,9 +90,9 @@ def told_by_delta(
     encoded = compressed(message.model, difference, codec, seed)
     shared = {spec.name: _moved(spec, before.tensors[spec.name], encoded[spec.name]) for spec in message.model.tensors}
     whole_section = Section(blocks(message.model, shared))
-    first = Chunks(whole_section, of, size, lossless=lossless)
+    first = Chunks(whole_section, of, size, lossless=lossless, strong=strong)
     section = Section(blocks(message.model, encoded, codec_of(codec)))
-    second = Chunks(section, of, size, lossless=lossless, first=len(first))
+    second = Chunks(section, of, size, lossless=lossless, first=len(first), strong=strong)
     delta = Delta(base=before.state, codec=codec, seed=seed, nbytes=section.nbytes, chunks=second.sums())
     manifest = replace(manifest_of(message, whole_section.nbytes, first.sums()), state=_state_after(delta), delta=delta)
     return manifest, _Both(first, second), Shared(shared, manifest.state)

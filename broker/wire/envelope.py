@@ -13,6 +13,7 @@ import msgpack
 import xxhash
 
 from broker.errors import MessageTooLarge, UnknownFormat, WireError
+from broker.wire.sealed import MAGIC, SEALED_VERSION, unsealed
 
 __all__ = [
     "ALIGNMENT",
@@ -22,13 +23,13 @@ __all__ = [
     "MAX_HEADER",
     "MAX_TENSORS",
     "aligned",
+    "before_data",
     "frame",
     "header_check",
     "pack",
     "unpack",
 ]
 
-MAGIC = b"FdMQ"
 FORMAT_VERSION = 1
 
 #: magic, format version, check of the header, header length; little-endian, 12 bytes.
@@ -92,22 +93,13 @@ def header_check(packed: bytes | memoryview) -> bytes:
 
 
 def unpack(body: bytes | memoryview) -> tuple[dict[str, Any], memoryview]:
-    """The header of ``body`` and a view of its data section (empty if there is none).
+    """The header of ``body`` and a view of its data section (empty if there is none); a seal is passed over.
 
     Raises :class:`UnknownFormat` for another format version, :class:`WireError` for anything else that does
     not follow the format. Allocates nothing in proportion to what the bytes announce.
     """
-    view = memoryview(body)
-    if view.nbytes < PREFIX.size:
-        raise WireError(f"{view.nbytes} bytes are too few for a message")
-    magic, version, check, header_length = PREFIX.unpack_from(view)
-    if magic != MAGIC:
-        raise WireError(f"not a fedmq message: it begins with {bytes(magic)!r}, not {MAGIC!r}")
-    if version != FORMAT_VERSION:
-        raise UnknownFormat(f"format version {version}; this release reads version {FORMAT_VERSION}: upgrade one side")
-    end = PREFIX.size + header_length
-    if header_length > MAX_HEADER or end > view.nbytes:
-        raise WireError(f"a header of {header_length} bytes in a message of {view.nbytes}")
+    view = unsealed(body)[1]
+    check, end = _prefix(view)
     if check != header_check(view[PREFIX.size : end]):
         raise WireError("the header does not match its check: the message was damaged on its way")
     try:
@@ -120,6 +112,31 @@ def unpack(body: bytes | memoryview) -> tuple[dict[str, Any], memoryview]:
     if not isinstance(header, dict):
         raise WireError(f"the header is a {type(header).__name__}, not a map")
     return header, view[aligned(end) :] if view.nbytes > end else view[:0]
+
+
+def before_data(view: memoryview) -> memoryview:
+    """All of a message without a seal that stands before its data section. Raises as :func:`unpack`."""
+    return view[: aligned(_prefix(view)[1])]
+
+
+def _prefix(view: memoryview) -> tuple[bytes, int]:
+    """The header's check, and where the header ends."""
+    if view.nbytes < PREFIX.size:
+        raise WireError(f"{view.nbytes} bytes are too few for a message")
+    magic, version, check, header_length = PREFIX.unpack_from(view)
+    if magic != MAGIC:
+        raise WireError(f"not a fedmq message: it begins with {bytes(magic)!r}, not {MAGIC!r}")
+    if version == SEALED_VERSION:
+        raise WireError("a seal before a seal")
+    if version != FORMAT_VERSION:
+        raise UnknownFormat(
+            f"format version {version}; this release reads {FORMAT_VERSION}, and {SEALED_VERSION} for what is signed: "
+            "upgrade one side"
+        )
+    end = PREFIX.size + header_length
+    if header_length > MAX_HEADER or end > view.nbytes:
+        raise WireError(f"a header of {header_length} bytes in a message of {view.nbytes}")
+    return check, end
 
 
 def _no_extensions(code: int, _data: bytes) -> Any:

@@ -9,7 +9,7 @@ from typing import Any
 from pydantic import TypeAdapter, ValidationError
 
 from broker.codecs import Codec, codec_of
-from broker.errors import WireError, first_problem
+from broker.errors import BadSignature, WireError, first_problem
 from broker.messages import (
     ChunkHead,
     Command,
@@ -25,9 +25,10 @@ from broker.messages import (
     UpdateHead,
 )
 from broker.wire.encoded import known_codec
-from broker.wire.envelope import MAX_TENSORS, frame, pack, unpack
+from broker.wire.envelope import MAX_TENSORS, frame, unpack
+from broker.wire.sealed import Sealing, digest_of
 from broker.wire.section import Section
-from broker.wire.tensors import blocks, checksum, data_length, read
+from broker.wire.tensors import STRONG, blocks, checksum, data_length, matches, read
 
 __all__ = [
     "Message",
@@ -36,6 +37,7 @@ __all__ = [
     "encode",
     "encode_parts",
     "manifest_of",
+    "order_in",
     "read_chunk",
     "section_of",
     "with_tensors",
@@ -59,8 +61,8 @@ _TYPES = {head: word for word, head in _HEADS.items()} | {Update: "update", Para
 _WITH_TENSORS: dict[type, type] = {UpdateHead: Update, ParametersHead: Parameters}
 
 
-def encode(message: Message) -> bytes:
-    """``message`` as bytes.
+def encode(message: Message, sealing: Sealing | None = None) -> bytes:
+    """``message`` as bytes; with ``sealing``, signed (:mod:`broker.wire.sealed`).
 
     Raises :class:`ModelMismatch` if tensors do not fit the message's model, :class:`MessageTooLarge` if the
     model has too many tensors to describe.
@@ -71,19 +73,25 @@ def encode(message: Message) -> bytes:
         header["data"] = {"nbytes": message.nbytes, "chunks": chunks, **_code(message)}
         if message.state:
             header["data"] |= {"state": message.state, "delta": _plain(message.delta) if message.delta else None}
-        return pack(header)
+        return b"".join(_sealed(frame(header), sealing))
     if isinstance(message, Update | Parameters):
-        return b"".join(encode_parts(message))
-    return pack(_head(message))
+        return b"".join(encode_parts(message, sealing))
+    return b"".join(_sealed(frame(_head(message)), sealing))
 
 
-def encode_parts(message: Update | Parameters) -> list[bytes | memoryview]:
+def encode_parts(message: Update | Parameters, sealing: Sealing | None = None) -> list[bytes | memoryview]:
     """``message`` as :func:`encode` gives it, in parts that borrow its tensors. Raises as :func:`encode`."""
     codec = _codec_in(message)
     data = blocks(message.model, message.tensors, codec)
     header = _head(message) | {"model": _model(message.model)}
-    header["data"] = {"nbytes": data_length(message.model, codec), "checksum": checksum(data), **_code(message)}
-    return frame(header, data)
+    of_data = checksum(data, strong=sealing is not None)
+    header["data"] = {"nbytes": data_length(message.model, codec), "checksum": of_data, **_code(message)}
+    return _sealed(frame(header, data), sealing)
+
+
+def _sealed(parts: list[bytes | memoryview], sealing: Sealing | None) -> list[bytes | memoryview]:
+    # The first three are what stands before the data.
+    return parts if sealing is None else [sealing(digest_of(parts[:3])), *parts]
 
 
 def _codec_in(message: Update | Parameters) -> Codec | None:
@@ -134,8 +142,11 @@ def read_chunk(body: bytes) -> tuple[ChunkHead, bool, memoryview]:
     return _validated(ChunkHead, header), is_packed, data
 
 
-def decode(body: bytes | memoryview) -> Message:
-    """The message in ``body``. Tensors are read-only views of ``body``.
+def decode(body: bytes | memoryview, *, strong: bool = False) -> Message:
+    """The message in ``body``, signed or not. Tensors are read-only views of ``body``.
+
+    With ``strong``, each checksum in it must be one that cannot be forged: of what is believed for its signature. That
+    this is one was looked at before (:mod:`broker.signing`).
 
     Raises :class:`UnknownFormat` for another format version and :class:`WireError` for everything else that
     does not follow the format; no other exception, whatever the bytes.
@@ -162,10 +173,23 @@ def decode(body: bytes | memoryview) -> Message:
         raise WireError(f"{section['nbytes']!r:.40} bytes announced; the table describes {expected}")
     whole = Manifest(head=head, model=model, nbytes=expected, chunks=(), codec=codec, seed=seed)
     if "chunks" in section:
-        return _read_manifest(whole, section, data)
-    if section.keys() != {"nbytes", "checksum"} or checksum(data) != section["checksum"]:
-        raise WireError("the checksum does not match the data: the message was damaged on its way")
+        return _read_manifest(whole, section, data, strong=strong)
+    if section.keys() != {"nbytes", "checksum"} or not matches(data, section["checksum"], strong=strong):
+        # Before the data all was as it is signed.
+        kind = BadSignature if strong else WireError
+        raise kind("the checksum does not match the data: the message was damaged on its way")
     return with_tensors(whole, Section([data]))
+
+
+def order_in(body: bytes | memoryview) -> tuple[int, int, int]:
+    """Epoch, version and attempt of the version in ``body``, whose data is not looked at. Raises :class:`WireError`."""
+    header, _ = unpack(body)
+    plan = header.get("plan")
+    order = header.get("epoch"), header.get("version"), plan.get("attempt") if isinstance(plan, dict) else None
+    epoch, version, attempt = (number if type(number) is int else -1 for number in order)
+    if header.get("type") != "parameters" or min(epoch, version, attempt) < 0:
+        raise WireError("this message is no version")
+    return epoch, version, attempt
 
 
 def _head(message: Any) -> dict[str, Any]:
@@ -212,18 +236,22 @@ def _read_model(value: Any) -> ModelSpec:
     return model
 
 
-def _read_manifest(whole: Manifest, section: dict[str, Any], data: memoryview) -> Manifest:
+def _read_manifest(whole: Manifest, section: dict[str, Any], data: memoryview, *, strong: bool) -> Manifest:
     state, delta = section.pop("state", ""), section.pop("delta", None)
     if section.keys() != {"nbytes", "chunks"} or data.nbytes:
         raise WireError("the header does not describe chunks")
     if not isinstance(state, str) or (delta is not None and not state):
         raise WireError("a version that is told by deltas has a state")
-    return replace(
+    manifest = replace(
         whole,
         chunks=_chunk_list(section["chunks"], whole.nbytes),
         state=state,
         delta=None if delta is None else _read_delta(whole.model, delta),
     )
+    sums = [*manifest.chunks, *(manifest.delta.chunks if manifest.delta is not None else ())]
+    if strong and any(len(checksum) != STRONG for _, checksum in sums):
+        raise WireError("a signed manifest whose checksums are none that a signature could stand for")
+    return manifest
 
 
 def _chunk_list(chunks: Any, nbytes: int) -> tuple[tuple[int, str], ...]:

@@ -8,6 +8,8 @@ from pathlib import Path
 import ml_dtypes
 import numpy as np
 import pytest
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
 
 from broker.messages import (
     Action,
@@ -34,6 +36,7 @@ from broker.messages import (
     parameters_digest,
     whole,
 )
+from broker.signing import Signer
 from broker.wire import Message, compressed, decode, encode, encode_in_chunks, join
 
 BYTES = Path(__file__).parent / "bytes"
@@ -130,7 +133,7 @@ MESSAGES: dict[str, Message] = {
 
 
 #: These are put together from others, and read back in tests of their own.
-PARTS = ("update-in-a-code", "chunk", "chunk-packed")
+PARTS = ("update-in-a-code", "chunk", "chunk-packed", "signed-update", "signed-manifest")
 
 
 def update_in_a_code() -> Update:
@@ -147,6 +150,20 @@ def update_in_a_code() -> Update:
         codec="int8",
         seed=11,
     )
+
+
+def signer(folder: Path) -> Signer:
+    """With the key that has made the golden signatures."""
+    file = folder / "w1.key"
+    file.touch(0o600)
+    file.write_bytes(
+        Ed25519PrivateKey.from_private_bytes(bytes(range(32))).private_bytes(
+            Encoding.PEM, PrivateFormat.PKCS8, NoEncryption()
+        )
+    )
+    loaded = Signer.load(file, "digits", "a key")
+    assert loaded is not None
+    return loaded
 
 
 def golden(name: str) -> bytes:
@@ -195,6 +212,28 @@ def test_chunks_are_as_ever() -> None:
         joined = join(manifest, str(update.id), [golden(first), chunks[1]])
         assert whole(joined.tensors["layer.weight"]).tobytes() == EXACT.tobytes()
     assert len(golden("chunk-packed")) < len(golden("chunk"))
+
+
+def test_signed_messages_are_as_ever(tmp_path: Path) -> None:
+    """Ed25519 signatures are the same each time."""
+    sealing = signer(tmp_path).sealing("update")
+    update = MESSAGES["update"]
+    assert encode(update, sealing) == golden("signed-update")
+    large = replace(update_in_a_code(), tensors={"layer.weight": EXACT}, codec="", seed=0)
+    body, chunks = encode_in_chunks(large, str(large.id), 4096, sealing=sealing)
+    assert body == golden("signed-manifest")
+    assert chunks[0] == golden("chunk")
+
+    for message in (decode(golden("signed-update"), strong=True), decode(golden("signed-update"))):
+        assert isinstance(message, Update)
+        assert message.id == HEAD.id
+        assert whole(message.tensors["layer.weight"]).tobytes() == TENSORS["layer.weight"].tobytes()
+    manifest = decode(golden("signed-manifest"), strong=True)
+    assert isinstance(manifest, Manifest)
+    assert [size for size, _ in manifest.chunks] == [3072, 1024]
+    # The message itself is that of the unsigned form, but for the checksums.
+    assert golden("signed-update")[:5] == b"FdMQ\x02"
+    assert golden("signed-update")[128:133] == golden("update")[:5]
 
 
 def test_there_is_a_golden_file_for_each_message_and_no_other() -> None:

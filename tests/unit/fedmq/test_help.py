@@ -37,6 +37,7 @@ NOTHING_LISTED = {
     "dashboard",
     *("demo", "init", "aggregator", "worker", "evaluate", "set", "release", "pause", "resume", "stop"),
     *("checkpoint export", "dead replay", "dead drop", "broker check", "broker node", "report", "track"),
+    *("keys make", "keys show", "keys enrol", "keys remove"),
 }
 #: What makes a command slow to start, and only those that work with it may import.
 HEAVY = ("torch", "matplotlib", "sklearn", "transformers", "fedmq.simulation")
@@ -122,7 +123,7 @@ assert "simulate" in run("--help")
 found["pydantic"] = ["pydantic"] if "pydantic" in sys.modules else []
 for name in COMMANDS:
     if name != "simulate":
-        assert "Example" in run(name, "--help") or name in ("checkpoint", "dead", "broker"), name
+        assert "Example" in run(name, "--help") or name in ("checkpoint", "dead", "broker", "keys"), name
 print(json.dumps(found))
 """
     done = subprocess.run(

@@ -27,7 +27,7 @@ from broker.messages import (
     Update,
     parameters_digest,
 )
-from broker.transport import Delivery, Failed, Outgoing, Sink, Source
+from broker.transport import Believe, Delivery, Failed, Outgoing, Sink, Source
 from broker.wire import encode
 from tests.support.waiting import wait_for
 from tests.unit.worker_client.ends import LIMIT, Aggregator, running
@@ -201,7 +201,7 @@ def test_a_stop_is_answered_while_the_broker_is_not_there(tmp_path: Path) -> Non
     opening, stop = threading.Event(), threading.Event()
 
     class Nowhere(MemoryWorkerTransport):
-        def open(self, sink: Sink, *, wait: float | None = None) -> None:
+        def open(self, sink: Sink, *, wait: float = 0.0, believe: Believe | None = None) -> None:
             opening.set()
             stop.wait(LIMIT)
 
@@ -256,7 +256,7 @@ def test_an_update_that_will_never_fit_ends_the_worker(broker: MemoryBroker) -> 
 
 def test_a_broker_that_refuses_for_good_ends_the_worker() -> None:
     class Refusing(MemoryWorkerTransport):
-        def open(self, sink: Sink, *, wait: float | None = None) -> None:
+        def open(self, sink: Sink, *, wait: float = 0.0, believe: Believe | None = None) -> None:
             raise AccessRefused("user 'w0' may not read")
 
     broker = MemoryBroker()

@@ -1,0 +1,31 @@
+"""What an operator's command asks of the round machine, if it may ask that."""
+
+from __future__ import annotations
+
+from aggregator.config import AggregatorConfig
+from aggregator.core import events as on
+from aggregator.core.controls import Order
+from aggregator.core.machine import RoundMachine
+from aggregator.signatures import Signatures
+from broker.messages import Action, Command
+from broker.transport import Delivery
+
+__all__ = ["ordered"]
+
+
+def ordered(
+    command: Command, delivery: Delivery, machine: RoundMachine, config: AggregatorConfig, signatures: Signatures
+) -> on.Ordered:
+    """The event for ``command``, which came in ``delivery``; ``config`` are the settings of the run's file.
+
+    Raises :class:`ConfigError` for a command that is not executed: no operator has signed it, or its settings are
+    none.
+    """
+    assert delivery.token is not None  # noqa: S101  (the caller has looked)
+    signatures.require_command(delivery.body)
+    order = None
+    if command.action is Action.SET and not machine.controls.knows(command.id):
+        changes = config.normal({**machine.controls.newest, **command.changes})
+        order = Order(changes, config.changed(changes).rules(machine.model.nbytes))
+    worker = str(command.changes.get("worker", "")) if command.action is Action.RELEASE else ""
+    return on.Ordered(delivery.token, command.id, command.action, order, worker)

@@ -86,6 +86,10 @@ class _Human(logging.Formatter):
         record.where = _where(_fields())
         return harmless(super().format(record))
 
+    def formatMessage(self, record: logging.LogRecord) -> str:  # noqa: N802 - logging's name
+        # What others have sent may hold line breaks, and must not look like lines of ours.
+        return super().formatMessage(record).replace("\n", "\n    ")
+
 
 class _Json(logging.Formatter):
     """An object a line: ``time``, ``level``, ``logger``, ``message``, the :data:`FIELDS`, perhaps ``exception``."""

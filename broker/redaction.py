@@ -1,7 +1,8 @@
-"""Text without passwords. Whatever a program says goes through here last: its log, its errors, its tracebacks.
+"""Text without passwords and without what a terminal would obey.
 
-Two nets, since neither is enough. An address with a password in it is known by its form, wherever it comes from. And a
-password that this process has read is known itself, however a library or a user's task quotes it.
+Whatever a program says goes through here last: its log, its errors, its tracebacks. Two nets for passwords, since
+neither is enough. An address with a password in it is known by its form, wherever it comes from. And a password that
+this process has read is known itself, however a library or a user's task quotes it.
 """
 
 from __future__ import annotations
@@ -20,6 +21,9 @@ _ADDRESS = re.compile(r"(://[^\s:]*):\S*@")
 #: What follows a host's colon and is a port.
 _PORT = re.compile(r"\d{1,5}(?![\w.%-])")
 _HOST = re.compile(r"\[[^\]]*\]|[^:/?#]*")
+
+#: Control characters but for tab and line break, and the marks that turn the direction of writing.
+_OBEYED = re.compile("[\\x00-\\x08\\x0b-\\x1f\\x7f-\\x9f\\u200e\\u200f\\u202a-\\u202e\\u2066-\\u2069]")
 
 #: Shorter ones are words of ordinary text as well, and hiding them there would tell what they are.
 _SHORTEST = 8
@@ -54,7 +58,7 @@ def conceal(password: str, user: str = "") -> None:
 
 
 def harmless(text: str) -> str:
-    """A text for people or for a log, without passwords."""
+    """A text for people or for a log, without passwords and without what a terminal would obey."""
     for secret in sorted(_known, key=len, reverse=True):
         text = text.replace(secret, HIDDEN)
-    return _ADDRESS.sub(rf"\1:{HIDDEN}@", text)
+    return _OBEYED.sub("\N{REPLACEMENT CHARACTER}", _ADDRESS.sub(rf"\1:{HIDDEN}@", text))

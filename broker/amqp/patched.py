@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import struct
 from typing import Any
 
 import pika
@@ -19,6 +20,10 @@ RECEIVE_BYTES = 256 * 1024
 # pika gives each frame to the socket by itself, and with it a packet to the network and a wake-up to the broker: an
 # acknowledgement has 21 bytes, and a commit may give a hundred. What waits together is sent in pieces of up to this.
 SMALL_BYTES = 4096
+
+LENGTH = struct.Struct(">I")
+#: What pika's parser raises by itself, and ``struct``.
+UNREADABLE = (struct.error, pika.exceptions.AMQPError)
 
 
 def _guard_timestamps() -> None:
@@ -39,6 +44,37 @@ def _guard_timestamps() -> None:
         return value
 
     pika.data.decode_value = guarded
+
+
+def _guard_tables() -> None:
+    """Let pika read headers that it cannot make sense of (NaN, nested a thousand deep) as none at all.
+
+    As with times: whatever it raises costs the connection, and the message comes again.
+    """
+    decode_table = pika.data.decode_table
+
+    def guarded(encoded: bytes, offset: int) -> tuple[dict[str, Any], int]:
+        try:
+            value: tuple[dict[str, Any], int] = decode_table(encoded, offset)
+        except (ArithmeticError, LookupError, RuntimeError, TypeError, ValueError, OSError, *UNREADABLE):
+            end = offset + LENGTH.size + LENGTH.unpack_from(encoded, offset)[0]
+            if end > len(encoded):
+                raise
+            return {}, end
+        return value
+
+    pika.data.decode_table = guarded
+
+
+def _guard_strings() -> None:
+    """Let pika read a short string that is no UTF-8 as text with escapes, and not as bytes, which nobody expects."""
+    decode_short_string = pika.data.decode_short_string
+
+    def guarded(encoded: bytes, offset: int) -> tuple[str, int]:
+        value, end = decode_short_string(encoded, offset)
+        return value.decode(errors="backslashreplace") if isinstance(value, bytes) else value, end
+
+    pika.data.decode_short_string = guarded
 
 
 def _guard_resets() -> None:
@@ -73,6 +109,8 @@ def drop_late(channel: Any, tag: str) -> None:
 
 
 _guard_timestamps()
+_guard_tables()
+_guard_strings()
 _guard_resets()
 
 

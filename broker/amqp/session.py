@@ -120,6 +120,8 @@ class Session:
             with contextlib.suppress(pika.exceptions.ConnectionWrongStateError):
                 connection.close()
             await _first(opened, closed, timeout=CLOSE_SECONDS)
+            if not closed.done():
+                connection.abort()  # a broker, or a machine, that is too slow for manners leaves no open socket behind
             raise
         if error is not None:
             raise error

@@ -446,7 +446,7 @@ def test_a_dead_letter_carries_everything_an_operator_asks(node: PrivateNode, en
     assert body == b"a"
     assert (properties.message_id, properties.app_id, properties.type) == ("w1/i/3", "fedmq", "update")
     assert (properties.delivery_mode, properties.content_type) == (2, "application/msgpack")
-    assert properties.user_id is None
+    assert properties.user_id == properties.headers["user"] == node.user
     assert properties.timestamp is not None
     headers = properties.headers
     assert (headers["seq"], headers["worker"], headers["reason"]) == (3, "w1", "too-stale")

@@ -8,6 +8,8 @@ import struct
 from collections import deque
 
 import pika
+import pika.data
+import pika.exceptions
 import pytest
 
 from broker.amqp.patched import SMALL_BYTES, Connection
@@ -94,3 +96,49 @@ def test_small_frames_are_sent_together_and_in_order() -> None:
     assert waiting[0] == frames[0]
     assert [len(piece) for piece in waiting] == [21, 195 * 21, 4 * 21, SMALL_BYTES, 5]
     assert connection._transport._tx_buffered_byte_count == sum(map(len, frames))
+
+
+def table(entries: bytes) -> bytes:
+    return struct.pack(">I", len(entries)) + entries
+
+
+def entry(kind: bytes, value: bytes = b"") -> bytes:
+    return b"\x01h" + kind + value
+
+
+def nested(levels: int) -> bytes:
+    inner = table(b"")
+    for _ in range(levels):
+        inner = table(entry(b"F", inner))
+    return inner
+
+
+HOSTILE_TABLES = {
+    "NaN": table(entry(b"d", struct.pack(">d", float("nan")))),
+    "infinity": table(entry(b"f", struct.pack(">f", float("inf")))),
+    "a kind that there is not": table(entry(b"?")),
+    "a number that is cut off": table(entry(b"l", b"\0")),
+    "nested 10,000 deep": nested(10_000),
+}
+
+
+@pytest.mark.parametrize("encoded", HOSTILE_TABLES.values(), ids=HOSTILE_TABLES.keys())
+def test_headers_that_cannot_be_read_are_none_and_what_follows_them_is_found(encoded: bytes) -> None:
+    headers, end = pika.data.decode_table(encoded + b"\x02id", 0)
+    assert isinstance(headers, dict)
+    assert pika.data.decode_short_string(encoded + b"\x02id", end) == ("id", end + 3)
+
+
+def test_a_header_that_is_well_formed_is_read_as_ever() -> None:
+    pieces: list[bytes] = []
+    pika.data.encode_table(pieces, {"worker": "w1", "chunks": 4, "deep": {"a": [1, None]}})
+    assert pika.data.decode_table(b"".join(pieces), 0)[0] == {"worker": "w1", "chunks": 4, "deep": {"a": [1, None]}}
+
+
+def test_a_table_that_does_not_end_is_an_error() -> None:
+    with pytest.raises((struct.error, pika.exceptions.AMQPError, ValueError)):
+        pika.data.decode_table(struct.pack(">I", 100) + entry(b"?"), 0)
+
+
+def test_a_short_string_that_is_no_utf8_is_text_with_escapes() -> None:
+    assert pika.data.decode_short_string(b"\x03a\xffb", 0) == ("a\\xffb", 4)

@@ -116,3 +116,7 @@ def test_a_crash_is_told_without_passwords(monkeypatch: pytest.MonkeyPatch, caps
     told = capsys.readouterr().err
     assert told.startswith("Traceback")
     assert "KeyError: '*** or amqp://u:***@h/'" in told
+
+
+def test_what_a_terminal_would_obey_is_replaced_and_lines_stay_lines() -> None:
+    assert harmless("a\x1b[2Jb\x9bc\u202ed\r\te\nf") == "a\ufffd[2Jb\ufffdc\ufffdd\ufffd\te\nf"

@@ -1,0 +1,1 @@
+"""What hostile members, outsiders and brokers try, and who stops it."""

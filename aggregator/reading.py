@@ -124,12 +124,12 @@ def from_aside(
     if isinstance(message, Command):
         # Only the queue that operators may write to; anybody's event may look like one.
         return message if delivery.source is Source.CONTROL and delivery.token is not None else None
-    if senders is not None and isinstance(message, Hello | Goodbye | Event):
+    if isinstance(message, Hello | Goodbye | Event):
         name = message.source if isinstance(message, Event) else message.worker
-        if refused := senders.refusal(delivery.user, name):
+        if senders is not None and (refused := senders.refusal(delivery.user, name)):
             raise WireError(refused[1])
-    if signatures is not None and isinstance(message, Hello | Goodbye | Event):
-        signatures.require_aside(delivery, message.source if isinstance(message, Event) else message.worker)
+        if signatures is not None and not signatures.believes(delivery, name):
+            return None
     if isinstance(message, Event) and message.kind is EventKind.HEARTBEAT:
         heard(message)
     return _happening(message, newest)

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import logging
+from dataclasses import dataclass, field
 
 from aggregator.config import AggregatorConfig
-from broker.errors import BadSignature, ConfigError, WireError
+from broker.errors import ConfigError, WireError
+from broker.seldom import Seldom
 from broker.signing import COMMAND, CONTROL, EVENT, UPDATE, Keyring, Signer
 from broker.transport import Delivery, Source
 
 __all__ = ["Signatures"]
+
+log = logging.getLogger("fedmq.aggregator")
 
 
 @dataclass(frozen=True, slots=True)
@@ -20,6 +24,7 @@ class Signatures:
     """For versions, notices and events."""
     workers: Keyring | None = None
     operators: Keyring | None = None
+    _seldom: Seldom = field(default_factory=Seldom)
 
     @classmethod
     def load(cls, config: AggregatorConfig, run: str) -> Signatures:
@@ -37,13 +42,19 @@ class Signatures:
         """
         return None if self.workers is None else self.workers.speakers(body, UPDATE)
 
-    def require_aside(self, delivery: Delivery, worker: str) -> None:
-        """Raise :class:`WireError` if what is no update is not said by ``worker``, as far as that is asked for."""
+    def believes(self, delivery: Delivery, worker: str) -> bool:
+        """Whether what is no update is said by ``worker``, if that is asked for. The log says seldom that it is not."""
         if self.workers is None:
-            return
-        purpose = CONTROL if delivery.source is Source.CONTROL else EVENT
-        if worker not in self.workers.speakers(delivery.body, purpose):
-            raise BadSignature(f"somebody else than {worker} has signed it")
+            return True
+        try:
+            if worker in self.workers.speakers(delivery.body, CONTROL if delivery.source is Source.CONTROL else EVENT):
+                return True
+            problem = "somebody else has signed it"
+        except WireError as error:
+            problem = str(error)
+        if self._seldom.may(problem):
+            log.warning("what somebody says in the name of %s is ignored: %s", worker, problem)
+        return False
 
     def require_command(self, body: bytes) -> None:
         """Raise :class:`ConfigError` if no operator has signed the command ``body``, and that is asked for."""

@@ -14,11 +14,11 @@ from pathlib import Path
 from typing import Any, Self
 
 from broker.errors import CheckpointCorrupt, CheckpointError, CheckpointNotWritten, WireError
-from broker.messages import ParametersHead
+from broker.messages import Manifest, Parameters, ParametersHead
 from broker.seldom import Seldom
 from broker.signing import VERSION, Keyring, Signer, notice_to
 from broker.transport import Delivery, Source, order_of
-from broker.wire import order_in
+from broker.wire import decode
 from worker_client.config import WorkerConfig
 from worker_client.keeping import put
 
@@ -60,7 +60,11 @@ class Guard:
         return self._keys is not None
 
     def believes(self, delivery: Delivery) -> bool:
-        """Whether ``delivery`` is the aggregator's word, and no older one of it. On any thread; quick."""
+        """Whether ``delivery`` is the aggregator's word, and no older one of it. On any thread.
+
+        Of what came with its tensors these are looked at too, for else a forged copy would take the place of the
+        version itself. Of chunks it is done when they have come.
+        """
         if self._keys is None:
             return True
         try:
@@ -68,7 +72,7 @@ class Guard:
                 self._keys.speakers(delivery.body, notice_to(self._worker))
                 return True
             self._keys.speakers(delivery.body, VERSION)
-            self._require_order(order_in(delivery.body), order_of(delivery.headers))
+            self._require_order(_order_in(delivery.body), order_of(delivery.headers))
         except WireError as error:
             self.refused += 1
             if self._seldom.may(f"{delivery.source} {type(error).__name__}"):
@@ -82,7 +86,7 @@ class Guard:
 
         Raises :class:`CheckpointNotWritten`.
         """
-        order = (head.epoch, head.version, head.plan.attempt)
+        order = _order(head)
         if self._keys is None or order <= self._newest:
             return
         self._newest = order
@@ -118,6 +122,18 @@ class Identity:
         signer = Signer.load(config.signing_key_file, run, "worker.signing_key_file")
         keys = Keyring.load(config.aggregator_keys_file, run, "worker.aggregator_keys_file")
         return cls(signer, Guard(keys, config.name, run, config.folder))
+
+
+def _order_in(body: bytes) -> Order:
+    message = decode(body, strong=True)
+    head = message.head if isinstance(message, Manifest) else message
+    if not isinstance(head, Parameters | ParametersHead):
+        raise WireError("it is no version")
+    return _order(head)
+
+
+def _order(head: ParametersHead) -> Order:
+    return head.epoch, head.version, head.plan.attempt
 
 
 def _shown(order: Order) -> str:

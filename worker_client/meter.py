@@ -23,6 +23,8 @@ class Standing:
     """Updates that the broker confirmed to this process."""
     outstanding: int
     """Updates that are trained and not confirmed."""
+    refused: int = 0
+    """Messages in the aggregator's name that were not believed."""
 
 
 class Meter:

@@ -35,6 +35,11 @@ OUTSTANDING = Series(f"{_W}_outstanding_updates", "gauge", "Updates that are tra
 REJECTED = Series(
     f"{_W}_updates_rejected_total", "counter", "Updates that the aggregator rejected, as far as it told.", ("reason",)
 )
+REFUSED = Series(
+    f"{_W}_messages_refused_total",
+    "counter",
+    "Versions and notices that were not believed for their signature: somebody on the broker forges or replays.",
+)
 RETRIES = Series(f"{_W}_publish_failures_total", "counter", "Times that an update did not get through; tried again.")
 TRAINED = Series(f"{_W}_training_seconds", "histogram", "Training for one update.", bounds=TRAINING)
 EVALUATED = Series(f"{_W}_evaluation_seconds", "histogram", "Evaluating a version.", bounds=TRAINING)
@@ -146,6 +151,7 @@ class WorkerMetrics(Meter, Collector):
             STATE: self._states,
             VERSION: self._of_standing(lambda now: now.version),
             CONFIRMED: self._of_standing(lambda now: now.confirmed),
+            REFUSED: self._of_standing(lambda now: now.refused),
             OUTSTANDING: self._of_standing(lambda now: now.outstanding),
             REJECTED: lambda: {**self._reasons},
             METRIC: self._last,

@@ -423,7 +423,7 @@ class Session:
     def _standing(self) -> Standing:
         machine = self._machine
         outstanding = (self._publishing.id is not None) + (self._trained is not None)
-        return Standing(machine.state.value, self._version, machine.confirmed, outstanding)
+        return Standing(machine.state.value, self._version, machine.confirmed, outstanding, self._guard.refused)
 
     @property
     def _version(self) -> int:

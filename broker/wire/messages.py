@@ -37,7 +37,6 @@ __all__ = [
     "encode",
     "encode_parts",
     "manifest_of",
-    "order_in",
     "read_chunk",
     "section_of",
     "with_tensors",
@@ -179,17 +178,6 @@ def decode(body: bytes | memoryview, *, strong: bool = False) -> Message:
         kind = BadSignature if strong else WireError
         raise kind("the checksum does not match the data: the message was damaged on its way")
     return with_tensors(whole, Section([data]))
-
-
-def order_in(body: bytes | memoryview) -> tuple[int, int, int]:
-    """Epoch, version and attempt of the version in ``body``, whose data is not looked at. Raises :class:`WireError`."""
-    header, _ = unpack(body)
-    plan = header.get("plan")
-    order = header.get("epoch"), header.get("version"), plan.get("attempt") if isinstance(plan, dict) else None
-    epoch, version, attempt = (number if type(number) is int else -1 for number in order)
-    if header.get("type") != "parameters" or min(epoch, version, attempt) < 0:
-        raise WireError("this message is no version")
-    return epoch, version, attempt
 
 
 def _head(message: Any) -> dict[str, Any]:

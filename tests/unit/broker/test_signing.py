@@ -13,9 +13,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from broker.errors import BadSignature, ConfigError, NotSigned, UnknownFormat, WireError
-from broker.messages import Manifest, Mode, ModelSpec, Parameters, Plan, TensorSpec, Update, UpdateId, parameters_digest
+from broker.messages import Manifest, Mode, ModelSpec, TensorSpec, Update, UpdateId
 from broker.signing import UPDATE, VERSION, Keyring, PublicKey, Signer, make_key, parse_keys
-from broker.wire import Chunks, decode, encode, encode_in_chunks, join, order_in
+from broker.wire import Chunks, decode, encode, encode_in_chunks, join
 from broker.wire.sealed import SEAL_BYTES
 from tests.support.signing import Keys, keyring, signer
 
@@ -151,22 +151,6 @@ def test_a_format_to_come_is_told_from_a_seal() -> None:
     body = encode(update())
     with pytest.raises(UnknownFormat, match="upgrade"):
         decode(body[:4] + b"\x03" + body[5:])
-
-
-def test_the_order_of_a_version_is_read_without_its_tensors() -> None:
-    tensors = update().tensors
-    version = Parameters(
-        run=RUN,
-        epoch=4,
-        version=9,
-        plan=Plan(attempt=2),
-        digest=parameters_digest(tensors),
-        model=MODEL,
-        tensors=tensors,
-    )
-    assert order_in(encode(version)) == (4, 9, 2)
-    with pytest.raises(WireError):
-        order_in(encode(update()))
 
 
 # ------------------------------------------------------------------------------------------------- files

@@ -90,13 +90,13 @@ def read(model: ModelSpec, section: Section, codec: Codec | None = None, seed: i
     return result
 
 
-def checksum(pieces: Iterable[memoryview], *, strong: bool = False) -> str:
+def checksum(pieces: Iterable[memoryview] | memoryview, *, strong: bool = False) -> str:
     """XXH3-128 over the data, as 32 hexadecimal digits: against damage, not against forgery.
 
     ``strong``: SHA-256, 64 digits, against both, where a signature stands over it; it takes ten times as long.
     """
     state = hashlib.sha256() if strong else xxhash.xxh3_128()
-    for piece in pieces:
+    for piece in [pieces] if isinstance(pieces, memoryview) else pieces:
         state.update(piece)
     return state.hexdigest()
 
@@ -105,4 +105,4 @@ def matches(data: memoryview, announced: object, *, strong: bool = False) -> boo
     """Whether ``announced`` is the :func:`checksum` of ``data``, of either kind; with ``strong`` of that one."""
     if not isinstance(announced, str) or (strong and len(announced) != STRONG):
         return False
-    return checksum([data], strong=len(announced) == STRONG) == announced
+    return checksum(data, strong=len(announced) == STRONG) == announced

@@ -27,7 +27,7 @@ PARALLEL ?= -n 3 --dist worksteal
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: help demo test test-fast chaos bench lint format docs rabbitmq chromium venv secrets clean
+.PHONY: help demo test test-fast chaos fuzz bench lint format docs rabbitmq chromium venv secrets clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -49,6 +49,9 @@ test-fast: $(READY) ## the tests that need no broker and take no time
 
 chaos: $(READY) rabbitmq ## kill aggregators, workers and broker at random, and count what is lost
 	$(BIN)/python -m tests.chaos --duration $(DURATION) $(if $(SEED),--seed $(SEED)) $(ARGS)
+
+fuzz: $(READY) ## a million hostile inputs for everything that reads what others sent
+	$(BIN)/python -m tests.attacks.fuzz $(if $(SEED),--seed $(SEED)) $(ARGS)
 
 bench: $(READY) rabbitmq ## measure everything that docs/benchmarks.md has figures of; half an hour, into results/
 	$(BIN)/python -m benchmarks $(ARGS)

@@ -91,7 +91,7 @@ class Author:
         values = np.frombuffer(bytes(data), np.uint8).copy()
         change(values)
         view = memoryview(values.tobytes())
-        section = {**header["data"], "checksum": checksum(view)}
+        section = {**header["data"], "checksum": checksum([view])}
         return pack({**header, "data": section}, [view])
 
 

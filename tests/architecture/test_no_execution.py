@@ -84,6 +84,26 @@ def test_no_shipped_file_can_run_code_from_data(path: Path) -> None:
     assert dangers(path.read_text()) == []
 
 
+#: What loads code by a name, and where that name comes from: never from a message (``broker.parts`` takes a path from
+#: the configuration of its own process alone, see ``may_import``).
+LOADS_BY_NAME = {
+    "aggregator/tracking/base.py": "a constant",
+    "broker/parts.py": "the configuration, and the entry points of installed packages",
+    "fedmq/__init__.py": "constants",
+    "fedmq/begin.py": "constants",
+    "fedmq/dashboard/beside.py": "constants",
+    "fedmq/lazy.py": "the table of commands",
+    "fedmq/simulation/figures.py": "constants",
+    "fedmq/simulation/run.py": "constants",
+    "worker_client/loading.py": "the worker's own settings",
+}
+
+
+def test_code_is_loaded_by_name_in_these_places_and_no_others() -> None:
+    found = {str(path.relative_to(ROOT)) for path in FILES if "import_module(" in path.read_text()}
+    assert found == LOADS_BY_NAME.keys()
+
+
 @pytest.mark.parametrize(
     "source",
     [

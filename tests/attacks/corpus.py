@@ -290,6 +290,7 @@ def _codes() -> Iterator[Maker]:
     bad = Reason.MALFORMED
     yield "a codec that there is not", bad, lambda a: a.altered(data__codec="lz99")
     yield "a codec by path", bad, lambda a: a.altered(data__codec="x=os:system")
+    yield "a codec that is to be imported", bad, lambda a: a.altered(data__codec="os:system")
     yield "a codec that is a number", bad, lambda a: a.altered(data__codec=4)
     yield "eden of 99 bits", bad, lambda a: a.altered(data__codec="eden:99")
     yield "topk of a negative share", bad, lambda a: a.altered(data__codec="topk:-1")

@@ -20,6 +20,7 @@ import numpy as np
 from broker.errors import ConfigError, WireError
 from broker.messages import NAME_PATTERN, Reason, Update, UpdateId, Values, pieces
 from broker.wire import decode
+from broker.wire.sealed import unsealed
 
 __all__ = [
     "UNKNOWN",
@@ -243,6 +244,10 @@ def contents(raw: RawLetter) -> dict[str, Any]:
     """
     result: dict[str, Any] = {"message_id": printable(raw.message_id), "headers": _as_json(raw.headers)}
     try:
+        seal, _ = unsealed(raw.body)
+        if seal is not None:
+            # Whose key that is, and whether it has signed this, is for the aggregator to say.
+            result["signed_with"] = seal.key.hex()
         message = decode(raw.body)
     except WireError as error:
         return result | {"unreadable": printable(str(error)), "begins": raw.body[:32].hex(" ")}

@@ -13,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from broker.errors import BadSignature, ConfigError, NotSigned, UnknownFormat, WireError
+from broker.letters import RawLetter, contents
 from broker.messages import Manifest, Mode, ModelSpec, TensorSpec, Update, UpdateId
 from broker.signing import UPDATE, VERSION, Keyring, PublicKey, Signer, make_key, parse_keys
 from broker.wire import Chunks, decode, encode, encode_in_chunks, join
@@ -145,6 +146,13 @@ def test_a_seal_before_a_seal_is_no_message(w1: Signer) -> None:
 def test_whoever_asks_for_no_signature_reads_signed_messages(w1: Signer) -> None:
     read = decode(encode(update(), w1.sealing(UPDATE)))
     assert isinstance(read, Update)
+
+
+def test_a_dead_letter_shows_with_which_key_it_was_signed(w1: Signer, ring: Keyring) -> None:
+    shown = contents(RawLetter(body=encode(update(), w1.sealing(UPDATE))))
+    assert shown["signed_with"] == ring.keys[0].id.hex()
+    assert shown["update"]["examples"] == 8
+    assert "signed_with" not in contents(RawLetter(body=encode(update())))
 
 
 def test_a_format_to_come_is_told_from_a_seal() -> None:

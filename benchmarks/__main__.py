@@ -30,6 +30,7 @@ COMMANDS: Mapping[str, tuple[Sequence[str], Sequence[str]]] = {
     "monitoring": ([], ["--updates", "200", "--repeat", "1"]),
     "memory": ([], ["--megabytes", "20", "--buffers", "2", "4"]),
     "codecs": ([], ["--elements", "65536", "--repeats", "1"]),
+    "signatures": ([], ["--repeats", "1"]),
     "accuracy": ([], ["--tasks", "digits", "--codecs", "eden:4", "--seeds", "1", "--versions", "5"]),
     "robust": ([], ["single", "--seeds", "1"]),
     "peers": (["--sizes", "0.1", "1", "10", "100", "--rounds", "5"], ["--sizes", "0.1", "--rounds", "2"]),

@@ -14,15 +14,29 @@ __all__ = ["ordered"]
 
 
 def ordered(
-    command: Command, delivery: Delivery, machine: RoundMachine, config: AggregatorConfig, signatures: Signatures
+    command: Command,
+    delivery: Delivery,
+    machine: RoundMachine,
+    config: AggregatorConfig,
+    *,
+    signatures: Signatures,
+    now: float,
 ) -> on.Ordered:
-    """The event for ``command``, which came in ``delivery``; ``config`` are the settings of the run's file.
+    """The event for ``command``, which came in ``delivery``.
+
+    Args:
+        command: what is asked for.
+        delivery: how it came.
+        machine: of the run.
+        config: the settings of the run's file.
+        signatures: whose commands are executed.
+        now: seconds since 1970.
 
     Raises :class:`ConfigError` for a command that is not executed: no operator has signed it, or its settings are
     none.
     """
     assert delivery.token is not None  # noqa: S101  (the caller has looked)
-    signatures.require_command(delivery.body)
+    signatures.require_command(command, delivery.body, now)
     order = None
     if command.action is Action.SET and not machine.controls.knows(command.id):
         changes = config.normal({**machine.controls.newest, **command.changes})

@@ -7,11 +7,15 @@ from dataclasses import dataclass, field
 
 from aggregator.config import AggregatorConfig
 from broker.errors import ConfigError, WireError
+from broker.messages import Command
 from broker.seldom import Seldom
 from broker.signing import COMMAND, CONTROL, EVENT, UPDATE, Keyring, Signer
 from broker.transport import Delivery, Source
 
 __all__ = ["Signatures"]
+
+#: How old a signed command may be.
+COMMAND_SECONDS = 86_400.0
 
 log = logging.getLogger("fedmq.aggregator")
 
@@ -56,11 +60,17 @@ class Signatures:
             log.warning("what somebody says in the name of %s is ignored: %s", worker, problem)
         return False
 
-    def require_command(self, body: bytes) -> None:
-        """Raise :class:`ConfigError` if no operator has signed the command ``body``, and that is asked for."""
+    def require_command(self, command: Command, body: bytes, now: float) -> None:
+        """Raise :class:`ConfigError` if ``command``, whose ``body`` this is, bears no operator's signature of today.
+
+        That it was executed before is not remembered for ever. Nothing is raised if no signature is asked for.
+        """
         if self.operators is None:
             return
         try:
             self.operators.speakers(body, COMMAND)
         except WireError as error:
             raise ConfigError(f"{error}; give the command with --key") from None
+        if abs(now - command.time) > COMMAND_SECONDS:
+            hours = (now - command.time) / 3600
+            raise ConfigError(f"it was signed {hours:.0f} hours ago, by the clocks of both machines; give it once more")

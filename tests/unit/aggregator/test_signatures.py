@@ -119,16 +119,20 @@ def test_hellos_are_heard_from_who_has_signed_them(keys: Keys, asking: Signature
 
 
 def test_commands_are_executed_for_operators(keys: Keys, asking: Signatures) -> None:
-    command = Command(run=RUN, id="c1", action=Action.STOP)
-    asking.require_command(encode(command, signer(keys.private("boss"), RUN).sealing(COMMAND)))
+    command = Command(run=RUN, id="c1", action=Action.STOP, time=1e6)
+    good = encode(command, signer(keys.private("boss"), RUN).sealing(COMMAND))
+    asking.require_command(command, good, 1e6 + 3600)
+    for now in (1e6 + 90_000, 1e6 - 90_000):  # somebody has kept it
+        with pytest.raises(ConfigError, match="once more"):
+            asking.require_command(command, good, now)
     for body in (
         encode(command),
         encode(command, signer(keys.private("w1"), RUN).sealing(COMMAND)),
         encode(command, signer(keys.private("boss"), RUN).sealing(CONTROL)),
     ):
         with pytest.raises(ConfigError, match="--key"):
-            asking.require_command(body)
-    Signatures().require_command(encode(command))
+            asking.require_command(command, body, 1e6)
+    Signatures().require_command(command, encode(command), 9e9)
 
 
 def test_files_that_cannot_be_used_are_refused_at_the_start(tmp_path: Path, keys: Keys) -> None:

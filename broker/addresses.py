@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from ipaddress import ip_address
 from urllib.parse import unquote, urlsplit
 
 from broker.errors import ConfigError
 from broker.redaction import conceal, redacted
 
-__all__ = ["addresses_of", "holds_password"]
+__all__ = ["addresses_of", "check_guest", "holds_password", "is_loopback"]
 
 _LIKE = "it is like amqp://user:password@host:5672/vhost"
 #: What ends the part of an address that holds the password.
@@ -53,4 +54,24 @@ def _check(url: str) -> None:
         is_sound = False
     if not is_sound or any(not character.isprintable() for character in url):
         raise ConfigError(f"broker.url: {_LIKE}, the port is a number, and what is special is written like %2F")
+    check_guest(parts.username, parts.hostname)
     conceal(parts.password or "", unquote(parts.username or ""))
+
+
+def check_guest(user: str | None, host: str | None) -> None:
+    """Raises :class:`ConfigError` if that is RabbitMQ's well-known account, and a network lies between."""
+    if user == "guest" and not is_loopback(host or "localhost"):
+        raise ConfigError(
+            "broker.url: the user 'guest' is for RabbitMQ's own machine alone, since everybody knows its password; who "
+            "names no user is 'guest', too. fedmq broker setup makes accounts, as does rabbitmqctl add_user"
+        )
+
+
+def is_loopback(host: str) -> bool:
+    """Whether this host of an address is this machine, and no network lies between."""
+    if host == "localhost" or host.endswith(".localhost"):
+        return True
+    try:
+        return ip_address(host).is_loopback
+    except ValueError:
+        return False

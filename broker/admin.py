@@ -16,12 +16,19 @@ from urllib.parse import quote, unquote, urlsplit
 from broker.errors import AccessRefused, BrokerError, BrokerUnreachable
 from broker.settings import BrokerConfig
 
-__all__ = ["Admin"]
+__all__ = ["Admin", "Facts"]
 
 Facts = dict[str, Any]
 
+#: What only an administrator may ask.
+OF_ADMINISTRATORS = ("/users", "/permissions", "/topic-permissions", "/vhosts", "/user-limits", "/vhost-limits")
+
 #: What RabbitMQ says to a wrong password or an unknown user; to one without rights it says *Not management user*.
 LOGIN_FAILED = "Login failed"
+
+
+class _NotThere(BrokerError):
+    """What was asked for does not exist."""
 
 
 class Admin:
@@ -40,7 +47,8 @@ class Admin:
         """The virtual host of the address that this was made of."""
         #: Seconds by which the broker's clock was ahead of ours at the last answer, to about a second; None if unknown.
         self.clock: float | None = None
-        self._user = user
+        self.user = user
+        """Whom it asks as."""
         self._authorization = "Basic " + base64.b64encode(f"{user}:{password}".encode()).decode()
         self._timeout = timeout
 
@@ -56,6 +64,14 @@ class Admin:
     def get(self, path: str) -> object:
         """``GET`` anything, such as ``/whoami`` or ``/nodes``."""
         return self._request("GET", path)
+
+    def listed(self, path: str) -> list[Facts]:
+        """``GET`` a list of anything."""
+        return self._list(path)
+
+    def one(self, path: str) -> Facts:
+        """``GET`` an object of any kind."""
+        return self._object(path)
 
     def overview(self) -> Facts:
         """Versions, totals, listeners."""
@@ -88,6 +104,17 @@ class Admin:
     def put(self, path: str, body: Facts) -> None:
         """``PUT`` anything else, such as ``/users/…`` or ``/permissions/…``."""
         self._request("PUT", path, body=body)
+
+    def post(self, path: str, body: Facts) -> None:
+        """``POST`` anything, such as ``/definitions``."""
+        self._request("POST", path, body=body)
+
+    def delete(self, path: str) -> None:
+        """``DELETE`` anything else; nothing happens if it is not there."""
+        try:
+            self._request("DELETE", path)
+        except _NotThere:
+            return
 
     def _object(self, path: str) -> Facts:
         answer = self._request("GET", path)
@@ -140,15 +167,19 @@ class Admin:
             detail = ""
         if error.code == 401 and _reason_of(detail) == LOGIN_FAILED:
             return AccessRefused(
-                f"the admin UI at {self.url} refused the login of user {self._user!r}: check user and password in "
+                f"the admin UI at {self.url} refused the login of user {self.user!r}: check user and password in "
                 "broker.url"
             )
         if error.code in {401, 403}:
+            is_ruling = method != "GET" or path.startswith(("/users", "/vhosts"))
+            tag = "administrator" if is_ruling and path.startswith(OF_ADMINISTRATORS) else "monitoring"
             return AccessRefused(
-                f"user {self._user!r} may not use the admin UI at {self.url} for {path} ({_reason_of(detail)}): give "
-                f"it the tag 'monitoring' (rabbitmqctl set_user_tags {self._user} monitoring), and permissions in the "
+                f"user {self.user!r} may not use the admin UI at {self.url} for {path} ({_reason_of(detail)}): give "
+                f"it the tag {tag!r} (rabbitmqctl set_user_tags {self.user} {tag}), and permissions in the "
                 "virtual host"
             )
+        if error.code == 404:
+            return _NotThere(f"{self.url}: {method} {path}: 404, there is no such thing")
         return BrokerError(f"{self.url}: {method} {path}: {error.code} {detail}")
 
 

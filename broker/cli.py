@@ -11,6 +11,11 @@ from urllib.parse import quote
 import typer
 from rich.console import Console
 
+from broker.accounts.addworker import add_worker
+from broker.accounts.removeworker import remove_worker
+from broker.accounts.rotate import rotate
+from broker.accounts.setup import setup
+from broker.accounts.users import users
 from broker.admin import Admin
 from broker.amqp.node import PrivateNode
 from broker.amqp.transport import AmqpAggregatorTransport
@@ -137,7 +142,7 @@ def node(*, verbose: VerboseOption = 0) -> None:
 
 
 app = typer.Typer(
-    help="Look at a RabbitMQ, set policies on it, or run a private one.",
+    help="Look at a RabbitMQ, set it up for a federation, give and take accounts, or run a private one.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -145,6 +150,11 @@ app = typer.Typer(
 app.command("check")(check)
 app.command("node")(node)
 app.command("policies")(policies)
+app.command("setup")(setup)
+app.command("add-worker")(add_worker)
+app.command("rotate")(rotate)
+app.command("remove-worker")(remove_worker)
+app.command("users")(users)
 
 
 def main() -> None:

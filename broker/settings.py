@@ -134,6 +134,9 @@ class BrokerConfig(Table):
     url_file: Annotated[Path, AfterValidator(_no_address)] | None = None
     """A file that holds the address, instead of ``url``: for Docker's and Kubernetes' secrets. Refused if others than
     its owner and its group may read it, except below ``/run/secrets``."""
+    login_grace: Annotated[float, Field(ge=0, le=86400)] = 60.0
+    """Seconds for which a login that was good before, and is refused now, is tried again with what stands in
+    ``url_file`` then: the time in which a new password must be there. Without ``url_file`` it is refused for good."""
     management_url: Annotated[str, AfterValidator(_admin_address)] | None = None
     """The address of the admin UI and its API, without user and password: those of ``url`` are taken.
     ``http://<host>:15672`` of the broker if not set."""

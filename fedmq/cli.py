@@ -121,7 +121,10 @@ COMMANDS = {
         "broker.dead:app",
         "A run's rejected updates: look at them, publish them again, drop them.",
     ),
-    "broker": Command("broker.cli:app", "Look at a RabbitMQ, set policies on it, or run a private one."),
+    "broker": Command(
+        "broker.cli:app",
+        "Look at a RabbitMQ, set it up for a federation, give and take accounts, or run a private one.",
+    ),
 }
 
 

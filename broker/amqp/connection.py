@@ -18,11 +18,12 @@ from typing import Any, TypeVar
 
 from tenacity import AsyncRetrying, RetryCallState, retry_if_exception, wait_random_exponential
 
+from broker.amqp.login import Login
 from broker.amqp.names import Lookups
 from broker.amqp.refusals import FATAL
-from broker.amqp.session import Channel, Session, parameters, quiet_pika
+from broker.amqp.session import Channel, Session, quiet_pika
 from broker.amqp.traffic import Traffic
-from broker.errors import BrokerError, BrokerUnreachable, ConnectionLost
+from broker.errors import AccessRefused, BrokerError, BrokerUnreachable, ConnectionLost
 from broker.seldom import Seldom
 from broker.settings import BrokerConfig
 
@@ -81,7 +82,7 @@ class Link:
         #: Why the last attempt to connect failed.
         self.problem = ""
         self.traffic = Traffic()
-        self._parameters = parameters(config, name)
+        self._login = Login(config, name)
         self._use = use
         self._down = down
         self._failed = failed
@@ -262,12 +263,19 @@ class Link:
 
     async def _connect(self) -> Session:
         problems = []
-        for one in random.sample(self._parameters, len(self._parameters)):
+        addresses = self._login.parameters()
+        for one in random.sample(addresses, len(addresses)):
             try:
                 session = await Session.connect(one)
+            except AccessRefused as error:
+                verdict = self._login.refused(error)
+                if verdict is error:
+                    raise
+                problems.append(str(verdict))
             except BrokerUnreachable as error:
                 problems.append(str(error))
             else:
+                self._login.accepted()
                 if not self._is_quiet:
                     log.info("%s: connected to %s", self.name, session.place.address)
                 self._is_quiet = True

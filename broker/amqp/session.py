@@ -19,6 +19,7 @@ import pika
 import pika.exceptions
 from pika.channel import Channel as RawChannel
 
+from broker.addresses import check_guest
 from broker.amqp.patched import Connection, drop_late
 from broker.amqp.refusals import Operation, Place, channel_error, connection_error
 from broker.errors import BrokerError, ConfigError, ConnectionLost, Unroutable, UnsupportedBroker
@@ -64,6 +65,7 @@ def parameters(config: BrokerConfig, name: str) -> list[pika.URLParameters]:
         except (ValueError, TypeError, IndexError):
             # Not the exception's text: it may hold the password.
             raise ConfigError("broker.url: it is like amqp://user:password@host:5672/vhost") from None
+        check_guest(getattr(one.credentials, "username", None), one.host)
         one.heartbeat = config.heartbeat
         one.blocked_connection_timeout = config.blocked_timeout
         one.socket_timeout = config.connect_timeout

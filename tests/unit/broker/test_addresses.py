@@ -45,6 +45,8 @@ def test_an_address_is_one(text: str) -> None:
         ("amqp://u:hush@host:port/", "the port is a number"),
         ("amqp://u:hush@host:99999/", "the port is a number"),
         ("amqp://u:hush@host:0/", "the port is a number"),
+        ("amqp://guest:guest@rabbit.example/", "the user 'guest' is for RabbitMQ's own machine"),
+        ("amqp://me:hush@127.0.0.1/,amqp://guest:hush@10.0.0.1/", "fedmq broker setup makes accounts"),
         ("amqp://u:hush", "the port is a number"),
         ("amqp://u:hu[sh@host/", "what is special is written like %2F"),
         ("amqp://u:hush\u2100@host/", "what is special is written like %2F"),

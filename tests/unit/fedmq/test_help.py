@@ -38,6 +38,7 @@ NOTHING_LISTED = {
     *("demo", "init", "aggregator", "worker", "evaluate", "set", "release", "pause", "resume", "stop"),
     *("checkpoint export", "dead replay", "dead drop", "broker check", "broker node", "report", "track"),
     *("keys make", "keys show", "keys enrol", "keys remove"),
+    *("broker setup", "broker add-worker", "broker rotate", "broker remove-worker"),
 }
 #: What makes a command slow to start, and only those that work with it may import.
 HEAVY = ("torch", "matplotlib", "sklearn", "transformers", "fedmq.simulation")

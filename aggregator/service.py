@@ -159,7 +159,7 @@ class AggregatorService:
         )
         self._meter.watch(lambda: self.leads)
         try:
-            transport.open(self._inbox.put)
+            transport.open(self._inbox.put, believe=self._signatures.is_own)
             self._loop(lambda: self._finish is not None)
             deadline = time.monotonic() + DRAIN_SECONDS
             self._loop(lambda: time.monotonic() > deadline and self._inbox.empty())
@@ -413,8 +413,7 @@ class AggregatorService:
 
     def _ordered(self, command: Command, delivery: Delivery, machine: RoundMachine) -> on.Ordered | None:
         try:
-            signed, now = self._signatures, self._now()
-            event = ordered(command, delivery, machine, self._config, signatures=signed, now=now)
+            event = ordered(command, delivery, machine, self._config, signatures=self._signatures, now=self._now())
         except ConfigError as error:
             log.warning("refused a command: %s", error)
             self._reporter.progress("command", machine.version, id=command.id, accepted=False, text=str(error)[:500])

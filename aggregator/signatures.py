@@ -9,8 +9,9 @@ from aggregator.config import AggregatorConfig
 from broker.errors import ConfigError, WireError
 from broker.messages import Command
 from broker.seldom import Seldom
-from broker.signing import COMMAND, CONTROL, EVENT, UPDATE, Keyring, Signer
-from broker.transport import Delivery, Source
+from broker.signing import COMMAND, CONTROL, EVENT, UPDATE, VERSION, Keyring, Signer
+from broker.transport import Delivery, Source, order_of
+from broker.wire import order_in
 
 __all__ = ["Signatures"]
 
@@ -38,6 +39,17 @@ class Signatures:
             Keyring.load(config.worker_keys_file, run, "aggregator.worker_keys_file"),
             Keyring.load(config.operator_keys_file, run, "aggregator.operator_keys_file"),
         )
+
+    def is_own(self, delivery: Delivery) -> bool:
+        """Whether a version that is on the broker was made with this key; if nothing is signed, all are believed."""
+        if self.signer is None:
+            return True
+        try:
+            self.signer.require_own(delivery.body, VERSION)
+            return order_in(delivery.body) == order_of(delivery.headers)
+        except WireError as error:
+            log.warning("a version on the broker is left aside: %s", error)
+            return False
 
     def of_update(self, body: bytes) -> frozenset[str] | None:
         """The workers that have signed the update ``body``; None if that is not asked for.

@@ -47,7 +47,7 @@ from broker.amqp.transport import AmqpAggregatorTransport
 from broker.messages import Reason
 from broker.settings import BrokerConfig
 from broker.topology import Topology
-from broker.transport import Delivery, Incoming, Sink, Source, Token
+from broker.transport import Believe, Delivery, Incoming, Sink, Source, Token
 
 MB = 1_000_000
 BUFFER = 10
@@ -60,7 +60,7 @@ class Watched(AmqpAggregatorTransport):
     last = 0.0
     acked = 0
 
-    def open(self, sink: Sink, *, wait: float = 0.0) -> None:
+    def open(self, sink: Sink, *, wait: float = 0.0, believe: Believe | None = None) -> None:
         """As always, with an ear at the sink."""
 
         def listen(item: Incoming) -> None:
@@ -68,7 +68,7 @@ class Watched(AmqpAggregatorTransport):
                 self.first = time.perf_counter()
             sink(item)
 
-        super().open(listen, wait=wait)
+        super().open(listen, wait=wait, believe=believe)
 
     def ack(self, token: Token) -> None:
         """As always, noted."""

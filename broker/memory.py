@@ -204,9 +204,9 @@ class MemoryAggregatorTransport(_Endpoint):
         self._next_tag = 0
         self._has_led = False
 
-    def open(self, sink: Sink, *, wait: float = 0.0) -> None:
-        """See the port. Never waits."""
-        del wait
+    def open(self, sink: Sink, *, wait: float = 0.0, believe: Believe | None = None) -> None:
+        """See the port. Never waits, and believes: nobody else is in this process."""
+        del wait, believe
         with self._broker.turn():
             self.sink = sink
             self._connect()

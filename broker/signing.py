@@ -112,7 +112,7 @@ class Signer:
         """See :meth:`load`."""
         self._key = key
         self._run = run
-        self._id = PublicKey("", _raw(key)).id
+        self._public = PublicKey("own", _raw(key))
 
     @classmethod
     def load(cls, path: Path | None, run: str, what: str) -> Signer | None:
@@ -126,9 +126,13 @@ class Signer:
         """Signs one message, which is good for ``purpose``."""
 
         def seal(digest: bytes) -> bytes:
-            return bytes(Seal(self._id, self._key.sign(signed_text(purpose, self._run, digest))))
+            return bytes(Seal(self._public.id, self._key.sign(signed_text(purpose, self._run, digest))))
 
         return seal
+
+    def require_own(self, body: bytes, purpose: str) -> None:
+        """Raise :class:`WireError` unless this key has signed ``body`` for ``purpose``, before its data."""
+        _speakers([self._public], self._run, body, purpose, "this aggregator's own key")
 
 
 def sealing_of(signer: Signer | None, purpose: str) -> Sealing | None:
@@ -260,22 +264,27 @@ class Keyring:
 
         Raises :class:`NotSigned`, :class:`BadSignature`, and :class:`WireError` for what is no message.
         """
-        seal, message = unsealed(body)
-        if seal is None:
-            raise NotSigned(f"it bears no signature, and {self._what} asks for one")
-        known = [key for key in self.keys if key.id == seal.key]
-        if not known:
-            raise BadSignature(f"it is signed with key {seal.key.hex()}, which does not stand in {self._path}")
-        valid = frozenset(key.name for key in known if not key.is_expired)
-        if not valid:
-            raise BadSignature(f"it is signed with key {seal.key.hex()}, whose time is over ({known[0].expires})")
-        text = signed_text(purpose, self._run, digest_of([before_data(message)]))
-        if not known[0].has_signed(text, seal.signature):
-            raise BadSignature(
-                f"its signature does not fit: it was changed on its way, or is of another run or kind (key of "
-                f"{', '.join(sorted(valid))})"
-            )
-        return valid
+        return _speakers(self.keys, self._run, body, purpose, self._what)
+
+
+def _speakers(
+    keys: Iterable[PublicKey], run: str, body: bytes | memoryview, purpose: str, where: str
+) -> frozenset[str]:
+    seal, message = unsealed(body)
+    if seal is None:
+        raise NotSigned(f"it bears no signature, and {where} asks for one")
+    known = [key for key in keys if key.id == seal.key]
+    if not known:
+        raise BadSignature(f"it is signed with key {seal.key.hex()}, which is none of {where}")
+    valid = frozenset(key.name for key in known if not key.is_expired)
+    if not valid:
+        raise BadSignature(f"it is signed with key {seal.key.hex()}, whose time is over ({known[0].expires})")
+    if not known[0].has_signed(signed_text(purpose, run, digest_of([before_data(message)])), seal.signature):
+        who = ", ".join(sorted(valid))
+        raise BadSignature(
+            f"its signature does not fit: it was changed on its way, or is of another run or kind (key of {who})"
+        )
+    return valid
 
 
 def _state_of(path: Path) -> tuple[int, int, int]:

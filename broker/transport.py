@@ -166,7 +166,7 @@ class Outgoing:
 class AggregatorTransport(Protocol):
     """The aggregator's side: consumes updates and control, broadcasts parameters."""
 
-    def open(self, sink: Sink, *, wait: float = 0.0) -> None:
+    def open(self, sink: Sink, *, wait: float = 0.0, believe: Believe | None = None) -> None:
         """Start connecting, declare what the run needs, start consuming.
 
         Of several aggregators of one run one is active: the first, and when it goes or hangs, the next. Only the
@@ -174,6 +174,8 @@ class AggregatorTransport(Protocol):
 
         Returns at once; the sink is told of connections and refusals. With ``wait`` it first waits so many
         seconds for a connection, then raises :class:`BrokerUnreachable`, or what made connecting pointless.
+
+        A version that the broker holds, and for which ``believe`` is false, is none.
         """
 
     def ack(self, token: Token) -> None:

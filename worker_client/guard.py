@@ -14,11 +14,11 @@ from pathlib import Path
 from typing import Any, Self
 
 from broker.errors import CheckpointCorrupt, CheckpointError, CheckpointNotWritten, WireError
-from broker.messages import Manifest, Parameters, ParametersHead
+from broker.messages import ParametersHead
 from broker.seldom import Seldom
 from broker.signing import VERSION, Keyring, Signer, notice_to
 from broker.transport import Delivery, Source, order_of
-from broker.wire import decode
+from broker.wire import order_in
 from worker_client.config import WorkerConfig
 from worker_client.keeping import put
 
@@ -72,7 +72,7 @@ class Guard:
                 self._keys.speakers(delivery.body, notice_to(self._worker))
                 return True
             self._keys.speakers(delivery.body, VERSION)
-            self._require_order(_order_in(delivery.body), order_of(delivery.headers))
+            self._require_order(order_in(delivery.body), order_of(delivery.headers))
         except WireError as error:
             self.refused += 1
             if self._seldom.may(f"{delivery.source} {type(error).__name__}"):
@@ -122,14 +122,6 @@ class Identity:
         signer = Signer.load(config.signing_key_file, run, "worker.signing_key_file")
         keys = Keyring.load(config.aggregator_keys_file, run, "worker.aggregator_keys_file")
         return cls(signer, Guard(keys, config.name, run, config.folder))
-
-
-def _order_in(body: bytes) -> Order:
-    message = decode(body, strong=True)
-    head = message.head if isinstance(message, Manifest) else message
-    if not isinstance(head, Parameters | ParametersHead):
-        raise WireError("it is no version")
-    return _order(head)
 
 
 def _order(head: ParametersHead) -> Order:

@@ -31,7 +31,7 @@ from broker.errors import BrokerError, MessageTooLarge, PublishRefused, Unroutab
 from broker.messages import NAME_PATTERN, Reason
 from broker.settings import BrokerConfig
 from broker.topology import DEAD, EVENTS, Topology
-from broker.transport import HEARD, Delivery, Outgoing, Source, Standby, Token
+from broker.transport import HEARD, Believe, Delivery, Outgoing, Sink, Source, Standby, Token
 
 __all__ = ["AmqpAggregatorTransport", "AmqpWorkerTransport"]
 
@@ -82,8 +82,14 @@ class AmqpAggregatorTransport(Side):
         self._deeds: set[asyncio.Task[None]] = set()
         self._turn = Turn(topology, self._publisher, standby=self._stand_by)
         self._admitted: set[str] = set()
+        self._believe: Believe = lambda _delivery: True
         # What a broker holds for a connection comes back once it has given it up, which takes two heartbeats.
         self._outboxes = Outboxes(topology, 2.5 * config.heartbeat, self._hand)
+
+    def open(self, sink: Sink, *, wait: float = 0.0, believe: Believe | None = None) -> None:
+        """See the port."""
+        self._believe = believe or self._believe
+        super().open(sink, wait=wait)
 
     def admit(self, worker: str) -> None:
         """See the port."""
@@ -164,7 +170,8 @@ class AmqpAggregatorTransport(Side):
         await self._declare(channel)
         tag = self._consumer_tag
         await self._turn.take(channel, tag)
-        newest = None if self._generation else await newest_broadcast(channel, self._topology.parameters)
+        stream = self._topology.parameters
+        newest = None if self._generation else await newest_broadcast(channel, stream, believe=self._believe)
         if (epoch := self._epoch_after(newest[0] if newest else 0)) is not None:
             tag = f"{tag}/epoch {epoch}"
         events = self._topology.own_queue("events", secrets.token_hex(4))

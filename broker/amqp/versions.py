@@ -11,7 +11,7 @@ import pika
 
 from broker.amqp.publisher import plain
 from broker.amqp.session import Channel
-from broker.transport import order_of
+from broker.transport import Believe, Delivery, Source, order_of
 
 __all__ = ["Lag", "Reader", "newest_broadcast", "newest_headers"]
 
@@ -27,14 +27,16 @@ READ_PREFETCH = 2
 LAG_SECONDS = 5.0
 
 
-async def newest_broadcast(channel: Channel, stream: str, *, patience: float = math.inf) -> tuple[int, int] | None:
+async def newest_broadcast(
+    channel: Channel, stream: str, *, patience: float = math.inf, believe: Believe = lambda _delivery: True
+) -> tuple[int, int] | None:
     """Epoch and version of the newest message in ``stream``; None if there is none. ``patience`` as below."""
-    headers = await newest_headers(channel, stream, patience=patience)
+    headers = await newest_headers(channel, stream, patience=patience, believe=believe)
     return None if headers is None else order_of(headers)[:2]
 
 
 async def newest_headers(
-    channel: Channel, stream: str, *, patience: float = math.inf
+    channel: Channel, stream: str, *, patience: float = math.inf, believe: Believe = lambda _delivery: True
 ) -> Mapping[str, str | int] | None:
     """Headers of the newest message in ``stream``; None if there is none.
 
@@ -42,16 +44,18 @@ async def newest_headers(
     own: acknowledgements of a stream are credit, and what is left over ends with it.
 
     Of a run that goes on there may always be one more: once something has come, whoever only looks is content with the
-    newest that comes within ``patience`` seconds. An aggregator that begins is not.
+    newest that comes within ``patience`` seconds. An aggregator that begins is not. What ``believe`` does not take is
+    passed over.
     """
     probe = await channel.session.channel()
     newest: Mapping[str, str | int] | None = None
     never: asyncio.Future[None] = asyncio.get_running_loop().create_future()
 
-    def on_message(method: pika.spec.Basic.Deliver, properties: pika.BasicProperties, _body: bytes) -> None:
+    def on_message(method: pika.spec.Basic.Deliver, properties: pika.BasicProperties, body: bytes) -> None:
         nonlocal newest
         headers = plain(properties.headers)
-        if newest is None or order_of(headers) >= order_of(newest):
+        is_newest = newest is None or order_of(headers) >= order_of(newest)
+        if is_newest and believe(Delivery(source=Source.PARAMETERS, body=body, headers=headers)):
             newest = headers
         probe.raw.basic_ack(method.delivery_tag)
 

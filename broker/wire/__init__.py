@@ -3,7 +3,7 @@
 from broker.wire.chunks import CHUNK_OVERHEAD, Chunks, Sums, encode_in_chunks, join
 from broker.wire.deltas import Shared, delta_range, follow, told_by_delta
 from broker.wire.encoded import compressed
-from broker.wire.messages import Message, decode, encode, encode_parts
+from broker.wire.messages import Message, decode, encode, encode_parts, order_in
 from broker.wire.sealed import Sealing
 
 __all__ = [
@@ -21,5 +21,6 @@ __all__ = [
     "encode_parts",
     "follow",
     "join",
+    "order_in",
     "told_by_delta",
 ]

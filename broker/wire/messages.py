@@ -37,6 +37,7 @@ __all__ = [
     "encode",
     "encode_parts",
     "manifest_of",
+    "order_in",
     "read_chunk",
     "section_of",
     "with_tensors",
@@ -178,6 +179,18 @@ def decode(body: bytes | memoryview, *, strong: bool = False) -> Message:
         kind = BadSignature if strong else WireError
         raise kind("the checksum does not match the data: the message was damaged on its way")
     return with_tensors(whole, Section([data]))
+
+
+def order_in(body: bytes) -> tuple[int, int, int]:
+    """Epoch, version and attempt of the version ``body``, which is as it was signed, if its signature is one.
+
+    Raises :class:`WireError`, also if it is none or its tensors are others.
+    """
+    message = decode(body, strong=True)
+    head = message.head if isinstance(message, Manifest) else message
+    if not isinstance(head, Parameters | ParametersHead):
+        raise WireError("it is no version")
+    return head.epoch, head.version, head.plan.attempt
 
 
 def _head(message: Any) -> dict[str, Any]:

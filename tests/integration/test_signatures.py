@@ -142,7 +142,10 @@ def test_what_the_brokers_administrator_forges_changes_and_replays_is_refused(
     with running(tmp_path, "worker", url=node.url, name="again") as worker:
         worker.wait_log("an old one was brought back")
         assert "confirmed" not in worker.log
+        # Nor does the aggregator believe that it has made a version of the far future
+        publish(node, topology.parameters, "", unsigned, epoch=10**6, version=10**6)
         with running(tmp_path, "aggregator", url=node.url, name="second") as aggregator:
+            aggregator.wait_log("left aside: it bears no signature")
             further()
             done = fedmq(tmp_path, *stop, "--key", str(keys.private("boss")), url=node.url)
             assert done.code == 0, done

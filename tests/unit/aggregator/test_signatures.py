@@ -14,8 +14,20 @@ from aggregator.core.standing import BLAMED
 from aggregator.reading import from_aside, read_update
 from aggregator.signatures import Signatures
 from broker.errors import ConfigError
-from broker.messages import Action, Command, Hello, ModelSpec, Reason, TensorSpec, Update, UpdateId
-from broker.signing import COMMAND, CONTROL, EVENT, UPDATE
+from broker.messages import (
+    Action,
+    Command,
+    Hello,
+    Manifest,
+    ModelSpec,
+    ParametersHead,
+    Plan,
+    Reason,
+    TensorSpec,
+    Update,
+    UpdateId,
+)
+from broker.signing import COMMAND, CONTROL, EVENT, UPDATE, VERSION
 from broker.transport import Delivery, Source, Token
 from broker.wire import encode, encode_in_chunks
 from tests.support.signing import Keys, signer
@@ -133,6 +145,23 @@ def test_commands_are_executed_for_operators(keys: Keys, asking: Signatures) -> 
         with pytest.raises(ConfigError, match="--key"):
             asking.require_command(command, body, 1e6)
     Signatures().require_command(command, encode(command), 9e9)
+
+
+def test_of_the_versions_on_the_broker_its_own_count(keys: Keys) -> None:
+    signing = Signatures.load(AggregatorConfig(signing_key_file=keys.private("aggregator")), RUN)
+    head = ParametersHead(run=RUN, epoch=2, version=7, plan=Plan(), digest="0" * 64)
+    version = Manifest(head=head, model=MODEL, nbytes=12_000, chunks=((12_000, "0" * 64),))
+    headers: dict[str, str | int] = {"epoch": 2, "version": 7, "attempt": 0}
+
+    def on_broker(body: bytes, **more: str | int) -> Delivery:
+        return Delivery(source=Source.PARAMETERS, body=body, headers={**headers, **more})
+
+    own = encode(version, signer(keys.private("aggregator"), RUN).sealing(VERSION))
+    assert signing.is_own(on_broker(own))
+    assert not signing.is_own(on_broker(own, epoch=10**6))
+    assert not signing.is_own(on_broker(encode(version)))
+    assert not signing.is_own(on_broker(encode(version, signer(keys.private("w1"), RUN).sealing(VERSION))))
+    assert Signatures().is_own(on_broker(encode(version)))
 
 
 def test_files_that_cannot_be_used_are_refused_at_the_start(tmp_path: Path, keys: Keys) -> None:

@@ -129,7 +129,7 @@ def test_another_run_purpose_or_key_is_not_believed(keys: Keys, w1: Signer, ring
         ring.speakers(encode(update(), signer(keys.private("w1"), "other").sealing(UPDATE)), UPDATE)
     with pytest.raises(BadSignature, match="kind"):
         ring.speakers(encode(update(), w1.sealing(VERSION)), UPDATE)
-    with pytest.raises(BadSignature, match="does not stand in"):
+    with pytest.raises(BadSignature, match="which is none of keys"):
         ring.speakers(encode(update(), signer(keys.private("stranger"), RUN).sealing(UPDATE)), UPDATE)
     with pytest.raises(NotSigned, match="asks for one"):
         ring.speakers(encode(update()), UPDATE)

@@ -69,6 +69,13 @@ class Admin:
         """``GET`` a list of anything."""
         return self._list(path)
 
+    def found(self, path: str) -> list[Facts]:
+        """As :meth:`listed`; empty if there is nothing at ``path``."""
+        try:
+            return self._list(path)
+        except _NotThere:
+            return []
+
     def one(self, path: str) -> Facts:
         """``GET`` an object of any kind."""
         return self._object(path)

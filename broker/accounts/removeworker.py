@@ -65,12 +65,12 @@ def _close_account(admin: Admin, name: str, vhost: str) -> None:
         # RabbitMQ ends its connections as well, most of the time.
         admin.delete(f"/users/{quoted(name)}")
         say(f"removed account {name!r}")
-    close_connections(admin, name, vhost)
+    close_connections(admin, name)
 
 
 def _emptied(admin: Admin, name: str, vhost: str) -> list[str]:
     """Drop what is in the worker's queues. An outbox whose run goes on stays, since the aggregator looks after it."""
-    own = re.compile(rf"fedmq\.([^.]+)\.(outbox\.{name}|notice\.{name}\..+)")
+    own = re.compile(rf"fedmq\.([^.]+)\.(outbox\.{name}|notice\.{name}(\..+)?)")
     queues = {str(row["name"]): row for row in admin.queues(vhost)}
     told: list[str] = []
     for queue in sorted(queues):

@@ -60,5 +60,5 @@ def rotate(
             else "connections that are open stay open: --close ends them"
         )
         if close:
-            closed = close_connections(admin, name, vhost)
+            closed = close_connections(admin, name)
             remark(f"ended {closed} connection{'' if closed == 1 else 's'} of {name!r}")

@@ -8,6 +8,7 @@ these then, so that nothing enters a queue and nothing leaves one.
 from __future__ import annotations
 
 import asyncio
+import functools
 import secrets
 import time
 from collections.abc import Awaitable, Callable
@@ -83,6 +84,8 @@ class Examination:
     """Whether the broker takes no messages for now."""
     is_there: bool = False
     """Whether the run was there before."""
+    excess: list[str] = field(default_factory=list)
+    """What no worker needs and this account may do all the same; looked for if it is to be a worker's alone."""
     left: list[str] = field(default_factory=list)
     """What could not be deleted again."""
 
@@ -173,6 +176,8 @@ class _Attempts:
                 await self._as_aggregator()
             if "worker" in roles:
                 await self._as_worker()
+            if roles == ("worker",):
+                await self._as_intruder()
             await self._try_size()
         finally:
             if self._publishing is not None:
@@ -226,6 +231,32 @@ class _Attempts:
             await self._publish("worker", exchange_name, key)
         for name in (topology.parameters, topology.chunks):
             await self._consume("worker", name)
+
+    async def _as_intruder(self) -> None:
+        """What would be of use to a worker gone bad. Nothing enters a queue here either, and nothing leaves one."""
+        topology, other = self._topology, f"doctor-{self._nonce}"
+        for what, exchange_name, key in (
+            ("publish another worker's updates", UPDATES, topology.key(other)),
+            ("give the aggregator commands", CONTROL, topology.command_key),
+            ("speak as the aggregator", EVENTS, topology.event_key("status", "aggregator")),
+            ("publish into any queue (the default exchange)", "", topology.updates),
+        ):
+            reason = await self._refusal(exchange_name, key)
+            if reason is None and not self._found.is_blocked:
+                self._found.excess.append(what)
+        tried: list[tuple[str, Callable[[Channel], Awaitable[None]]]] = [
+            (f"take messages from {name!r}", functools.partial(_consume_nothing, queue=name))
+            for name in (topology.updates, topology.dead)
+        ]
+
+        async def declare(channel: Channel) -> None:
+            # Exclusive: it goes with the connection, whatever may come in between.
+            await channel.declare_own_queue(topology.own_queue("watch", other), 1)
+            await channel.delete_queue(topology.own_queue("watch", other))
+
+        for what, deed in (*tried, ("declare queues of other names than its own", declare)):
+            if await self._fails_with(deed) is None:
+                self._found.excess.append(what)
 
     async def _try_size(self) -> None:
         """Whether a chunk fits. It is sent whole, and refused all the same."""
@@ -301,17 +332,15 @@ class _Attempts:
         return await channel.ended()
 
     async def _consume(self, role: Role, queue: str) -> None:
-        async def consume(channel: Channel) -> None:
-            try:
-                arguments: dict[str, str | int] = {"x-priority": NO_NUMBER}
-                await channel.consume(queue, lambda *_message: None, prefetch=1, arguments=arguments)
-            except ConnectionLost as error:
-                if "x-priority" not in str(error):
-                    raise
-
-        await self._try(role, f"consume from queue {queue!r}", consume)
+        await self._try(role, f"consume from queue {queue!r}", lambda channel: _consume_nothing(channel, queue))
 
     async def _try(self, role: Role, what: str, deed: Callable[[Channel], Awaitable[None]]) -> bool:
+        error = await self._fails_with(deed)
+        self._found.trials.append(Trial(role, what, error))
+        return error is None
+
+    async def _fails_with(self, deed: Callable[[Channel], Awaitable[None]]) -> BrokerError | None:
+        """Why the broker refuses this on a channel of its own; None if it does not."""
         channel = await self._session.channel()
         error: BrokerError | None = None
         try:
@@ -326,8 +355,7 @@ class _Attempts:
             error = failed
         finally:
             await channel.close()
-        self._found.trials.append(Trial(role, what, error))
-        return error is None
+        return error
 
     async def _is_there(self, *, queue: str = "", exchange: str = "") -> bool:
         try:
@@ -359,3 +387,12 @@ class _Attempts:
                 self._found.left.append(f"{kind} {name}")
             finally:
                 await channel.close()
+
+
+async def _consume_nothing(channel: Channel, queue: str) -> None:
+    try:
+        arguments: dict[str, str | int] = {"x-priority": NO_NUMBER}
+        await channel.consume(queue, lambda *_message: None, prefetch=1, arguments=arguments)
+    except ConnectionLost as error:
+        if "x-priority" not in str(error):
+            raise

@@ -16,6 +16,7 @@ from rich.table import Table as Grid
 from aggregator.checkpoint import CheckpointStore
 from aggregator.cli import FolderOption, checkpoint_folder, run_folder
 from aggregator.config import AggregatorConfig
+from broker.accounts.provision import tags_of
 from broker.admin import Admin
 from broker.amqp.declare import QUORUM_SAFE
 from broker.amqp.trial import ROLES, Examination, Role, examine
@@ -37,7 +38,7 @@ from broker.errors import CheckpointError, TaskError
 from broker.settings import Settings, load
 from broker.topology import Queue, Topology
 from fedmq.doctor.asking import Asking
-from fedmq.doctor.connection import of_greeting, of_sizes, of_trials
+from fedmq.doctor.connection import of_greeting, of_power, of_sizes, of_trials
 from fedmq.doctor.findings import Finding, Level, note, ok, problem, worst
 from fedmq.doctor.machine import installed, of_folder, of_packages, of_torch
 from fedmq.doctor.node import of_clock, of_limits, of_nodes, of_plugins
@@ -119,6 +120,9 @@ def examined(read: Settings, asked: tuple[Role, ...] | None, tell: Callable[[str
         findings = _of_examination(examination, read, roles, is_asked=asked is not None)
         tell("asking the management API")
         asking = Asking(Admin.of(read.broker, timeout=ASK_SECONDS))
+        if asked == ("worker",):
+            me = (asking.some("/whoami", "whether this user may ask") or [{}])[0]
+            findings += of_power(examination, worker, tags_of(me))
         findings += _of_management(asking, topology, _declared(examination, read, model_bytes), aggregator, model_bytes)
         tell("looking at this machine")
         findings += folder + of_packages(*installed())

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import shlex
+from collections.abc import Collection, Sequence
 
 from broker.amqp.trial import Examination, Greeting, Role, Trial
 from broker.errors import AccessRefused, BrokerUnreachable, TopologyMismatch
@@ -10,7 +11,7 @@ from broker.permissions import commands as commands_for
 from broker.permissions import rights_of
 from fedmq.doctor.findings import Finding, Level, note, ok, problem
 
-__all__ = ["TESTED", "of_greeting", "of_sizes", "of_trials"]
+__all__ = ["TESTED", "of_greeting", "of_power", "of_sizes", "of_trials"]
 
 #: What all tests run on, as docs/rabbitmq-versions.md says.
 TESTED = ((3, 10, 8), (4, 0, 5))
@@ -18,6 +19,8 @@ TESTED = ((3, 10, 8), (4, 0, 5))
 CHANNELS = 16
 FRAME_BYTES = 131072
 SLOW_SECONDS = 1.0
+#: What lets a user into the admin UI, the most powerful first.
+TAGS = ("administrator", "policymaker", "monitoring", "management")
 #: Of operations that were refused, so many are named.
 NAMED = 4
 
@@ -141,6 +144,44 @@ def _of_role(
             "again when the aggregator has been started, or as the aggregator's user",
         )
     return ok("permissions", f"{who} may do all that {a_role} of run {run!r} does ({len(tried)} operations tried)")
+
+
+def of_power(examination: Examination, worker: str, tags: Collection[str]) -> list[Finding]:
+    """Whether a worker's account can do more than work.
+
+    Args:
+        examination: as a worker alone.
+        worker: the worker's name.
+        tags: the account's, as the management API tells them; none if it does not.
+    """
+    greeting = next((one for one in examination.greetings if one.error is None), None)
+    if greeting is None:
+        return []
+    found: list[Finding] = []
+    excess = list(examination.excess)
+    if ruling := next((tag for tag in TAGS if tag in tags), ""):
+        excess.insert(0, f"log in to the admin UI as {ruling}")
+    if excess:
+        found.append(
+            note(
+                "permissions",
+                f"user {greeting.user!r} may do more than a worker needs: {', '.join(excess)}. Whoever has this "
+                "machine's address may do so, too",
+                f"an account of its own: fedmq broker add-worker {worker} --vhost {shlex.quote(greeting.vhost)}",
+            )
+        )
+    elif not examination.is_blocked:
+        found.append(ok("permissions", f"user {greeting.user!r} may do nothing that a worker does not need"))
+    if greeting.user != worker:
+        found.append(
+            note(
+                "permissions",
+                f"user {greeting.user!r} is not called as worker {worker!r}: its updates are rejected as wrong-user, "
+                "unless the aggregator logs in as that user, too",
+                f"fedmq broker add-worker {worker} --vhost {shlex.quote(greeting.vhost)}, or --name {greeting.user}",
+            )
+        )
+    return found
 
 
 def _is_refused(trial: Trial) -> bool:

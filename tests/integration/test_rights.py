@@ -189,3 +189,15 @@ def test_the_doctors_trials_pass_with_the_accounts_that_were_made(site: Site) ->
     for name, role in tried:
         found = examine(site.config(name), RUN, worker, roles=(role,))
         assert [trial for trial in found.trials if trial.error is not None] == [], name
+
+
+def test_the_doctor_finds_a_workers_account_with_too_much_power_and_none_in_one_that_was_made(site: Site) -> None:
+    worker = site.workers[0]
+    assert examine(site.config(worker), RUN, worker, roles=("worker",)).excess == []
+
+    found = examine(site.config("aggregator"), RUN, worker, roles=("worker",))
+    assert [trial for trial in found.trials if trial.error is not None] == []
+    words = " | ".join(found.excess)
+    for word in ("another worker's updates", "commands", "as the aggregator", RUN.updates, RUN.dead, "other names"):
+        assert word in words
+    assert "default exchange" not in words

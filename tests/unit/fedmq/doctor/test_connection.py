@@ -10,7 +10,7 @@ import pytest
 from broker.amqp.trial import ROLES, Examination, Greeting, Role, Trial
 from broker.errors import AccessRefused, BrokerUnreachable, ConnectionLost, TopologyMismatch, Unroutable
 from broker.permissions import commands, rights_of
-from fedmq.doctor.connection import TESTED, of_greeting, of_sizes, of_trials
+from fedmq.doctor.connection import TESTED, of_greeting, of_power, of_sizes, of_trials
 from fedmq.doctor.findings import Finding, Level, worst
 from tests.support.commands import ROOT
 
@@ -138,3 +138,22 @@ def test_a_message_that_is_too_large_is_a_note_since_fedmq_cuts_smaller_ones() -
 
 def test_a_broker_that_takes_nothing_is_a_problem() -> None:
     assert worst(of_sizes(Examination(is_blocked=True), chunk_bytes=2**22)) is Level.PROBLEM
+
+
+def test_a_workers_account_that_can_do_more_is_told_of() -> None:
+    def found(user: str, tags: tuple[str, ...] = (), *excess: str, worker: str = "w1") -> list[Finding]:
+        examination = Examination(greetings=[Greeting("h:1", "fed", user)], excess=list(excess))
+        return of_power(examination, worker, tags)
+
+    (well,) = found("w1")
+    assert (well.level, "nothing that a worker does not need" in well.text) == (Level.OK, True)
+
+    (much,) = found("w1", ("monitoring", "administrator"), "give the aggregator commands")
+    assert much.level is Level.NOTE
+    assert "log in to the admin UI as administrator, give the aggregator commands" in much.text
+    assert much.advice == "an account of its own: fedmq broker add-worker w1 --vhost fed"
+
+    _, other = found("anna")
+    assert "wrong-user" in other.text
+    assert "--name anna" in other.advice
+    assert of_power(Examination(greetings=[Greeting("h:1", "/", "w1", ConnectionLost("gone"))]), "w1", ()) == []

@@ -276,15 +276,18 @@ def _speakers(
     known = [key for key in keys if key.id == seal.key]
     if not known:
         raise BadSignature(f"it is signed with key {seal.key.hex()}, which is none of {where}")
-    valid = frozenset(key.name for key in known if not key.is_expired)
+    valid = [key for key in known if not key.is_expired]
     if not valid:
         raise BadSignature(f"it is signed with key {seal.key.hex()}, whose time is over ({known[0].expires})")
-    if not known[0].has_signed(signed_text(purpose, run, digest_of([before_data(message)])), seal.signature):
-        who = ", ".join(sorted(valid))
+    text = signed_text(purpose, run, digest_of([before_data(message)]))
+    # The short name says which to try; what has signed is the key itself.
+    signing = {raw for raw in {key.raw for key in valid} if PublicKey("", raw).has_signed(text, seal.signature)}
+    if not signing:
+        who = ", ".join(sorted({key.name for key in valid}))
         raise BadSignature(
             f"its signature does not fit: it was changed on its way, or is of another run or kind (key of {who})"
         )
-    return valid
+    return frozenset(key.name for key in valid if key.raw in signing)
 
 
 def _state_of(path: Path) -> tuple[int, int, int]:

@@ -221,7 +221,7 @@ def test_an_update_in_chunks_is_received_once_and_weighs_what_its_chunks_do(metr
 
 def test_a_workers_way_with_a_version_and_an_update_in_chunks() -> None:
     metrics = WorkerMetrics("r", "w1", Role.TRAINER)
-    metrics.watch(lambda: Standing("training", 7, 3, 1), 1000)
+    metrics.watch(lambda: Standing("training", 7, 3, 1, refused=3), 1000)
     manifest = Delivery(source=Source.PARAMETERS, body=b"m" * 10, headers={"chunks": 2})
     metrics.receives(manifest)
     metrics.does(ev.Download(ParametersHead(run="r", epoch=1, version=7, plan=Plan(), digest="0" * 32)))
@@ -241,6 +241,7 @@ def test_a_workers_way_with_a_version_and_an_update_in_chunks() -> None:
     assert value_of(metrics, "fedmq_worker_updates_rejected_total", reason="too-stale") == 1
     assert value_of(metrics, "fedmq_worker_state", state="training") == 1
     assert value_of(metrics, "fedmq_worker_outstanding_updates") == 1
+    assert value_of(metrics, "fedmq_worker_messages_refused_total") == 3
 
 
 def test_workers_beyond_the_first_share_one_series(metrics: AggregatorMetrics) -> None:

@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from aggregator.archive import KeptUpdates, UpdateArchive
 from aggregator.config import AggregatorConfig
 from aggregator.core import events as on
 from aggregator.core.standing import BLAMED
@@ -162,6 +163,20 @@ def test_of_the_versions_on_the_broker_its_own_count(keys: Keys) -> None:
     assert not signing.is_own(on_broker(encode(version)))
     assert not signing.is_own(on_broker(encode(version, signer(keys.private("w1"), RUN).sealing(VERSION))))
     assert Signatures().is_own(on_broker(encode(version)))
+
+
+def test_a_kept_update_is_kept_as_it_was_signed(keys: Keys, tmp_path: Path) -> None:
+    bodies = [encode(update(name), signer(keys.private(name), RUN).sealing(UPDATE)) for name in ("w1", "w2")]
+    archive = UpdateArchive(tmp_path, 1)
+    for body in bodies:
+        archive.add(body)
+    archive.sync()
+    archive.close()
+
+    kept = KeptUpdates(tmp_path)
+    kept.refresh()
+    assert [kept.read(update(name).id, 1) for name in ("w1", "w2")] == bodies
+    kept.close()
 
 
 def test_files_that_cannot_be_used_are_refused_at_the_start(tmp_path: Path, keys: Keys) -> None:

@@ -135,6 +135,14 @@ def test_another_run_purpose_or_key_is_not_believed(keys: Keys, w1: Signer, ring
         ring.speakers(encode(update()), UPDATE)
 
 
+def test_a_key_that_has_two_names_speaks_for_both(keys: Keys, w1: Signer) -> None:
+    line = keys.private("w1").with_suffix(".pub").read_text()
+    file = keys.folder / "two.keys"
+    file.write_text(line + line.replace("w1 ", "w1b ", 1) + keys.private("w2").with_suffix(".pub").read_text())
+
+    assert keyring(file, RUN).speakers(encode(update(), w1.sealing(UPDATE)), UPDATE) == {"w1", "w1b"}
+
+
 def test_a_seal_before_a_seal_is_no_message(w1: Signer) -> None:
     body = encode(update(), w1.sealing(UPDATE))
     with pytest.raises(WireError, match="a seal before a seal"):

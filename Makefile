@@ -32,7 +32,7 @@ READY := $(VENV)/.ready
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 	@echo
-	@echo '  BROKER=amqp://user:password@host  the broker for `make demo`; FEDMQ_BROKER_URL in the environment is the same,'
+	@echo '  BROKER=amqps://user:password@host the broker for `make demo`; FEDMQ_BROKER_URL in the environment is the same,'
 	@echo '                                   and others on this machine do not see it'
 	@echo '  TORCH_INDEX=https://…             where to take torch from'
 	@echo '  DURATION=1800 SEED=7              for `make chaos`: seconds, and what the faults are drawn from'

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import json
+import ssl
 import time
 import urllib.error
 import urllib.request
@@ -13,8 +14,11 @@ from http.client import HTTPException
 from typing import Any
 from urllib.parse import quote, unquote, urlsplit
 
+from broker.addresses import is_loopback
 from broker.errors import AccessRefused, BrokerError, BrokerUnreachable
 from broker.settings import BrokerConfig
+from broker.tls import client_context, complaint
+from broker.tokens import read_token
 
 __all__ = ["Admin", "Facts"]
 
@@ -38,8 +42,28 @@ class Admin:
     not ask, and :class:`BrokerError` for any other refusal.
     """
 
-    def __init__(self, url: str, user: str, password: str, *, timeout: float = 10.0) -> None:
-        """Args: ``url`` is the admin UI's address, such as ``http://127.0.0.1:15672``."""
+    def __init__(
+        self,
+        url: str,
+        user: str,
+        password: str,
+        *,
+        timeout: float = 10.0,
+        context: ssl.SSLContext | None = None,
+        ca_file: str = "",
+        refusal: str = "",
+    ) -> None:
+        """Nothing is asked yet.
+
+        Args:
+            url: the admin UI's address, such as ``http://127.0.0.1:15672``.
+            user: the account.
+            password: its password.
+            timeout: seconds for each answer.
+            context: for ``https``; by default the system's CAs are trusted.
+            ca_file: the file of CAs that ``context`` goes by, for the errors.
+            refusal: why nothing must be asked, if so.
+        """
         if urlsplit(url).scheme not in {"http", "https"}:
             raise BrokerError(f"the admin UI's address begins with http:// or https://, not {url!r}")
         self.url = url.rstrip("/")
@@ -51,13 +75,34 @@ class Admin:
         """Whom it asks as."""
         self._authorization = "Basic " + base64.b64encode(f"{user}:{password}".encode()).decode()
         self._timeout = timeout
+        self._context = context
+        self._ca_file = ca_file
+        self._refused = refusal
 
     @classmethod
     def of(cls, config: BrokerConfig, *, timeout: float = 10.0) -> Admin:
         """The API that belongs to ``config``, with the user and the virtual host of its first address."""
-        parts = urlsplit(config.urls()[0])
-        url = config.management_url or f"http://{parts.hostname or '127.0.0.1'}:15672"
-        admin = cls(url, unquote(parts.username or "guest"), unquote(parts.password or "guest"), timeout=timeout)
+        first = config.urls()[0]
+        parts = urlsplit(first)
+        host = parts.hostname or "127.0.0.1"
+        host = f"[{host}]" if ":" in host else host
+        url = config.management_url or (f"https://{host}:15671" if parts.scheme == "amqps" else f"http://{host}:15672")
+        is_encrypted = url.startswith("https://")
+        user, password, refusal = _login_of(config, first)
+        if not is_encrypted and not config.allow_plain and not is_loopback(urlsplit(url).hostname or "localhost"):
+            refusal = (
+                f"the admin UI at {url} is not asked: the password would go there without TLS. Name an https:// "
+                "address as broker.management_url, or set broker.allow_plain = true where the network is trusted"
+            )
+        admin = cls(
+            url,
+            user,
+            password,
+            timeout=timeout,
+            context=client_context(ca_file=config.ca_file) if is_encrypted else None,
+            ca_file=str(config.ca_file or ""),
+            refusal=refusal,
+        )
         admin.vhost = unquote(parts.path[1:]) or "/"
         return admin
 
@@ -138,6 +183,8 @@ class Admin:
     def _request(
         self, method: str, path: str, *, body: Facts | None = None, headers: dict[str, str] | None = None
     ) -> object:
+        if self._refused:
+            raise AccessRefused(self._refused)
         request = urllib.request.Request(  # noqa: S310 - the scheme was checked
             f"{self.url}/api{path}",
             method=method,
@@ -146,7 +193,9 @@ class Admin:
         )
         try:
             asked = time.time()
-            with urllib.request.urlopen(request, timeout=self._timeout) as answer:  # noqa: S310
+            with urllib.request.urlopen(  # noqa: S310
+                request, timeout=self._timeout, context=self._context
+            ) as answer:
                 self._compare_clocks(answer.headers.get("Date"), asked)
                 text = answer.read()
             return json.loads(text) if text else None
@@ -155,6 +204,8 @@ class Admin:
                 raise self._refusal(error, method, path) from None
         except (OSError, ValueError, HTTPException, RecursionError) as error:
             reason = getattr(error, "reason", error)
+            if isinstance(reason, ssl.SSLError):
+                reason, _ = complaint(reason, urlsplit(self.url).hostname or "", ca_file=self._ca_file)
             raise BrokerUnreachable(f"the admin UI at {self.url} does not answer: {reason}") from None
 
     def _compare_clocks(self, date: str | None, asked: float) -> None:
@@ -188,6 +239,19 @@ class Admin:
         if error.code == 404:
             return _NotThere(f"{self.url}: {method} {path}: 404, there is no such thing")
         return BrokerError(f"{self.url}: {method} {path}: {error.code} {detail}")
+
+
+def _login_of(config: BrokerConfig, url: str) -> tuple[str, str, str]:
+    """User and password for the API, and why there are none."""
+    parts = urlsplit(url)
+    if config.token_file is not None:
+        token = read_token(config.token_file)
+        # Whoever shows a token may call themselves what they like.
+        return unquote(parts.username or "") or token.account() or "token", token.text, ""
+    if config.certificate_file is not None and parts.password is None:
+        refusal = "the admin UI takes no certificate for a login: to ask it, broker.url must name user and password"
+        return "", "", refusal
+    return unquote(parts.username or "guest"), unquote(parts.password or "guest"), ""
 
 
 def _reason_of(detail: str) -> str:

@@ -19,6 +19,7 @@ from broker.accounts.users import users
 from broker.admin import Admin
 from broker.amqp.node import PrivateNode
 from broker.amqp.transport import AmqpAggregatorTransport
+from broker.certificatecommand import certificates
 from broker.console import (
     BrokerOption,
     ConfigOption,
@@ -142,11 +143,12 @@ def node(*, verbose: VerboseOption = 0) -> None:
 
 
 app = typer.Typer(
-    help="Look at a RabbitMQ, set it up for a federation, give and take accounts, or run a private one.",
+    help="Look at a RabbitMQ, set it up for a federation: accounts, certificates, policies; or run a private one.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
 )
+app.command("certificates")(certificates)
 app.command("check")(check)
 app.command("node")(node)
 app.command("policies")(policies)

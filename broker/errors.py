@@ -14,6 +14,7 @@
     │   ├── PublishRefused          the broker did not take a message: queue full      (worth retrying)
     │   ├── Unroutable              no queue is bound where the message was sent       (worth retrying)
     │   ├── AccessRefused           credentials, virtual host or permission
+    │   ├── Untrusted               no TLS, or with a certificate that must not be trusted
     │   ├── TopologyMismatch        an exchange or queue exists with other arguments
     │   ├── UnsupportedBroker       this RabbitMQ lacks what fedmq needs
     │   └── MessageTooLarge         larger than one message may be
@@ -62,6 +63,7 @@ __all__ = [
     "UnknownFormat",
     "Unroutable",
     "UnsupportedBroker",
+    "Untrusted",
     "WireError",
     "WrongRun",
     "first_problem",
@@ -141,6 +143,13 @@ class Unroutable(BrokerError):
 
 class AccessRefused(BrokerError):
     """Wrong credentials, no such virtual host, or a missing permission."""
+
+
+class Untrusted(BrokerError):
+    """What answers speaks no TLS, or shows a certificate that must not be trusted, or does not accept ours.
+
+    Retried once a connection has stood: whoever comes in between must not be able to end a run.
+    """
 
 
 class TopologyMismatch(BrokerError):

@@ -11,6 +11,8 @@ import contextlib
 import logging
 import re
 import socket
+import ssl
+import sys
 import threading
 import time
 from bisect import bisect_left
@@ -26,8 +28,10 @@ from prometheus_client import CollectorRegistry, PlatformCollector, ProcessColle
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
 from prometheus_client.registry import Collector
 
+from broker.addresses import is_loopback
 from broker.messages import NAME_PATTERN
 from broker.settings import MetricsConfig
+from broker.tls import server_context
 from broker.transport import LinkState
 
 __all__ = [
@@ -215,6 +219,15 @@ class _Handler(WSGIRequestHandler):
 class _Server(ThreadingMixIn, WSGIServer):
     daemon_threads = True
 
+    def encrypt(self, context: ssl.SSLContext) -> None:
+        """Speak TLS. Each handshake is made by the thread that answers, so that nobody waits for somebody's."""
+        self.socket = context.wrap_socket(self.socket, server_side=True, do_handshake_on_connect=False)
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        """Whoever hangs up, or does not speak TLS, is no news."""
+        if not isinstance(sys.exception(), OSError):
+            super().handle_error(request, client_address)
+
     def server_bind(self) -> None:
         """As the base class, but without asking for the host's name, which can take half a minute."""
         TCPServer.server_bind(self)
@@ -231,10 +244,17 @@ def serve(config: MetricsConfig, figures: Collector) -> Iterator[int | None]:
     """Serve ``figures``, and those of the process, within the block; the port, or None if it could not be had.
 
     Metrics are not worth a run: if the port is taken or the address is not this machine's, that is said once.
+    Raises :class:`ConfigError` for a certificate that cannot be used.
     """
     registry = CollectorRegistry()
     for collector in (PlatformCollector(registry=None), ProcessCollector(registry=None), figures):
         registry.register(collector)
+    context = server_context(
+        certificate_file=config.certificate_file,
+        key_file=config.key_file,
+        client_ca_file=config.client_ca_file,
+        table="metrics",
+    )
     kind = _Server6 if ":" in config.address else _Server
     try:
         server = make_server(config.address, config.port, make_wsgi_app(registry), kind, _Handler)
@@ -248,10 +268,16 @@ def serve(config: MetricsConfig, figures: Collector) -> Iterator[int | None]:
         )
         yield None
         return
+    if context is not None:
+        server.encrypt(context)
+    elif not is_loopback(config.address):
+        log.warning(
+            "metrics are for whoever can reach %s, and unencrypted: see metrics.certificate_file", config.address
+        )
     thread = threading.Thread(target=server.serve_forever, name="metrics", daemon=True)
     thread.start()
     host = f"[{config.address}]" if ":" in config.address else config.address
-    log.info("metrics at http://%s:%d/metrics", host, server.server_port)
+    log.info("metrics at %s://%s:%d/metrics", "http" if context is None else "https", host, server.server_port)
     try:
         yield server.server_port
     finally:

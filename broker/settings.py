@@ -136,10 +136,27 @@ class BrokerConfig(Table):
     its owner and its group may read it, except below ``/run/secrets``."""
     login_grace: Annotated[float, Field(ge=0, le=86400)] = 60.0
     """Seconds for which a login that was good before, and is refused now, is tried again with what stands in
-    ``url_file`` then: the time in which a new password must be there. Without ``url_file`` it is refused for good."""
+    ``url_file`` or ``token_file`` then: the time in which a new password must be there. Without such a file it is
+    refused for good."""
     management_url: Annotated[str, AfterValidator(_admin_address)] | None = None
     """The address of the admin UI and its API, without user and password: those of ``url`` are taken.
-    ``http://<host>:15672`` of the broker if not set."""
+    ``http://<host>:15672`` of the broker if not set, and ``https://<host>:15671`` if ``url`` begins with ``amqps``."""
+    ca_file: Path | None = None
+    """Whose signature under the broker's certificate is trusted, for ``amqps://`` and ``https://``: a PEM file. The
+    system's CAs if not set. There is no way to trust just anybody."""
+    certificate_file: Path | None = None
+    """What we show the broker: a client certificate, as a PEM file. If ``url`` names no password, it is the login, too:
+    RabbitMQ takes its common name for the account."""
+    key_file: Path | None = None
+    """The key of ``certificate_file``, as a PEM file that others cannot read."""
+    key_password_file: Path | None = None
+    """A file with the passphrase of ``key_file``, if that is encrypted."""
+    token_file: Path | None = None
+    """A file with an OAuth2 token, which is the password then. Something else renews it; a connection gets the new one
+    before the old one expires."""
+    allow_plain: bool = False
+    """Whether to speak to a broker on another machine without TLS: all can be read and altered on the way, passwords,
+    too. Without it only ``amqps://`` is taken, and ``amqp://`` to ``localhost``, ``127.0.0.1`` or ``::1``."""
     heartbeat: Annotated[int, Field(ge=5, le=3600)] = 30
     """Seconds; a silent peer is given up after about two."""
     connect_timeout: Annotated[float, Field(gt=0, le=600)] = 10.0
@@ -181,6 +198,12 @@ class MetricsConfig(Table):
     address: Annotated[str, Field(min_length=1)] = "127.0.0.1"
     """Which of this machine's addresses it is served at: this machine alone can read it, if not set. ``0.0.0.0`` is all
     of them: the figures are then for whoever reaches the port, without a password."""
+    certificate_file: Path | None = None
+    """A server certificate, as a PEM file: ``https``, then."""
+    key_file: Path | None = None
+    """Its key, as a PEM file that others cannot read."""
+    client_ca_file: Path | None = None
+    """Whoever asks must show a certificate that a CA in this PEM file has signed."""
     workers: Annotated[int, Field(ge=0, le=10_000)] = 100
     """Workers that have series of their own in the aggregator's figures: the first that come. The others are summed up
     as ``other``."""

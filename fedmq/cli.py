@@ -123,7 +123,7 @@ COMMANDS = {
     ),
     "broker": Command(
         "broker.cli:app",
-        "Look at a RabbitMQ, set it up for a federation, give and take accounts, or run a private one.",
+        "Look at a RabbitMQ, set it up for a federation: accounts, certificates, policies; or run a private one.",
     ),
 }
 

@@ -21,9 +21,10 @@ from tenacity import AsyncRetrying, RetryCallState, retry_if_exception, wait_ran
 from broker.amqp.login import Login
 from broker.amqp.names import Lookups
 from broker.amqp.refusals import FATAL
+from broker.amqp.renewal import keep_token
 from broker.amqp.session import Channel, Session, quiet_pika
 from broker.amqp.traffic import Traffic
-from broker.errors import AccessRefused, BrokerError, BrokerUnreachable, ConnectionLost
+from broker.errors import AccessRefused, BrokerError, BrokerUnreachable, ConnectionLost, Untrusted
 from broker.seldom import Seldom
 from broker.settings import BrokerConfig
 
@@ -83,6 +84,7 @@ class Link:
         self.problem = ""
         self.traffic = Traffic()
         self._login = Login(config, name)
+        self._config = config
         self._use = use
         self._down = down
         self._failed = failed
@@ -245,9 +247,14 @@ class Link:
         session = await self._connect()
         began = time.monotonic()
         self.traffic.begin(session)
+        renewing = None
+        if self._config.token_file is not None:
+            renewing = asyncio.ensure_future(keep_token(session, self._config))
         try:
             reason = await self._serve(session)
         finally:
+            if renewing is not None:
+                renewing.cancel()
             self.traffic.end()
             closing = asyncio.ensure_future(session.close())
             try:
@@ -262,7 +269,7 @@ class Link:
             raise reason
 
     async def _connect(self) -> Session:
-        problems = []
+        problems: list[BrokerError] = []
         addresses = self._login.parameters()
         for one in random.sample(addresses, len(addresses)):
             try:
@@ -271,9 +278,9 @@ class Link:
                 verdict = self._login.refused(error)
                 if verdict is error:
                     raise
-                problems.append(str(verdict))
-            except BrokerUnreachable as error:
-                problems.append(str(error))
+                problems.append(verdict)
+            except (BrokerUnreachable, Untrusted) as error:
+                problems.append(error)
             else:
                 self._login.accepted()
                 if not self._is_quiet:
@@ -282,7 +289,9 @@ class Link:
                 self.account = session.place.user
                 self.connected()
                 return session
-        self.problem = "; ".join(problems)
+        self.problem = "; ".join(map(str, problems))
+        if not self.account and all(isinstance(problem, Untrusted) for problem in problems):
+            raise Untrusted(self.problem)
         raise BrokerUnreachable(self.problem)
 
     async def _serve(self, session: Session) -> BrokerError:

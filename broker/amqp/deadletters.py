@@ -24,9 +24,10 @@ from enum import StrEnum
 
 import pika
 
+from broker.amqp.credentials import parameters
 from broker.amqp.publisher import Publisher
 from broker.amqp.refusals import FATAL, Operation
-from broker.amqp.session import Channel, Session, parameters, quiet_pika
+from broker.amqp.session import Channel, Session, quiet_pika
 from broker.errors import (
     BrokerError,
     BrokerUnreachable,

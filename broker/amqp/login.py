@@ -8,7 +8,7 @@ from collections.abc import Callable
 
 import pika
 
-from broker.amqp.session import parameters
+from broker.amqp.credentials import parameters
 from broker.errors import AccessRefused, BrokerError, BrokerUnreachable, ConfigError
 from broker.settings import BrokerConfig
 
@@ -16,10 +16,10 @@ __all__ = ["Login"]
 
 
 class Login:
-    """Addresses of the broker with user and password, from the settings or from ``broker.url_file``.
+    """Addresses of the broker with user and password, from the settings or from files; certificate, token.
 
-    A login that was good and is refused now may be on its way to be replaced: with a file it is tried again for
-    ``broker.login_grace`` seconds, with what stands there then. One that was never good is a mistake.
+    A login that was good and is refused now may be on its way to be replaced: with a file of an address or a token it
+    is tried again for ``broker.login_grace`` seconds, with what stands there then. One that was never good is an error.
 
     Args:
         config: the table ``[broker]``.
@@ -37,10 +37,9 @@ class Login:
         self._refused_at: float | None = None
 
     def parameters(self) -> list[pika.URLParameters]:
-        """Of each address; the former ones while the file is not there or is being written."""
-        if self._config.url_file is not None:
-            with contextlib.suppress(ConfigError):
-                self._parameters = parameters(self._config, self._name)
+        """Of each address; the former ones while a file is not there or is being written."""
+        with contextlib.suppress(ConfigError):
+            self._parameters = parameters(self._config, self._name)
         return self._parameters
 
     def accepted(self) -> None:
@@ -49,7 +48,8 @@ class Login:
 
     def refused(self, error: AccessRefused) -> BrokerError:
         """What ``error`` comes to: itself, or an error that is worth trying again after."""
-        if self._config.url_file is None or not self._was_good:
+        file = "url_file" if self._config.url_file is not None else "token_file"
+        if (self._config.url_file is None and self._config.token_file is None) or not self._was_good:
             return error
         now = self._clock()
         if self._refused_at is None:
@@ -57,4 +57,4 @@ class Login:
         left = self._refused_at + self._config.login_grace - now
         if left <= 0:
             return error
-        return BrokerUnreachable(f"{error}; broker.url_file is read again for another {left:.0f} s")
+        return BrokerUnreachable(f"{error}; broker.{file} is read again for another {left:.0f} s")

@@ -7,9 +7,10 @@ from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
+from broker.amqp.credentials import parameters
 from broker.amqp.names import Lookups
 from broker.amqp.refusals import Operation
-from broker.amqp.session import Session, parameters, quiet_pika
+from broker.amqp.session import Session, quiet_pika
 from broker.amqp.versions import newest_broadcast
 from broker.errors import BrokerError, BrokerUnreachable, Unroutable
 from broker.settings import BrokerConfig

@@ -23,7 +23,7 @@ import subprocess
 import tempfile
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import NamedTuple, Self, TypedDict
@@ -69,7 +69,10 @@ class PrivateNode:
 
     Args:
         plugins: names of plugins to enable. ``rabbitmq_management`` is the admin UI and its HTTP API.
-        settings: further lines for ``rabbitmq.conf``, such as ``{"max_message_size": "1000000"}``.
+        settings: further lines for ``rabbitmq.conf``, such as ``{"max_message_size": "1000000"}``. In them,
+            ``{folder}`` stands for the node's folder, and ``{NAME}`` for a port of ``ports``.
+        ports: names of further ports, which are chosen as the node's own ones are.
+        files: further files for its folder, by name, such as certificates; or ``advanced.config``.
         start_timeout: seconds until a start counts as failed.
 
     Raises:
@@ -81,12 +84,16 @@ class PrivateNode:
         *,
         plugins: Sequence[str] = ("rabbitmq_management",),
         settings: dict[str, str] | None = None,
+        ports: Sequence[str] = (),
+        files: Mapping[str, bytes] | None = None,
         start_timeout: float = 60.0,
     ) -> None:
         self.user = f"fedmq-{secrets.token_hex(3)}"
         self.password = secrets.token_urlsafe(18)
         self._plugins = tuple(plugins)
         self._settings = dict(settings or {})
+        self._further = tuple(ports)
+        self._files = dict(files or {})
         self._start_timeout = start_timeout
         quiet_pika()
         self._name = f"fedmq-{secrets.token_hex(4)}@localhost"
@@ -120,6 +127,10 @@ class PrivateNode:
     def prometheus_url(self) -> str:
         """Where Prometheus finds the node's metrics, if the plugin ``rabbitmq_prometheus`` is enabled."""
         return f"http://127.0.0.1:{self._ports['prometheus']}/metrics"
+
+    def port(self, name: str) -> int:
+        """Which port a name stands for."""
+        return self._ports[name]
 
     @property
     def folder(self) -> Path:
@@ -248,12 +259,15 @@ class PrivateNode:
         _programs()
         folder = Path(tempfile.mkdtemp(prefix="fedmq-node-"))
         self._folder = folder
-        names = ["amqp", "management", "distribution", "epmd", "prometheus"]
+        names = ["amqp", "management", "distribution", "epmd", "prometheus", *self._further]
         self._ports = dict(zip(names, _free_ports(len(names)), strict=True))
         (folder / "plugins").write_text(f"[{','.join(self._plugins)}].\n")
         # Read by RabbitMQ instead of the machine's /etc/rabbitmq/rabbitmq-env.conf and advanced.config.
         (folder / "rabbitmq-env.conf").touch()
         (folder / "advanced.config").write_text("[].\n")
+        for name, content in self._files.items():
+            (folder / name).touch(mode=0o600)
+            (folder / name).write_bytes(content)
         conf = folder / "rabbitmq.conf"
         conf.touch(mode=0o600)
         conf.write_text("".join(f"{key} = {value}\n" for key, value in self._configuration().items()))
@@ -288,7 +302,8 @@ class PrivateNode:
             result |= {"management.tcp.ip": "127.0.0.1", "management.tcp.port": str(self._ports["management"])}
         if "rabbitmq_prometheus" in self._plugins:
             result |= {"prometheus.tcp.ip": "127.0.0.1", "prometheus.tcp.port": str(self._ports["prometheus"])}
-        return result | self._settings
+        known = {"folder": self.folder, **self._ports}
+        return result | {key: value.format_map(known) for key, value in self._settings.items()}
 
     def _environment(self) -> dict[str, str]:
         folder = self.folder

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ssl
 import struct
 from typing import Any
 
@@ -131,6 +132,12 @@ class Connection(AsyncioConnection):  # type: ignore[misc]
         counted = self.traffic if hasattr(self, "bytes_received") else (0, 0)
         super()._init_connection_state()
         self._past = counted
+
+    @property
+    def tls(self) -> ssl.SSLSocket | None:
+        """The socket, if it is encrypted."""
+        sock = None if self._transport is None else self._transport._sock  # noqa: SLF001
+        return sock if isinstance(sock, ssl.SSLSocket) else None
 
     def widen(self) -> None:
         """Read in larger pieces."""

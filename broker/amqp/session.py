@@ -9,23 +9,23 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-import platform
 import re
+import ssl
 from collections.abc import Callable, Mapping
-from importlib import metadata
+from dataclasses import replace
 from typing import Any
 
 import pika
 import pika.exceptions
 from pika.channel import Channel as RawChannel
 
-from broker.addresses import check_guest
+from broker.amqp.credentials import TokenBearer
 from broker.amqp.patched import Connection, drop_late
 from broker.amqp.refusals import Operation, Place, channel_error, connection_error
-from broker.errors import BrokerError, ConfigError, ConnectionLost, Unroutable, UnsupportedBroker
-from broker.settings import BrokerConfig
+from broker.errors import BrokerError, ConnectionLost, Unroutable, UnsupportedBroker
+from broker.tokens import Token
 
-__all__ = ["Channel", "OnMessage", "Session", "parameters", "quiet_pika", "version_of"]
+__all__ = ["Channel", "OnMessage", "Session", "quiet_pika", "version_of"]
 
 log = logging.getLogger("fedmq.broker")
 
@@ -53,35 +53,6 @@ def quiet_pika() -> None:
         logger.setLevel(logging.CRITICAL + 1)
 
 
-def parameters(config: BrokerConfig, name: str) -> list[pika.URLParameters]:
-    """The connection parameters for each address of ``config``; ``name`` is what the admin UI shows.
-
-    Raises :class:`ConfigError` for an address that cannot be read.
-    """
-    result = []
-    for url in config.urls():
-        try:
-            one = pika.URLParameters(url)
-        except (ValueError, TypeError, IndexError):
-            # Not the exception's text: it may hold the password.
-            raise ConfigError("broker.url: it is like amqp://user:password@host:5672/vhost") from None
-        check_guest(getattr(one.credentials, "username", None), one.host)
-        one.heartbeat = config.heartbeat
-        one.blocked_connection_timeout = config.blocked_timeout
-        one.socket_timeout = config.connect_timeout
-        one.stack_timeout = config.connect_timeout
-        one.connection_attempts = 1
-        one.client_properties = {
-            "connection_name": name,
-            "product": "fedmq",
-            "version": _own_version(),
-            "platform": f"Python {platform.python_version()}",
-            "information": f"pika {pika.__version__}",
-        }
-        result.append(one)
-    return result
-
-
 class Session:
     """One open connection. Use :meth:`connect`."""
 
@@ -90,6 +61,8 @@ class Session:
         self.closed = closed
         self.is_blocked = False
         """Whether the broker takes no messages for now, and so reads nothing from this connection."""
+        self.token: Token | None = None
+        """What was logged in with, if that was a token."""
         self._connection = connection
         self.version = version_of(str((connection.server_properties or {}).get("version", "")))
 
@@ -97,7 +70,7 @@ class Session:
     async def connect(cls, params: pika.URLParameters) -> Session:
         """Open a connection.
 
-        Raises :class:`BrokerUnreachable`, :class:`AccessRefused` or :class:`UnsupportedBroker`.
+        Raises :class:`BrokerUnreachable`, :class:`Untrusted`, :class:`AccessRefused` or :class:`UnsupportedBroker`.
         """
         loop = asyncio.get_running_loop()
         place = Place.of(params)
@@ -129,6 +102,8 @@ class Session:
             raise error
         connection.widen()
         session = cls(connection, place, closed)
+        if isinstance(params.credentials, TokenBearer):
+            session._know(params.credentials.token, params.credentials.account(session.version))
         try:
             session._check_version()
         except UnsupportedBroker:
@@ -151,6 +126,11 @@ class Session:
         return int(params.channel_max), int(params.frame_max), int(params.heartbeat or 0)
 
     @property
+    def tls(self) -> ssl.SSLSocket | None:
+        """The line, if it is encrypted."""
+        return self._connection.tls
+
+    @property
     def max_message_bytes(self) -> int:
         """What this broker takes if its operator has not changed it."""
         return 16 * 2**20 if self.version >= (4, 0, 0) else 128 * 2**20
@@ -169,6 +149,29 @@ class Session:
     def traffic(self) -> tuple[int, int]:
         """Bytes that went out and came in, also once it is closed."""
         return self._connection.traffic
+
+    async def renew_token(self, token: Token) -> None:
+        """Have the broker go by ``token`` from now on.
+
+        Raises the :class:`BrokerError` for which the connection ended instead.
+        """
+        if self.token is not None and token.account(self.version) != self.token.account(self.version):
+            # All that was set up is under the old account's name.
+            self.cut()
+            return
+        done: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        try:
+            self._connection.update_secret(token.text, "renewed", lambda _frame: _settle(done, None))
+        except pika.exceptions.AMQPError as error:
+            raise connection_error(error, self.place, opened=True) from None
+        await _first(done, self.closed)
+        if not done.done():
+            raise self.closed.result()
+        self._know(token, self.place.user)
+
+    def _know(self, token: Token, account: str) -> None:
+        self.token = token
+        self.place = replace(self.place, user=account, expires=token.expires)
 
     def cut(self) -> None:
         """Break the connection without a word, as a network would."""
@@ -408,13 +411,6 @@ def version_of(text: str) -> tuple[int, int, int]:
     """Major, minor and patch number; zeros if ``text`` holds no version."""
     match = re.match(r"(\d+)\.(\d+)(?:\.(\d+))?", text)
     return (int(match[1]), int(match[2]), int(match[3] or 0)) if match else (0, 0, 0)
-
-
-def _own_version() -> str:
-    try:
-        return metadata.version("fedmq")
-    except metadata.PackageNotFoundError:
-        return "0+source"
 
 
 async def _first(*futures: asyncio.Future[Any], timeout: float | None = None) -> None:

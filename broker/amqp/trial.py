@@ -17,17 +17,19 @@ from typing import Literal
 
 import pika
 
+from broker.amqp.credentials import parameters
 from broker.amqp.declare import RETENTION, queue_type
 from broker.amqp.names import Lookups
 from broker.amqp.refusals import Inequivalent, Operation, limit_of
-from broker.amqp.session import Channel, Session, parameters, quiet_pika
+from broker.amqp.session import Channel, Session, quiet_pika
 from broker.errors import AccessRefused, BrokerError, ConnectionLost, MessageTooLarge, TopologyMismatch, Unroutable
 from broker.permissions import OWN_NONCE
 from broker.settings import BrokerConfig
+from broker.tls import days_left
 from broker.topology import CONTROL, DEAD, EVENTS, UPDATES, Queue, Topology
 from broker.wire.chunks import CHUNK_OVERHEAD
 
-__all__ = ["ROLES", "Examination", "Greeting", "Role", "Trial", "examine"]
+__all__ = ["ROLES", "Examination", "Greeting", "Role", "Tls", "Trial", "examine"]
 
 Role = Literal["aggregator", "worker"]
 ROLES: tuple[Role, ...] = ("aggregator", "worker")
@@ -36,6 +38,16 @@ ROLES: tuple[Role, ...] = ("aggregator", "worker")
 SECONDS = 10.0
 ALL_SECONDS = 60.0
 NO_NUMBER = "doctor"
+
+
+@dataclass(frozen=True, slots=True)
+class Tls:
+    """An encrypted line."""
+
+    version: str
+    cipher: str
+    days_left: float
+    """Until the broker's certificate expires."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,6 +65,7 @@ class Greeting:
     heartbeat: int = 0
     seconds: float = 0.0
     """From nothing to an open connection."""
+    tls: Tls | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,7 +126,7 @@ async def _examine(
         try:
             session = await Session.connect(params)
         except BrokerError as error:
-            vhost, user = params.virtual_host, getattr(params.credentials, "username", "(by certificate)")
+            vhost, user = params.virtual_host, str(params.credentials.username)
             found.greetings.append(Greeting(f"{params.host}:{params.port}", vhost, user, error))
             continue
         took = time.monotonic() - began
@@ -130,6 +143,7 @@ async def _examine(
                 frame_max=frame_max,
                 heartbeat=heartbeat,
                 seconds=took,
+                tls=_tls_of(session),
             )
         )
         try:
@@ -144,6 +158,14 @@ async def _examine(
         finally:
             await session.close()
     return found
+
+
+def _tls_of(session: Session) -> Tls | None:
+    line = session.tls
+    if line is None:
+        return None
+    certificate, cipher = line.getpeercert() or {}, line.cipher() or ("unknown",)
+    return Tls(line.version() or "", cipher[0], days_left(str(certificate["notAfter"]), time.time()))
 
 
 class _Attempts:

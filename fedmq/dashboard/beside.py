@@ -43,6 +43,7 @@ def page_of(
     from fedmq.dashboard.scene import Scene, following  # noqa: PLC0415
     from fedmq.dashboard.serving import PageServer, PortTaken, listen  # noqa: PLC0415 (needs the packages)
 
+    context = config.context()
     try:
         taken = listen(config.address, config.port)
     except PortTaken:
@@ -51,5 +52,8 @@ def page_of(
         taken = listen(config.address, 0)
     with taken:
         scene = Scene(monitor, Past(folder) if folder is not None else None)
-        with following(scene), PageServer(scene.look, taken, hosts=names_of(config.host_names)) as server:
+        with (
+            following(scene),
+            PageServer(scene.look, taken, hosts=names_of(config.host_names), context=context) as server,
+        ):
             yield server.url

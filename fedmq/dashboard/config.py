@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-import ipaddress
+import ssl
+from pathlib import Path
 from typing import Annotated
 
 from pydantic import AfterValidator, Field
 
+from broker.addresses import is_loopback
 from broker.settings import Table
+from broker.tls import server_context
 
-__all__ = ["DashboardConfig", "is_loopback", "names_of"]
+__all__ = ["DashboardConfig", "names_of"]
 
 
 def _named(text: str) -> str:
@@ -24,14 +27,6 @@ def names_of(text: str) -> list[str]:
     return [name for part in text.split(",") if (name := part.strip())]
 
 
-def is_loopback(address: str) -> bool:
-    """Whether only this machine reaches what listens at ``address``."""
-    try:
-        return ipaddress.ip_address(address).is_loopback
-    except ValueError:
-        return address == "localhost"
-
-
 class DashboardConfig(Table):
     """``[dashboard]``: the live page of ``fedmq dashboard`` and ``fedmq demo``."""
 
@@ -44,8 +39,25 @@ class DashboardConfig(Table):
     """Names under which browsers may ask for the page, separated by commas, besides addresses and ``localhost``; any
     other name is refused, as a foreign page may have pointed it here."""
 
+    certificate_file: Path | None = None
+    """A server certificate, as a PEM file: the page is served as ``https``, then."""
+    key_file: Path | None = None
+    """Its key, as a PEM file that others cannot read."""
+    client_ca_file: Path | None = None
+    """Only browsers that show a certificate that a CA in this PEM file has signed get the page."""
+
+    def context(self) -> ssl.SSLContext | None:
+        """TLS, if a certificate is given. Raises :class:`ConfigError` if it cannot be used."""
+        return server_context(
+            certificate_file=self.certificate_file,
+            key_file=self.key_file,
+            client_ca_file=self.client_ca_file,
+            table="dashboard",
+        )
+
     def exposure(self) -> str:
         """What to warn of, if others than this machine can reach the page; else empty."""
-        if is_loopback(self.address):
+        if is_loopback(self.address) or self.client_ca_file is not None:
             return ""
-        return f"whoever can reach {self.address} can see this run: the page asks for no password"
+        text = f"whoever can reach {self.address} can see this run: the page asks for no password"
+        return text if self.certificate_file is not None else f"{text}, and is not encrypted (docs/tls.md)"

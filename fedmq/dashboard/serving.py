@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import ipaddress
 import socket
+import ssl
 import threading
 import time
 from collections.abc import Callable, Collection
@@ -32,10 +33,17 @@ class PortTaken(ConfigError):
 class PageServer:
     """Serves the page of what ``look`` sees, within a ``with`` block."""
 
-    def __init__(self, look: Callable[[], Picture], listening: socket.socket, *, hosts: Collection[str] = ()) -> None:
-        """``listening`` is from :func:`listen`; ``hosts`` are names that may be asked for."""
+    def __init__(
+        self,
+        look: Callable[[], Picture],
+        listening: socket.socket,
+        *,
+        hosts: Collection[str] = (),
+        context: ssl.SSLContext | None = None,
+    ) -> None:
+        """``listening`` is from :func:`listen`; ``hosts`` are names that may be asked for; ``context`` makes it TLS."""
         self._socket = listening
-        self.url = _url(*listening.getsockname()[:2])
+        self.url = _url(*listening.getsockname()[:2], scheme="http" if context is None else "https")
         """Where a browser on this machine finds the page."""
         self._feed = Feed(look)
         config = uvicorn.Config(
@@ -51,6 +59,8 @@ class PageServer:
             ws="none",
             timeout_graceful_shutdown=GRACE_SECONDS,
         )
+        config.load()
+        config.ssl = context
         self._server = uvicorn.Server(config)
         self._thread = threading.Thread(target=self._serve, name="dashboard", daemon=True)
 
@@ -78,10 +88,10 @@ class PageServer:
         self._server.run(sockets=[self._socket])
 
 
-def _url(host: str, port: int) -> str:
+def _url(host: str, port: int, *, scheme: str) -> str:
     if ipaddress.ip_address(host).is_unspecified:
         host = "::1" if ":" in host else "127.0.0.1"
-    return f"http://[{host}]:{port}/" if ":" in host else f"http://{host}:{port}/"
+    return f"{scheme}://[{host}]:{port}/" if ":" in host else f"{scheme}://{host}:{port}/"
 
 
 def listen(address: str, port: int) -> socket.socket:

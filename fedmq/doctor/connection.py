@@ -5,6 +5,7 @@ from __future__ import annotations
 import shlex
 from collections.abc import Collection, Sequence
 
+from broker.addresses import is_loopback
 from broker.amqp.trial import Examination, Greeting, Role, Trial
 from broker.errors import AccessRefused, BrokerUnreachable, TopologyMismatch
 from broker.permissions import commands as commands_for
@@ -21,6 +22,8 @@ FRAME_BYTES = 131072
 SLOW_SECONDS = 1.0
 #: What lets a user into the admin UI, the most powerful first.
 TAGS = ("administrator", "policymaker", "monitoring", "management")
+#: Time enough to renew a certificate.
+EXPIRES_SOON_DAYS = 21
 #: Of operations that were refused, so many are named.
 NAMED = 4
 
@@ -32,7 +35,7 @@ def of_greeting(greeting: Greeting, *, heartbeat: int) -> list[Finding]:
         if not isinstance(greeting.error, BrokerUnreachable):
             advice = ""
         return [problem("broker", f"no connection: {greeting.error}", advice)]
-    found = [_of_version(greeting)]
+    found = [_of_version(greeting), *_of_line(greeting)]
     if not greeting.heartbeat:
         found.append(
             problem(
@@ -68,6 +71,20 @@ def of_greeting(greeting: Greeting, *, heartbeat: int) -> list[Finding]:
             )
         )
     return found
+
+
+def _of_line(greeting: Greeting) -> list[Finding]:
+    """Whether others can read along, and how long the certificate still holds."""
+    if greeting.tls is None:
+        if is_loopback(greeting.address.rpartition(":")[0]):
+            return [ok("tls", f"{greeting.address} is on this machine: no TLS, and none needed")]
+        text = f"{greeting.address} is spoken to without TLS: passwords and models can be read and altered on the way"
+        return [note("tls", text, "amqps:// in broker.url (docs/tls.md); without broker.allow_plain it is refused")]
+    tls = greeting.tls
+    text = f"{tls.version} with {tls.cipher}; the broker's certificate expires in {tls.days_left:.0f} days"
+    if tls.days_left < EXPIRES_SOON_DAYS:
+        return [note("tls", text, "renew it: from then on nobody connects any more, and what stands is not ended")]
+    return [ok("tls", text)]
 
 
 def _of_version(greeting: Greeting) -> Finding:

@@ -10,9 +10,10 @@ import pytest
 from pika import exceptions
 from pika.adapters.utils.io_services_utils import _AsyncTransportBase
 
+from broker.amqp.credentials import parameters
 from broker.amqp.publisher import plain
 from broker.amqp.refusals import Operation, Place, channel_error, connection_error, verdict
-from broker.amqp.session import parameters, version_of
+from broker.amqp.session import version_of
 from broker.errors import (
     AccessRefused,
     BrokerError,
@@ -161,7 +162,8 @@ def test_headers_are_reduced_to_what_every_queue_carries() -> None:
 
 def test_parameters_follow_the_settings() -> None:
     url = "amqp://u:p@a/,amqps://u:p@b:1234/v"
-    config = BrokerConfig.model_validate({"url": url, "heartbeat": 17, "blocked_timeout": 9, "connect_timeout": 3})
+    timeouts = {"heartbeat": 17, "blocked_timeout": 9, "connect_timeout": 3}
+    config = BrokerConfig.model_validate({"url": url, "allow_plain": True, **timeouts})
     first, second = parameters(config, "name")
     assert (first.host, first.port, first.virtual_host, first.ssl_options) == ("a", 5672, "/", None)
     assert (second.host, second.port, second.virtual_host) == ("b", 1234, "v")

@@ -342,7 +342,7 @@ def test_a_name_server_that_is_silent_keeps_nobody(topology: Topology, monkeypat
         raise socket.gaierror(socket.EAI_AGAIN, "Temporary failure in name resolution")
 
     monkeypatch.setattr(socket, "getaddrinfo", silent)
-    config = BrokerConfig.model_validate({"url": "amqp://u:p@broker.example/"})
+    config = BrokerConfig.model_validate({"url": "amqp://u:p@broker.example/", "allow_plain": True})
     worker = AmqpWorkerTransport(config, topology, worker="w1")
     worker.open(Inbox())
     waiting = worker.publish(update(0))

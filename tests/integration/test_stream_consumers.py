@@ -8,8 +8,9 @@ import secrets
 import pika
 import pytest
 
+from broker.amqp.credentials import parameters
 from broker.amqp.node import PrivateNode
-from broker.amqp.session import Channel, Session, parameters
+from broker.amqp.session import Channel, Session
 from tests.support.node import config_of
 
 pytestmark = pytest.mark.broker

@@ -10,7 +10,9 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from urllib.parse import urlsplit
 
+from broker.addresses import is_loopback
 from tests.support.waiting import wait_for
 
 __all__ = [
@@ -80,6 +82,8 @@ def environment_of(url: str | None, more: Mapping[str, str] | None = None) -> di
     # What a person is told, of whom most tests are; a pipe would have JSON.
     kept["FEDMQ_LOG_FORMAT"] = "human"
     if url is not None:
+        if not is_loopback(urlsplit(url).hostname or "localhost"):  # the broker of TEST_RABBITMQ_URL
+            kept["FEDMQ_BROKER_ALLOW_PLAIN"] = "true"
         kept["FEDMQ_BROKER_URL"] = url
     return kept | dict(more or {})
 

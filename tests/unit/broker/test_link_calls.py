@@ -14,7 +14,7 @@ from broker.amqp.session import Session
 from broker.settings import BrokerConfig
 from tests.support.waiting import wait_for
 
-CONFIG = BrokerConfig.model_validate({"url": "amqp://u:p@somewhere/"})
+CONFIG = BrokerConfig.model_validate({"url": "amqp://u:p@somewhere/", "allow_plain": True})
 THREADS, CALLS = 4, 500
 
 

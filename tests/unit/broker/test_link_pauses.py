@@ -17,7 +17,7 @@ from broker.errors import AccessRefused, BrokerError, BrokerUnreachable, Connect
 from broker.settings import BrokerConfig
 from tests.support.waiting import wait_for
 
-CONFIG = BrokerConfig.model_validate({"url": "amqp://u:p@somewhere/"})
+CONFIG = BrokerConfig.model_validate({"url": "amqp://u:p@somewhere/", "allow_plain": True})
 
 
 class FakeSession:

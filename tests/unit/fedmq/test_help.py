@@ -36,7 +36,16 @@ LEAVES = {name: command for name, command in COMMANDS.items() if not hasattr(com
 NOTHING_LISTED = {
     "dashboard",
     *("demo", "init", "aggregator", "worker", "evaluate", "set", "release", "pause", "resume", "stop"),
-    *("checkpoint export", "dead replay", "dead drop", "broker check", "broker node", "report", "track"),
+    *(
+        "checkpoint export",
+        "dead replay",
+        "dead drop",
+        "broker certificates",
+        "broker check",
+        "broker node",
+        "report",
+        "track",
+    ),
     *("keys make", "keys show", "keys enrol", "keys remove"),
     *("broker setup", "broker add-worker", "broker rotate", "broker remove-worker"),
 }

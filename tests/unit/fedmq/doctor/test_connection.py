@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import pytest
 
-from broker.amqp.trial import ROLES, Examination, Greeting, Role, Trial
+from broker.amqp.trial import ROLES, Examination, Greeting, Role, Tls, Trial
 from broker.errors import AccessRefused, BrokerUnreachable, ConnectionLost, TopologyMismatch, Unroutable
 from broker.permissions import commands, rights_of
 from fedmq.doctor.connection import TESTED, of_greeting, of_power, of_sizes, of_trials
@@ -24,6 +24,7 @@ GREETING = Greeting(
     frame_max=131072,
     heartbeat=30,
     seconds=0.01,
+    tls=Tls("TLSv1.3", "TLS_AES_256_GCM_SHA384", 300.0),
 )
 REFUSED = AccessRefused("refused … topic): ACCESS_REFUSED - access to queue 'q' in vhost '/' refused")
 OF_TOPIC = AccessRefused("refused … topic): ACCESS_REFUSED - access to topic 'r.w' in exchange 'fedmq.updates' refused")
@@ -41,6 +42,10 @@ def test_a_broker_as_it_should_be_gives_no_note() -> None:
     assert worst(of_greeting(GREETING, heartbeat=30)) is Level.OK
 
 
+def test_on_this_machine_no_tls_is_needed() -> None:
+    assert worst(of_greeting(replace(GREETING, address="127.0.0.1:5672", tls=None), heartbeat=30)) is Level.OK
+
+
 def test_the_versions_that_count_as_tested_are_those_that_the_docs_name() -> None:
     page = (ROOT / "docs" / "rabbitmq-versions.md").read_text()
 
@@ -56,6 +61,12 @@ def test_the_versions_that_count_as_tested_are_those_that_the_docs_name() -> Non
         ({"channel_max": 4}, Level.PROBLEM, "channel_max"),
         ({"frame_max": 4096}, Level.NOTE, "frame_max"),
         ({"seconds": 3.0}, Level.NOTE, "3.0 s"),
+        ({"tls": None}, Level.NOTE, "without TLS: passwords and models can be read"),
+        (
+            {"tls": Tls("TLSv1.2", "some", 20.4)},
+            Level.NOTE,
+            "TLSv1.2 with some; the broker's certificate expires in 20",
+        ),
         ({"error": BrokerUnreachable("host:5672: Connection refused")}, Level.PROBLEM, "Connection refused"),
         ({"error": REFUSED}, Level.PROBLEM, "refused"),
     ],

@@ -13,6 +13,7 @@ from aggregator.core.rules import CommitPolicy, Rules
 from aggregator.core.screen import NormLimits
 from aggregator.core.snapshot import Changes
 from aggregator.core.standing import QuarantinePolicy
+from aggregator.gate import GateLimits
 from aggregator.schedules import schedule_of
 from aggregator.staleness import weight_of
 from aggregator.strategies import stepping, strategy_of
@@ -45,6 +46,7 @@ LIVE = frozenset(
         "linger",
         "local_steps_max",
         "local_steps_min",
+        "max_examples",
         "max_norm",
         "max_staleness",
         "minimum_updates",
@@ -128,6 +130,10 @@ class AggregatorConfig(AggregatorTable):
         """
         return 2 * self.in_flight(model_bytes)
 
+    def gate_limits(self) -> GateLimits:
+        """What each worker may send."""
+        return GateLimits(self.worker_updates_per_second, self.worker_bytes_per_second)
+
     def rules(self, model_bytes: int = 0) -> Rules:
         """What the round machine goes by, for a model of this size."""
         recipe = self.recipe()
@@ -155,6 +161,7 @@ class AggregatorConfig(AggregatorTable):
             ),
             fairness=self._fairness(),
             norms=NormLimits(self.max_norm, self.norm_factor),
+            max_examples=self.max_examples,
             quarantine=QuarantinePolicy(self.quarantine_score, self.quarantine_seconds, self.score_half_life),
             worker_timeout=self.worker_timeout,
             linger_seconds=self.linger,

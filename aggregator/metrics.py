@@ -218,9 +218,9 @@ class AggregatorMetrics(Meter, Collector):
                 self._folded(entry, goal)
             case do.VersionMade(record):
                 self._made(record)
-            case do.Rejected(worker, reason):
-                self._reasons[(reason.value,)] += 1
-                self._row(worker).rejected[reason.value] += 1
+            case do.Rejected(worker, reason, count=count):
+                self._reasons[(reason.value,)] += count
+                self._row(worker).rejected[reason.value] += count
             case do.Repeated():
                 self._counts[DUPLICATE] += 1
             case do.EvaluationRecord(_, evaluated, metrics) if evaluated >= self._evaluated_version:

@@ -150,12 +150,13 @@ class Reporter:
                 )
             case do.EvaluationRecord() | Federated():
                 self._evaluated(fact, version)
-            case do.Rejected(worker, reason, detail, update):
-                self.progress("rejected", version, worker=worker, reason=reason.value)
+            case do.Rejected(worker, reason, detail, update, count):
+                self.progress("rejected", version, worker=worker, reason=reason.value, count=count)
                 # What was on its way when the last round closed is the end of every healthy run.
                 level = logging.INFO if reason is Reason.RUN_DONE else logging.WARNING
-                log.log(level, "rejected %s of %s: %s: %s", update or "a message", worker or "?", reason, detail)
-                self._count_rejected(worker, reason, version)
+                what = update or ("a message" if count == 1 else f"{count} messages, unread,")
+                log.log(level, "rejected %s of %s: %s: %s", what, worker or "?", reason, detail)
+                self._count_rejected(worker, reason, version, count)
             case do.Came(worker, role):
                 log.info("%s %s is here", role, worker)
             case do.Went(worker, role, ""):
@@ -176,9 +177,9 @@ class Reporter:
             case do.Warn(text):
                 log.warning("%s", text)
 
-    def _count_rejected(self, worker: str, reason: Reason, version: int) -> None:
+    def _count_rejected(self, worker: str, reason: Reason, version: int, count: int) -> None:
         name = worker if worker in self._rejected or len(self._rejected) < MOST_REJECTED else ""
-        self._rejected.setdefault(name, Counter())[reason.value] += 1
+        self._rejected.setdefault(name, Counter())[reason.value] += count
         self._rejected_version = version
         if self._now() - self._told_rejected >= REJECTED_SECONDS:
             self._tell_rejected()

@@ -30,14 +30,15 @@ class Senders:
         """Why nothing is taken that ``user`` says in the name of ``worker``; None if it may."""
         if not user:
             return Reason.NO_USER, NO_USER
-        if user == worker or self._speaks_for_all(user):
+        if user == worker or self.speaks_for_all(user):
             return None
         detail = f"account {user!r} speaks in the name of {worker!r}: a worker's account is called as the worker"
         return Reason.WRONG_USER, f"{detail}, and an operator's stands in aggregator.trusted_users"
 
     def blamed(self, user: str, said: str) -> str:
         """Who is to answer for a message of ``user`` that says it is from ``said``: never who was only named."""
-        return said if self._speaks_for_all(user) else user
+        return said if self.speaks_for_all(user) else user
 
-    def _speaks_for_all(self, user: str) -> bool:
+    def speaks_for_all(self, user: str) -> bool:
+        """Whether ``user`` may say anything in any worker's name."""
         return user in self.trusted or (user == self.own and user != "")

@@ -22,6 +22,7 @@ from aggregator.core import effects as do
 from aggregator.core import events as on
 from aggregator.core.machine import RoundMachine
 from aggregator.core.snapshot import Snapshot
+from aggregator.gate import Gate, largest_update, too_large
 from aggregator.history import History
 from aggregator.meter import Meter
 from aggregator.orders import ordered
@@ -42,6 +43,7 @@ from broker.errors import (
     WireError,
 )
 from broker.messages import Command, Role
+from broker.seldom import Seldom
 from broker.settings import CHUNK_BYTES
 from broker.transport import (
     AggregatorTransport,
@@ -117,6 +119,8 @@ class AggregatorService:
         self._accept_older, self._drop_changes = accept_older, drop_changes
         self._wall = time.time() - time.monotonic()
         self._senders = Senders("", frozenset(config.trusted_users))
+        self._gate = Gate(config.gate_limits(), self._now)
+        self._seldom = Seldom()
         self._led: Reign | None = None
         self._history = History(folder / "history.jsonl")
         self._inbox: queue.SimpleQueue[Incoming | on.Happening] = queue.SimpleQueue()
@@ -153,7 +157,7 @@ class AggregatorService:
         self._room = Room(self._announcer, self._handle, self._waits_no_longer)
         signer = self._signatures.signer
         self._status = StatusTeller(self.run_name, transport, self._store.folder, self._now, signer)
-        observers = [self._meter.records, self._status.note]
+        observers = [self._meter.records, self._status.note, self._gate.note]
         self._reporter = Reporter(
             self.run_name, transport, self._history, self._now, observers=observers, signer=signer
         )
@@ -195,6 +199,9 @@ class AggregatorService:
 
     def _take(self, item: Incoming | on.Happening) -> None:
         self._show_life()
+        if self._led is not None:
+            for shut in self._gate.due():
+                self._handle(shut, self._led.machine)
         if self._led is not None and self._parked:
             self._take_parked(self._led.machine)
             self._delivery = self._arrival = None
@@ -363,9 +370,15 @@ class AggregatorService:
         self._delivery = delivery
         if delivery.source is not Source.UPDATE:
             return self._read_aside(delivery, self._led.machine)
-        assert delivery.token is not None  # noqa: S101  (updates are always acknowledged by hand)
-        with self._meter.decode:
-            event = read_update(delivery.token, delivery, self._senders, self._signatures)
+        token = delivery.token
+        assert token is not None  # noqa: S101  (updates are always acknowledged by hand)
+        if self._gate.is_shut(delivery, self._senders):
+            self._transport.shed(token, delivery)
+            return None
+        event: on.Happening | None = too_large(token, delivery, largest_update(self._led.machine.model.nbytes))
+        if event is None:
+            with self._meter.decode:
+                event = read_update(token, delivery, self._senders, self._signatures)
         self._meter.received(delivery, event)
         head = event.update if isinstance(event, on.Arrived) else getattr(event, "head", None)
         if head is not None and head.base_epoch > self._led.epoch:
@@ -389,9 +402,12 @@ class AggregatorService:
     def _read_aside(self, delivery: Delivery, machine: RoundMachine) -> on.Happening | None:
         try:
             who, signed = self._senders, self._signatures
+            if self._gate.is_shut_aside(delivery, who):
+                return None
             message = from_aside(delivery, self.run_name, machine.version, self._status.hear, who, signatures=signed)
         except WireError as error:
-            log.warning("ignored a %s message that cannot be read: %s", delivery.source, error)
+            if self._seldom.may(f"aside: {delivery.user}"):
+                log.warning("ignored a %s message that cannot be read: %s", delivery.source, error)
             message = None
         if isinstance(message, Command) and delivery.token is not None:
             event = self._ordered(message, delivery, machine)

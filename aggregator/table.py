@@ -111,6 +111,13 @@ class AggregatorTable(Table):
     """Updates so many times as long as is usual are rejected; without it, none. Usual is the median over the last 101
     workers of each one's last five updates. 10 is a good value. What is in half precision or in a codec is read once
     more for it."""
+    max_examples: Positive | None = None
+    """The most examples that an update may claim to be made of, where updates weigh as many; without it, any."""
+    worker_updates_per_second: Annotated[float, Field(gt=0)] | None = None
+    """What each worker may send in the long run, and ten seconds' worth at once; without it, any. What is beyond is
+    refused unread, and not kept: ``too-many``. For workers that have accounts of their own."""
+    worker_bytes_per_second: Annotated[float, Field(gt=0)] | None = None
+    """The same in bytes of updates."""
     one_per_worker: bool = False
     """Buffered rounds: one update of each worker in a round, so that a fast one cannot fill it; takes at least
     ``buffer_size`` workers."""

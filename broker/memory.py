@@ -252,6 +252,11 @@ class MemoryAggregatorTransport(_Endpoint):
             self._run.dead.append(DeadLetter(replace(delivery, chunks=None), reason, detail))
             self._forget(token)
 
+    def shed(self, token: Token, delivery: Delivery) -> None:
+        """See the port."""
+        del delivery
+        self.ack(token)
+
     def broadcast(self, message: Outgoing) -> Future[None]:
         """See the port."""
         future: Future[None] = Future()

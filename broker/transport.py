@@ -202,6 +202,9 @@ class AggregatorTransport(Protocol):
     def max_message_bytes(self) -> int:
         """The largest body that this broker takes, as far as is known."""
 
+    def shed(self, token: Token, delivery: Delivery) -> None:
+        """Forget the update, and its chunks if it has some, and keep no copy: it was not even read."""
+
     @property
     def account(self) -> str:
         """The broker's account that it speaks as; empty before it is connected."""

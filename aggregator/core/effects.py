@@ -125,12 +125,13 @@ class Folded:
 
 @dataclass(frozen=True, slots=True)
 class Rejected:
-    """An update was rejected."""
+    """An update was rejected, or ``count`` were, unread."""
 
     worker: str
     reason: Reason
     detail: str
     update: UpdateId | None = None
+    count: int = 1
 
 
 @dataclass(frozen=True, slots=True)

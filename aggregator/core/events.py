@@ -24,6 +24,7 @@ __all__ = [
     "LinkUp",
     "Ordered",
     "Seen",
+    "Shut",
     "StopRequested",
     "Tick",
     "Unreadable",
@@ -160,6 +161,17 @@ class Tick:
 
 
 @dataclass(frozen=True, slots=True)
+class Shut:
+    """So many messages were refused unread, and not kept."""
+
+    worker: str
+    """Whose account sent them; empty for several, or if nobody vouches for any."""
+    reason: Reason
+    detail: str
+    count: int
+
+
+@dataclass(frozen=True, slots=True)
 class StopRequested:
     """Someone wants this aggregator to stop: commit what is folded, then go."""
 
@@ -179,6 +191,7 @@ Happening = (
     | CheckpointFailed
     | LinkUp
     | LinkLost
+    | Shut
     | Tick
     | StopRequested
 )

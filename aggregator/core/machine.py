@@ -174,19 +174,14 @@ class RoundMachine:
                 if update is not None:
                     effects += [do.Ack(other) for other in self._fetching.pop(update, [])]
                 effects += self._reject(token, worker, (reason, detail), update, now)
+            case on.Shut(worker, reason, detail, count):
+                effects += self._blame(worker, (reason, detail), None, now, count)
             case on.Joined(hello):
                 self.roster.see(hello.worker, now, hello.role)
             case on.Left(goodbye):
                 self._left(goodbye, now)
-            case on.Seen(worker, incarnation, role, confirmed, waiting):
-                self.roster.see(worker, now, role)
-                self.roster.wait(worker, waiting, now)
-                self.roster.confirm(worker, incarnation, confirmed)
-                if self.roster.is_doubled(worker, incarnation):
-                    text = (
-                        f"there are two workers called {worker}; give each its own worker.name, or its data count twice"
-                    )
-                    effects.append(do.Record(do.Warn(text)))
+            case on.Seen():
+                effects += self._seen(event, now)
             case on.Ordered():
                 effects += self._ordered(event, now)
             case on.Evaluated(worker, version, metrics):
@@ -221,6 +216,16 @@ class RoundMachine:
         self.roster.confirm(goodbye.worker, goodbye.incarnation, goodbye.confirmed)
         self.roster.leave(goodbye.worker, now, goodbye.reason)
         self._ending.left_at = now
+
+    def _seen(self, event: on.Seen, now: float) -> list[do.Effect]:
+        worker = event.worker
+        self.roster.see(worker, now, event.role)
+        self.roster.wait(worker, event.waiting, now)
+        self.roster.confirm(worker, event.incarnation, event.confirmed)
+        if not self.roster.is_doubled(worker, event.incarnation):
+            return []
+        text = f"there are two workers called {worker}; give each its own worker.name, or its data count twice"
+        return [do.Record(do.Warn(text))]
 
     def _checked(self, event: on.Checked, now: float) -> None:
         self.roster.note(event.worker, now)
@@ -283,6 +288,7 @@ class RoundMachine:
             version=self.version,
             void=self._void,
             needs_effort=self.rules.needs_effort,
+            max_examples=self.rules.max_examples,
         )
         if refused is None and self.done:
             refused = Reason.RUN_DONE, f"the run ended with version {self.version}"
@@ -305,12 +311,16 @@ class RoundMachine:
     def _reject(
         self, token: Token, worker: str, refused: tuple[Reason, str], update: UpdateId | None, now: float
     ) -> list[do.Effect]:
+        return [do.Reject(token, *refused), *self._blame(worker, refused, update, now)]
+
+    def _blame(
+        self, worker: str, refused: tuple[Reason, str], update: UpdateId | None, now: float, count: int = 1
+    ) -> list[do.Effect]:
+        """What follows from a rejection, beside what becomes of the message."""
         reason, detail = refused
-        self.rejected[reason.value] += 1
-        effects: list[do.Effect] = [do.Reject(token, reason, detail)]
-        if worker:
-            effects.append(do.Tell(worker, reason, detail, update))
-        effects.append(do.Record(do.Rejected(worker, reason, detail, update)))
+        self.rejected[reason.value] += count
+        effects: list[do.Effect] = [do.Tell(worker, reason, detail, update)] if worker else []
+        effects.append(do.Record(do.Rejected(worker, reason, detail, update, count)))
         return effects + (self.screening.reject(worker, reason, self.version, now) if worker else [])
 
     # -------------------------------------------------------------------------------------------- commands

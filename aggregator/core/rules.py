@@ -51,6 +51,8 @@ class Rules:
     fairness: Fairness = field(default_factory=Fairness)
     """Whether updates are weighed by their workers' rates."""
     norms: NormLimits = field(default_factory=NormLimits)
+    max_examples: int | None = None
+    """The most that an update may claim; None for any."""
     quarantine: QuarantinePolicy = field(default_factory=QuarantinePolicy)
     worker_timeout: float = 15.0
     """Seconds of silence after which a worker counts as gone."""

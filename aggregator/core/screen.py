@@ -28,11 +28,13 @@ def refusal(
     version: int,
     void: tuple[tuple[int, int], ...] = (),
     needs_effort: bool = False,
+    max_examples: int | None = None,
 ) -> tuple[Reason, str] | None:
     """Why ``update`` cannot be used at all by ``run`` at ``version``, or None; its values aside.
 
     ``claimed`` is the model that it says it is of; ``void`` holds the versions that were taken back, as first and
-    last; ``needs_effort`` says that the strategy cannot do without knowing how much the worker did.
+    last; ``needs_effort`` says that the strategy cannot do without knowing how much the worker did; ``max_examples`` is
+    what is believed at most.
     """
     refused = None
     if update.run != run:
@@ -43,6 +45,9 @@ def refusal(
         refused = Reason.MODEL_MISMATCH, "; ".join(model.differences(claimed, theirs="the update")[:3])
     elif update.examples < 1:
         refused = Reason.NO_EXAMPLES, "no examples stand behind it"
+    elif max_examples is not None and update.examples > max_examples:
+        detail = f"it claims {update.examples} examples; aggregator.max_examples is {max_examples}"
+        refused = Reason.TOO_MANY_EXAMPLES, detail
     elif needs_effort and update.effort < 1:
         refused = (
             Reason.NOT_SUPPORTED,

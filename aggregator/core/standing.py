@@ -22,6 +22,10 @@ BLAMED = frozenset(
         Reason.NORM_TOO_LARGE,
         Reason.NORM_UNUSUAL,
         Reason.NOT_FINITE,
+        Reason.TOO_LARGE,
+        Reason.TOO_MANY,
+        Reason.TOO_MANY_EXAMPLES,
+        Reason.WRONG_USER,
     }
 )
 

@@ -109,11 +109,19 @@ class AmqpAggregatorTransport(Side):
         if delivery.user:  # the copy is the aggregator's own message
             facts["user"] = delivery.user
         body = delivery.body
+        if reason is Reason.TOO_LARGE:
+            facts["body"], body = f"{len(body)} bytes, left out", b""
         if "chunks" in delivery.headers:
             facts["body"], body = f"{delivery.headers.get('bytes', 0)} bytes, left out", b""
             if delivery.chunks is None and not delivery.lost:
                 self._consumer.call(self._discard, token, delivery)
         self._consumer.call(self._bury, token, facts, body)
+
+    def shed(self, token: Token, delivery: Delivery) -> None:
+        """See the port."""
+        if "chunks" in delivery.headers:
+            self._consumer.call(self._discard, token, delivery)
+        self._consumer.call(self._ack, token)
 
     def broadcast(self, message: Outgoing) -> Future[None]:
         """See the port. Tried again until it succeeds or a newer one has taken its place."""

@@ -109,10 +109,10 @@ class Gate:
             case do.Repeated(update):
                 self._bad.spend(update.worker, REPEATED, self._now())
 
-    def due(self) -> Iterator[on.Shut]:
-        """What was refused since the last time, about once a second."""
+    def due(self, *, at_once: bool = False) -> Iterator[on.Shut]:
+        """What was refused since the last time, about once a second, or ``at_once``."""
         now = self._now()
-        if not self._shut or now - self._told < TELL_SECONDS:
+        if not self._shut or not (at_once or now - self._told >= TELL_SECONDS):
             return
         self._told = now
         shut, self._shut = self._shut, {}

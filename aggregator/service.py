@@ -167,6 +167,7 @@ class AggregatorService:
             self._loop(lambda: self._finish is not None)
             deadline = time.monotonic() + DRAIN_SECONDS
             self._loop(lambda: time.monotonic() > deadline and self._inbox.empty())
+            self._tell_shut(at_once=True)
             self._reporter.tell_folded(at_once=True)
             self._tell_status(leaves=True)
             self._announcer.wait(timeout=10.0)
@@ -199,9 +200,7 @@ class AggregatorService:
 
     def _take(self, item: Incoming | on.Happening) -> None:
         self._show_life()
-        if self._led is not None:
-            for shut in self._gate.due():
-                self._handle(shut, self._led.machine)
+        self._tell_shut()
         if self._led is not None and self._parked:
             self._take_parked(self._led.machine)
             self._delivery = self._arrival = None
@@ -222,6 +221,11 @@ class AggregatorService:
             self._fetch_next(item)
             self._handle(event, self._led.machine)
         self._delivery = self._arrival = None
+
+    def _tell_shut(self, *, at_once: bool = False) -> None:
+        if self._led is not None:
+            for shut in self._gate.due(at_once=at_once):
+                self._handle(shut, self._led.machine)
 
     def _take_parked(self, machine: RoundMachine) -> None:
         """Take in the updates that are here, unless there is no room for the first; they wait for that.

@@ -6,6 +6,7 @@ import re
 import secrets
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
@@ -27,7 +28,7 @@ from broker.console import (
 from broker.errors import ConfigError
 from broker.messages import NAME_PATTERN, Action, Command, Scalar
 from broker.settings import Settings, load
-from broker.signing import COMMAND, Signer, sealing_of
+from broker.signing import COMMAND, Keyring, Signer, sealing_of
 from broker.topology import Topology
 
 __all__ = ["pause", "release", "resume", "set_", "stop"]
@@ -43,6 +44,10 @@ WaitOption = Annotated[float, typer.Option("--wait", min=0.0, help="Seconds to w
 KeyOption = Annotated[
     Path | None, typer.Option("--key", help="Sign it with this private key; see aggregator.operator_keys_file.")
 ]
+KeysOption = Annotated[
+    Path | None,
+    typer.Option("--aggregator-keys", help="Believe only an answer that one of these public keys has signed."),
+]
 WorkerArgument = Annotated[str, typer.Argument(metavar="WORKER", help="Its name.")]
 ChangesArgument = Annotated[list[str], typer.Argument(metavar="NAME=VALUE...", help="Settings of the aggregator.")]
 
@@ -54,6 +59,7 @@ def set_(
     run: RunOption = None,
     broker: BrokerOption = None,
     key: KeyOption = None,
+    aggregator_keys: KeysOption = None,
     wait: WaitOption = 10.0,
     verbose: VerboseOption = 0,
 ) -> None:
@@ -68,7 +74,15 @@ def set_(
     """
     with guard():
         set_up_logging(verbose, quiet=not verbose)
-        _give(Action.SET, _settings(config, run, broker), key, wait, _parsed(changes))
+        _give(Action.SET, _settings(config, run, broker), Trust(key, aggregator_keys), wait, _parsed(changes))
+
+
+@dataclass(frozen=True, slots=True)
+class Trust:
+    """Files: as whom an operator speaks, and whom they believe."""
+
+    key: Path | None
+    aggregator_keys: Path | None
 
 
 def _plain(action: Action, text: str) -> Callable[..., None]:
@@ -80,12 +94,13 @@ def _plain(action: Action, text: str) -> Callable[..., None]:
         run: RunOption = None,
         broker: BrokerOption = None,
         key: KeyOption = None,
+        aggregator_keys: KeysOption = None,
         wait: WaitOption = 10.0,
         verbose: VerboseOption = 0,
     ) -> None:
         with guard():
             set_up_logging(verbose, quiet=not verbose)
-            _give(action, _settings(config, run, broker), key, wait)
+            _give(action, _settings(config, run, broker), Trust(key, aggregator_keys), wait)
 
     command.__doc__ = text
     return command
@@ -98,6 +113,7 @@ def release(
     run: RunOption = None,
     broker: BrokerOption = None,
     key: KeyOption = None,
+    aggregator_keys: KeysOption = None,
     wait: WaitOption = 10.0,
     verbose: VerboseOption = 0,
 ) -> None:
@@ -112,7 +128,7 @@ def release(
         set_up_logging(verbose, quiet=not verbose)
         if not re.fullmatch(NAME_PATTERN, worker):
             raise ConfigError(f"{worker!r} cannot be a worker's name: letters, digits, dash and underscore, up to 64")
-        _give(Action.RELEASE, _settings(config, run, broker), key, wait, {"worker": worker})
+        _give(Action.RELEASE, _settings(config, run, broker), Trust(key, aggregator_keys), wait, {"worker": worker})
 
 
 pause = _plain(
@@ -163,11 +179,12 @@ def _parsed(pairs: list[str]) -> dict[str, Scalar]:
 
 
 def _give(
-    action: Action, settings: Settings, key: Path | None, wait: float, changes: dict[str, Scalar] | None = None
+    action: Action, settings: Settings, trust: Trust, wait: float, changes: dict[str, Scalar] | None = None
 ) -> None:
-    sealing = sealing_of(Signer.load(key, settings.run, "--key"), COMMAND)
+    sealing = sealing_of(Signer.load(trust.key, settings.run, "--key"), COMMAND)
+    keys = Keyring.load(trust.aggregator_keys, settings.run, "--aggregator-keys")
     command = Command(run=settings.run, id=secrets.token_hex(8), action=action, changes=changes or {}, time=time.time())
-    with Operator(settings.broker, Topology(settings.run)) as operator:
+    with Operator(settings.broker, Topology(settings.run), keys) as operator:
         answer = operator.give(command, wait=wait, sealing=sealing)
     if answer is None:
         text = (

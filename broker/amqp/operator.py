@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import threading
 from dataclasses import dataclass
 from types import TracebackType
@@ -10,14 +11,18 @@ from typing import Self
 from broker.amqp.publisher import Publisher
 from broker.amqp.session import Channel
 from broker.amqp.watch import AmqpWatch
-from broker.errors import BrokerError, BrokerUnreachable, Unroutable, WireError
+from broker.errors import BadSignature, BrokerError, BrokerUnreachable, NotSigned, Unroutable, WireError
 from broker.messages import Command, Event, EventKind
 from broker.settings import BrokerConfig
+from broker.signing import EVENT, Keyring
 from broker.topology import CONTROL, EVENTS, Topology
 from broker.transport import Delivery, Failed, Incoming, Outgoing
 from broker.wire import Sealing, decode, encode
 
 __all__ = ["Answer", "Operator"]
+
+
+log = logging.getLogger("fedmq.broker")
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,8 +36,9 @@ class Answer:
 class Operator:
     """A connection for commands; a context manager."""
 
-    def __init__(self, config: BrokerConfig, topology: Topology) -> None:
-        """Nothing happens before the block is entered."""
+    def __init__(self, config: BrokerConfig, topology: Topology, keys: Keyring | None = None) -> None:
+        """Nothing happens before the block is entered. With ``keys``, an answer must be signed with one of them."""
+        self._keys = keys
         self._topology = topology
         self._patience = config.connect_timeout + 5
         self._publisher = Publisher(
@@ -96,7 +102,11 @@ class Operator:
             return
         try:
             event = decode(item.body)
-        except WireError:
+            if self._keys is not None and isinstance(event, Event) and event.kind is EventKind.PROGRESS:
+                self._keys.speakers(item.body, EVENT)
+        except WireError as error:
+            if isinstance(error, NotSigned | BadSignature):
+                log.warning("an answer that is not believed is left aside: %s", error)
             return
         if not isinstance(event, Event) or event.kind is not EventKind.PROGRESS or event.data.get("what") != "command":
             return

@@ -147,7 +147,8 @@ def test_what_the_brokers_administrator_forges_changes_and_replays_is_refused(
         with running(tmp_path, "aggregator", url=node.url, name="second") as aggregator:
             aggregator.wait_log("left aside: it bears no signature")
             further()
-            done = fedmq(tmp_path, *stop, "--key", str(keys.private("boss")), url=node.url)
+            signed = ("--key", str(keys.private("boss")), "--aggregator-keys", str(files["aggregators"]))
+            done = fedmq(tmp_path, *stop, *signed, url=node.url)
             assert done.code == 0, done
             assert worker.wait() == 0
             assert aggregator.wait() == 0

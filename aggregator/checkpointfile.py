@@ -36,6 +36,7 @@ from aggregator.optimizers import OptimizerState
 from aggregator.rowfile import RowPart, StoredRows, open_rows
 from aggregator.strategies.base import Accumulator
 from broker.errors import CheckpointCorrupt, CheckpointError, CheckpointNotWritten
+from broker.jsontext import from_json
 from broker.messages import DTYPES, Array, ModelSpec, Scalar, Tensors, as_bytes
 
 __all__ = ["ForeignCheckpoint", "contents", "read_checkpoint", "read_head", "row_files", "write_tensors"]
@@ -197,7 +198,7 @@ def _read_tensors(file: Path, layout: _Layout) -> dict[str, Array]:
     arrays: dict[str, Array] = {}
     with file.open("rb") as content:
         (length,) = struct.unpack("<Q", content.read(8))
-        header = json.loads(content.read(length))
+        header = from_json(content.read(length))
         for name in sorted(layout, key=lambda name: int(header[name]["data_offsets"][0])):
             dtype, shape = layout[name]
             if dtype not in _DTYPES:

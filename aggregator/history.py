@@ -23,6 +23,7 @@ from aggregator.core.snapshot import Entry, VersionRecord
 from aggregator.disk import sync_folder, write_all
 from aggregator.software import software
 from broker.errors import CheckpointCorrupt, CheckpointError, CheckpointNotWritten, first_problem
+from broker.jsontext import from_json
 
 __all__ = ["History", "read_history", "scan_history", "version_line", "version_record"]
 
@@ -291,7 +292,7 @@ def _lines(content: bytes) -> Iterator[dict[str, Any]]:
     """Those lines in ``content`` that are JSON objects."""
     for line in content.splitlines():
         try:
-            value = json.loads(line)
+            value = from_json(line)
         except ValueError:
             continue
         if isinstance(value, dict):

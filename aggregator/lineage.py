@@ -6,7 +6,6 @@ at a time, and the models that are rebuilt.
 
 from __future__ import annotations
 
-import json
 import logging
 import tempfile
 from collections.abc import Iterator, Sequence
@@ -23,6 +22,7 @@ from aggregator.history import scan_history, version_record
 from aggregator.replay import Link, Rebuild, distance, needed, rebuild
 from aggregator.spool import DiskSpool
 from broker.errors import CheckpointCorrupt, LineageError, WireError
+from broker.jsontext import from_json
 from broker.messages import Update, UpdateId
 from broker.wire import decode
 
@@ -116,7 +116,7 @@ class Lineage:
         try:
             with self.history.open("rb") as file:
                 file.seek(fact.start)
-                line: Any = json.loads(file.readline())
+                line: Any = from_json(file.readline())
             record = version_record(line)
         except (OSError, ValueError, CheckpointCorrupt) as error:
             raise LineageError(f"{self.history}: {error}") from None
@@ -344,7 +344,7 @@ def _partial(base: Path) -> frozenset[UpdateId]:
     """Updates in the partial round that ``base`` holds; its tensors are not read."""
     try:
         with safe_open(base, framework="np") as content:
-            entries = json.loads((content.metadata() or {})["state"])["entries"]
+            entries = from_json((content.metadata() or {})["state"])["entries"]
         return frozenset(UpdateId(**entry["id"]) for entry in entries)
     except (SafetensorError, OSError, ValueError, KeyError, TypeError):
         log.warning("%s cannot be read", base)

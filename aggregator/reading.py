@@ -39,6 +39,8 @@ def read_update(
     anybody may.
     """
     worker = str(delivery.headers.get("worker", ""))
+    if re.fullmatch(NAME_PATTERN, worker) is None:
+        worker = ""  # nobody's; it would be remembered, and told of
     if senders is not None:
         if not delivery.user:
             return on.Unreadable(token, Reason.NO_USER, NO_USER)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import time
 from collections.abc import Callable
@@ -15,6 +14,7 @@ from aggregator.core.snapshot import Snapshot, SnapshotHead, rolled_back
 from aggregator.lineage import Lineage, Replay
 from aggregator.optimizers import OptimizerState
 from broker.errors import CheckpointError, CheckpointOutdated, LineageError
+from broker.jsontext import from_json
 from broker.messages import Tensors, parameters_digest
 
 __all__ = ["adopt", "checkpoint_versions", "find_checkpoint", "open_lineage", "roll_back"]
@@ -137,7 +137,7 @@ def _checkpoints(store: CheckpointStore) -> list[tuple[int, Path]]:
     for file in store.files():
         try:
             with safe_open(file, framework="np") as content:
-                found.append((int(json.loads((content.metadata() or {})["state"])["version"]), file))
+                found.append((int(from_json((content.metadata() or {})["state"])["version"]), file))
         except (SafetensorError, OSError, ValueError, KeyError, TypeError):
             log.warning("%s cannot be read", file)
     return found

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Container, Iterable, Mapping
 from dataclasses import dataclass, field
@@ -12,6 +11,7 @@ from typing import Any
 
 from aggregator.core.snapshot import SnapshotHead
 from aggregator.core.standing import QuarantinePolicy, Standings
+from broker.jsontext import from_json
 
 __all__ = ["CONTRIBUTION_FILE", "Tally", "count", "read_contributions", "rows_of", "tallied"]
 
@@ -124,7 +124,7 @@ def _pace(entry: Mapping[str, Any]) -> float | None:
 def read_contributions(file: Path) -> dict[str, float]:
     """What was found last; nothing if that is not there, or damaged."""
     try:
-        rows = json.loads(file.read_text())["workers"]
+        rows = from_json(file.read_text())["workers"]
         return {str(row["worker"]): float(row["contribution"]) for row in rows}
     except (OSError, ValueError, KeyError, TypeError):
         return {}

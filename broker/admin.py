@@ -10,12 +10,13 @@ import urllib.error
 import urllib.request
 from collections.abc import Sequence
 from email.utils import parsedate_to_datetime
-from http.client import HTTPException
+from http.client import HTTPException, HTTPResponse
 from typing import Any
 from urllib.parse import quote, unquote, urlsplit
 
 from broker.addresses import is_loopback
 from broker.errors import AccessRefused, BrokerError, BrokerUnreachable
+from broker.jsontext import from_json
 from broker.settings import BrokerConfig
 from broker.tls import client_context, complaint
 from broker.tokens import read_token
@@ -29,6 +30,20 @@ OF_ADMINISTRATORS = ("/users", "/permissions", "/topic-permissions", "/vhosts", 
 
 #: What RabbitMQ says to a wrong password or an unknown user; to one without rights it says *Not management user*.
 LOGIN_FAILED = "Login failed"
+
+
+#: Bytes of an answer. A thousand connections, of which most is told, are three megabytes.
+LARGEST_ANSWER = 64 * 2**20
+PIECE = 64 * 1024
+#: So many times as long as it may take to begin, an answer may take in all.
+TIMES_AS_LONG = 6
+
+
+class _NoDetours(urllib.request.HTTPRedirectHandler):
+    """The password goes where it was meant for, and nowhere else: RabbitMQ's API sends nobody on."""
+
+    def redirect_request(self, *_args: Any) -> None:
+        """Take the answer for a refusal."""
 
 
 class _NotThere(BrokerError):
@@ -193,16 +208,15 @@ class Admin:
         )
         try:
             asked = time.time()
-            with urllib.request.urlopen(  # noqa: S310
-                request, timeout=self._timeout, context=self._context
-            ) as answer:
+            opener = urllib.request.build_opener(_NoDetours, urllib.request.HTTPSHandler(context=self._context))
+            with opener.open(request, timeout=self._timeout) as answer:
                 self._compare_clocks(answer.headers.get("Date"), asked)
-                text = answer.read()
-            return json.loads(text) if text else None
+                text = _all_of(answer, time.monotonic() + TIMES_AS_LONG * self._timeout)
+            return from_json(text) if text else None
         except urllib.error.HTTPError as error:
             with error:
                 raise self._refusal(error, method, path) from None
-        except (OSError, ValueError, HTTPException, RecursionError) as error:
+        except (OSError, ValueError, HTTPException) as error:
             reason = getattr(error, "reason", error)
             if isinstance(reason, ssl.SSLError):
                 reason, _ = complaint(reason, urlsplit(self.url).hostname or "", ca_file=self._ca_file)
@@ -254,10 +268,23 @@ def _login_of(config: BrokerConfig, url: str) -> tuple[str, str, str]:
     return unquote(parts.username or "guest"), unquote(parts.password or "guest"), ""
 
 
+def _all_of(answer: HTTPResponse, until: float) -> bytes:
+    """An answer, unless it is without end: in bytes, or in time. Raises :class:`ValueError` then."""
+    pieces, size = [], 0
+    while piece := answer.read1(PIECE):
+        pieces.append(piece)
+        size += len(piece)
+        if size > LARGEST_ANSWER:
+            raise ValueError(f"its answer is longer than {LARGEST_ANSWER} bytes")
+        if time.monotonic() > until:
+            raise ValueError("its answer does not come to an end")
+    return b"".join(pieces)
+
+
 def _reason_of(detail: str) -> str:
     """What RabbitMQ says, or the beginning of what something else does."""
     try:
-        return str(json.loads(detail)["reason"])
+        return str(from_json(detail)["reason"])
     except (ValueError, KeyError, TypeError):
         return " ".join(detail.split())[:80] or "no reason given"
 

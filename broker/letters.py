@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from enum import StrEnum
+from itertools import islice
 from math import isfinite, sqrt
 from typing import Any
 
@@ -30,6 +31,8 @@ __all__ = [
     "Selection",
     "contents",
     "facts",
+    "kept_headers",
+    "kept_id",
     "letter_of",
     "original_headers",
     "parse_age",
@@ -51,6 +54,12 @@ REASON_LENGTH = 100
 #: The header that keeps, over replays, why an update was rejected before: the oldest first, separated by commas.
 FORMER = "former_reasons"
 FORMER_LENGTH = 300
+
+#: Of a copy in the dead letters: headers, letters of a header's name and of its text, and bytes of an id or a type.
+MOST_HEADERS = 32
+KEY_LENGTH = 64
+TEXT_LENGTH = 500
+SHORT_BYTES = 255
 
 #: Elements that are looked at together: tensors are widened to float64 for it, piece by piece.
 PIECE = 2**20
@@ -138,6 +147,23 @@ def letter_of(raw: RawLetter, number: int, run: str) -> DeadLetter:
     )
 
 
+def kept_headers(headers: Mapping[str, Any]) -> dict[str, Any]:
+    """What of an update's ``headers`` a copy in the dead letters has, so that it can be written whatever they are.
+
+    As much as a frame holds, and a reason, would be too much for a frame; the broker ends a connection for that. And
+    a name that is no UTF-8 is longer when it has been read than it may be when it is written.
+    """
+    # None that the rejection writes itself, nor what would stand in the place of the type.
+    others = ((key, value) for key, value in headers.items() if key not in {*REASON_HEADERS, "type"})
+    short = ((key, value) for key, value in others if len(key) <= KEY_LENGTH)
+    return {key: value[:TEXT_LENGTH] if isinstance(value, str) else value for key, value in islice(short, MOST_HEADERS)}
+
+
+def kept_id(text: str) -> str:
+    """``text``, or as much of it as fits where AMQP has an id or a type."""
+    return text.encode(errors="replace")[:SHORT_BYTES].decode(errors="ignore")
+
+
 def original_headers(headers: Mapping[str, Any]) -> dict[str, Any]:
     """``headers`` as they were before the rejection."""
     return {key: value for key, value in headers.items() if key not in REASON_HEADERS and not key.startswith("x-")}
@@ -150,7 +176,7 @@ def replayed_headers(headers: Mapping[str, Any], letter: DeadLetter) -> dict[str
         former.append(letter.reason)
     while len(", ".join(former)) > FORMER_LENGTH:
         former.pop(0)
-    return original_headers(headers) | ({FORMER: ", ".join(former)} if former else {})
+    return kept_headers(original_headers(headers)) | ({FORMER: ", ".join(former)} if former else {})
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -17,13 +17,13 @@ __all__ = ["HIDDEN", "conceal", "harmless", "redacted"]
 HIDDEN = "***"
 
 #: In running text an address ends where a space is. Rather too much than too little: a password may hold any of :/@.
-_ADDRESS = re.compile(r"(://[^\s:]*):\S*@")
+_WORD = re.compile(r"\S+")
 #: What follows a host's colon and is a port.
 _PORT = re.compile(r"\d{1,5}(?![\w.%-])")
 _HOST = re.compile(r"\[[^\]]*\]|[^:/?#]*")
 
-#: Control characters but for tab and line break, and the marks that turn the direction of writing.
-_OBEYED = re.compile("[\\x00-\\x08\\x0b-\\x1f\\x7f-\\x9f\\u200e\\u200f\\u202a-\\u202e\\u2066-\\u2069]")
+#: Control characters but for tab and line break, other line breaks, and the marks that turn the direction of writing.
+_OBEYED = re.compile("[\\x00-\\x08\\x0b-\\x1f\\x7f-\\x9f\\u061c\\u200e\\u200f\\u2028-\\u202e\\u2066-\\u2069]")
 
 #: Shorter ones are words of ordinary text as well, and hiding them there would tell what they are.
 _SHORTEST = 8
@@ -61,4 +61,17 @@ def harmless(text: str) -> str:
     """A text for people or for a log, without passwords and without what a terminal would obey."""
     for secret in sorted(_known, key=len, reverse=True):
         text = text.replace(secret, HIDDEN)
-    return _OBEYED.sub("\N{REPLACEMENT CHARACTER}", _ADDRESS.sub(rf"\1:{HIDDEN}@", text))
+    if "://" in text and "@" in text:
+        text = _WORD.sub(_without_password, text)
+    return _OBEYED.sub("\N{REPLACEMENT CHARACTER}", text)
+
+
+def _without_password(word: re.Match[str]) -> str:
+    """A word without what stands from the first colon behind ``://`` to the last ``@``.
+
+    Not as one pattern: that would take hours for a long text full of ``://``, which others may send.
+    """
+    text = word[0]
+    start, at = text.find("://"), text.rfind("@")
+    colon = text.find(":", start + 3) if start >= 0 else -1
+    return f"{text[:colon]}:{HIDDEN}{text[at:]}" if 0 <= colon < at else text

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, Self
 
 from broker.errors import CheckpointCorrupt, CheckpointError, CheckpointNotWritten, WireError
+from broker.jsontext import from_json
 from broker.messages import ParametersHead
 from broker.seldom import Seldom
 from broker.signing import VERSION, Keyring, Signer, notice_to
@@ -135,7 +136,7 @@ def _shown(order: Order) -> str:
 
 def _noted(file: Path, run: str) -> Order:
     try:
-        values: Any = json.loads(file.read_bytes())
+        values: Any = from_json(file.read_bytes())
     except FileNotFoundError:
         return (-1, -1, -1)
     except OSError as error:

@@ -21,6 +21,7 @@ from typing import Any
 from pydantic import TypeAdapter, ValidationError
 
 from broker.errors import CheckpointCorrupt, CheckpointError, CheckpointNotWritten, WrongRun
+from broker.jsontext import from_json
 from broker.messages import Name, UpdateId
 from broker.model import Count, strict
 
@@ -170,7 +171,7 @@ def _locked(folder: Path, worker: str) -> int:
 def _read(path: Path) -> _Content | None:
     """The content of ``path``, or None if there is none that can be believed."""
     try:
-        values: Any = json.loads(path.read_bytes())
+        values: Any = from_json(path.read_bytes())
     except FileNotFoundError:
         return None
     except OSError as error:

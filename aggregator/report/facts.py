@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -17,6 +16,7 @@ from aggregator.core.snapshot import SnapshotHead
 from aggregator.report.chronicle import Chronicle, chronicle
 from aggregator.software import software
 from aggregator.tally import CONTRIBUTION_FILE, read_contributions, rows_of
+from broker.jsontext import from_json
 from broker.redaction import redacted
 
 __all__ = ["Facts", "facts_of"]
@@ -97,7 +97,7 @@ def _text(file: Path) -> str:
 
 def _summary(text: str) -> Mapping[str, Any]:
     try:
-        found = json.loads(text)
+        found = from_json(text)
     except ValueError:
         return {}
     return found if isinstance(found, dict) else {}

@@ -22,6 +22,7 @@ from typing import Any
 from aggregator.disk import replace_file
 from aggregator.tracking.base import Place, Point, Tracker
 from aggregator.tracking.scalars import point_of
+from broker.jsontext import from_json
 from broker.seldom import Seldom
 
 __all__ = ["Follower", "follow", "tracking"]
@@ -134,7 +135,7 @@ class Follower:
         lines: list[Mapping[str, Any]] = []
         for text in content[:end].splitlines():
             try:
-                line = json.loads(text)
+                line = from_json(text)
             except ValueError:
                 line = None
             lines.append(line if isinstance(line, dict) else {})
@@ -157,7 +158,7 @@ class Follower:
 def _read(file: Path) -> _State:
     """What stands in ``file``; the beginning, if there is none or it is damaged."""
     try:
-        found = json.loads(file.read_text())
+        found = from_json(file.read_text())
         return _State(
             int(found["offset"]), int(found["newest"]), Counter(found["rejected"]), int(found.get("left_out", 0))
         )

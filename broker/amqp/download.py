@@ -65,7 +65,9 @@ class Download:
 
     async def _read(self, main: Channel, stream: str, offset: int, wanted: range) -> None:
         """Read those of ``wanted`` that are missing; the first of them stands at ``offset`` or not far behind."""
-        missing = {index for index in wanted if index in self._part and index not in self._chunks}
+        # Where both ranges are, and not every number of one: the headers may tell of more chunks than there can be.
+        both = range(max(wanted.start, self._part.start), min(wanted.stop, self._part.stop))
+        missing = {index for index in both if index not in self._chunks}
         if not missing:
             return
         channel = await main.session.channel()

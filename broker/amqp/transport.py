@@ -28,6 +28,7 @@ from broker.amqp.upload import Route
 from broker.amqp.versions import newest_broadcast
 from broker.amqp.workerside import AmqpWorkerTransport
 from broker.errors import BrokerError, MessageTooLarge, PublishRefused, Unroutable
+from broker.letters import kept_headers, kept_id
 from broker.messages import NAME_PATTERN, Reason
 from broker.settings import BrokerConfig
 from broker.topology import DEAD, EVENTS, Topology
@@ -282,10 +283,10 @@ class AmqpAggregatorTransport(Side):
         if not self._is_current(token):
             return
         key, properties = self._unacked[token.tag]
-        copy = Outgoing(
-            body=body, message_id=properties.message_id or "", headers={**plain(properties.headers), **facts}
-        )
-        future = self._publisher.publish(DEAD, self._dead_key(key), copy, kind=properties.type or "update")
+        headers = {**kept_headers(plain(properties.headers)), **facts}
+        copy = Outgoing(body=body, message_id=kept_id(properties.message_id or ""), headers=headers)
+        kind = kept_id(properties.type or "update")
+        future = self._publisher.publish(DEAD, self._dead_key(key), copy, kind=kind)
         future.add_done_callback(lambda done: self._buried(done.exception(), token, facts, body, attempt))
 
     def _dead_key(self, key: str) -> str:

@@ -48,6 +48,10 @@ MAX_TENSORS = MAX_ARRAY
 #: Largest header. A tensor takes 40 to 120 bytes of it (a 70-billion-parameter language model: 47 KB).
 MAX_HEADER = 512 * 1024
 
+#: Most maps in a header. The largest message has nine; 512 KiB have room for half a million empty ones, which would
+#: take a tenth of a second and 40 MB.
+MAX_MAPS = 64
+
 _LIMITS: Mapping[str, Any] = {
     "raw": False,
     "use_list": False,
@@ -103,7 +107,7 @@ def unpack(body: bytes | memoryview) -> tuple[dict[str, Any], memoryview]:
     if check != header_check(view[PREFIX.size : end]):
         raise WireError("the header does not match its check: the message was damaged on its way")
     try:
-        header = msgpack.unpackb(view[PREFIX.size : end], ext_hook=_no_extensions, object_pairs_hook=_map, **_LIMITS)
+        header = msgpack.unpackb(view[PREFIX.size : end], ext_hook=_no_extensions, object_pairs_hook=_Maps(), **_LIMITS)
     except (ValueError, msgpack.UnpackException, RecursionError) as error:
         # UnicodeDecodeError and msgpack's own StackError, ExtraData and FormatError are ValueErrors.
         raise WireError(
@@ -143,11 +147,20 @@ def _no_extensions(code: int, _data: bytes) -> Any:
     raise ValueError(f"extension type {code}")
 
 
-def _map(pairs: list[tuple[Any, Any]]) -> dict[str, Any]:
-    """A map from its pairs. Built-in types only: this hook must never construct anything else."""
-    result = dict(pairs)
-    if len(result) != len(pairs):
-        raise ValueError("a map names a key twice")
-    if not all(isinstance(key, str) for key in result):
-        raise ValueError("a map has a key that is not text")
-    return result
+class _Maps:
+    """Makes the maps of one header."""
+
+    def __init__(self) -> None:
+        self._left = MAX_MAPS
+
+    def __call__(self, pairs: list[tuple[Any, Any]]) -> dict[str, Any]:
+        """A map from its pairs. Built-in types only: this hook must never construct anything else."""
+        self._left -= 1
+        if self._left < 0:
+            raise ValueError(f"more than {MAX_MAPS} maps")
+        result = dict(pairs)
+        if len(result) != len(pairs):
+            raise ValueError("a map names a key twice")
+        if not all(isinstance(key, str) for key in result):
+            raise ValueError("a map has a key that is not text")
+        return result

@@ -15,10 +15,25 @@ import msgpack
 import numpy as np
 import zstandard
 
-from broker.messages import Array, Goodbye, Hello, Mode, ModelSpec, Reason, TensorSpec, Update, UpdateId
+from broker.messages import (
+    Array,
+    Event,
+    EventKind,
+    Goodbye,
+    Hello,
+    Mode,
+    ModelSpec,
+    Parameters,
+    Plan,
+    Reason,
+    TensorSpec,
+    Update,
+    UpdateId,
+)
 from broker.wire import encode, encode_in_chunks
 from broker.wire.encoded import compressed
 from broker.wire.envelope import MAGIC, PREFIX, header_check, pack, unpack
+from broker.wire.sealed import Seal
 from broker.wire.tensors import checksum
 
 __all__ = ["MODEL", "Author", "Hostile", "corpus"]
@@ -147,7 +162,33 @@ def _no_message() -> Iterator[Maker]:
     yield "a byte too many", bad, lambda a: encode(a.update()) + b"\0"
     yield "a bit flipped in the data", bad, lambda a: encode(a.update())[:-1] + b"\1"
     yield "a hello among the updates", bad, lambda a: encode(Hello(run=a.run, worker=a.worker, incarnation="i"))
+    yield "another run's version among the updates", bad, lambda a: encode(_version(a))
+    yield "a chunk among the updates", bad, lambda a: _bomb(a, None)
+    yield (
+        "another run's event among the updates",
+        bad,
+        lambda a: encode(Event(run="another", kind=_BEAT, source=a.worker, time=1.0)),
+    )
+    yield "two updates in one", bad, lambda a: encode(a.update()) + encode(a.update(1))
+    yield "a seal that is cut", bad, lambda a: bytes(Seal(b"k" * 8, b"s" * 64))[:100]
+    yield "a seal before a seal", bad, lambda a: bytes(Seal(b"k" * 8, b"s" * 64)) * 2 + encode(a.update())
+    yield "a seal with something in its zeros", bad, _sealed_badly
     yield "a goodbye of another", bad, lambda a: encode(Goodbye(run=a.run, worker="good", incarnation="i"))
+
+
+_BEAT = EventKind.HEARTBEAT
+
+
+def _version(author: Author) -> Parameters:
+    good = author.update()
+    facts: Any = {"run": "another", "epoch": 1, "version": 2**53, "plan": Plan(done=True), "digest": "0" * 64}
+    return Parameters(**facts, model=good.model, tensors=good.tensors)
+
+
+def _sealed_badly(author: Author) -> bytes:
+    seal = bytearray(bytes(Seal(b"k" * 8, b"s" * 64)))
+    seal[127] = 1
+    return bytes(seal) + encode(author.update())
 
 
 def _headers() -> Iterator[Maker]:
@@ -165,6 +206,7 @@ def _headers() -> Iterator[Maker]:
     yield "a text of 4 GB", bad, lambda a: typed(b"\xdb\xff\xff\xff\xff")
     yield "bytes of 4 GB", bad, lambda a: typed(b"\xc6\xff\xff\xff\xff")
     yield "lists of 65,535 each, nested", bad, lambda a: typed(b"\xdc\xff\xff" * 150_000)
+    yield "half a million maps", bad, lambda a: typed(b"\xdc\x00\x7f" + (b"\xdc\x10\x00" + b"\x80" * 4096) * 127)
     yield "an extension type", bad, lambda a: typed(msgpack.packb(msgpack.ExtType(5, b"x")))
     yield "a timestamp", bad, lambda a: typed(msgpack.packb(msgpack.Timestamp(1)))
     yield "a key twice", bad, lambda a: raw(b"\x82\xa4type\xa5hello\xa4type\xa6update")

@@ -289,6 +289,13 @@ TABLES = {
     "a text that is no UTF-8": table_of(entry(b"S", struct.pack(">I", 2) + b"\xff\xfe")),
     "a list": table_of(entry(b"A", struct.pack(">I", 3) + b"t\x01V")),
     "5,000 headers": table_of(b"".join(b"\x05h" + f"{n:04d}".encode() + b"V" for n in range(5000))),
+    "as much as a frame holds": table_of(entry(b"S", struct.pack(">I", 130_900) + b"w" * 130_900)),
+    "many texts, as much as a frame holds": table_of(
+        b"".join(b"\x05h" + f"{n:04d}".encode() + b"S" + struct.pack(">I", 119) + b"t" * 119 for n in range(1000))
+    ),
+    "a name that is no UTF-8, as long as one can be": table_of(b"\xff" + b"\xfe" * 255 + b"S\0\0\0\0"),
+    "the largest number": table_of(entry(b"l", struct.pack(">q", -(2**63)))),
+    "a number without sign": table_of(entry(b"L", struct.pack(">Q", 2**64 - 1))),
 }
 
 
@@ -316,7 +323,7 @@ def test_headers_that_pika_stumbles_over_stop_nobody(runs: tuple[Run, Run], node
         taken = 0
         for exchange, key in ((CONTROL, topology.key("m")), (EVENTS, EVENT_KEY), (UPDATES, topology.key("m"))):
             for encoded in TABLES.values():
-                properties = Table(encoded, message_id=b"m/i/\xff0", type=b"\xff", user_id=user, delivery_mode=2)
+                properties = Table(encoded, message_id=b"\xff" * 255, type=b"\xff" * 255, user_id=user, delivery_mode=2)
                 taken += is_taken(node, exchange, key.format(run=topology.run), properties)
         publish_good(raw, topology.run, user, 1)
 

@@ -12,6 +12,8 @@ __all__ = ["DEAD_BYTES", "UPDATE_BYTES", "Policy", "policies"]
 
 UPDATE_BYTES = 2_000_000_000
 DEAD_BYTES = 1_000_000_000
+#: Of events and notices that wait for somebody who listens; they are small, and lossy on purpose.
+LISTENER_BYTES = 64_000_000
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,5 +59,12 @@ def policies(*, update_bytes: int = UPDATE_BYTES, dead_bytes: int = DEAD_BYTES) 
             r"^fedmq\.[^.]+\.dead$",
             {"max-length-bytes": dead_bytes, "overflow": "drop-head"},
             f"dead letters of a run take {dead_bytes:,} bytes at most; the oldest are dropped then",
+        ),
+        Policy(
+            "fedmq-listeners-oldest-go",
+            r"^fedmq\.[^.]+\.(events|notice|watch)\..+$",
+            {"max-length-bytes": LISTENER_BYTES, "overflow": "drop-head"},
+            f"events and notices wait in {LISTENER_BYTES:,} bytes at most for each who listens; the oldest are dropped "
+            "then",
         ),
     )

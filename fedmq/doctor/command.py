@@ -38,7 +38,7 @@ from broker.errors import CheckpointError, TaskError
 from broker.settings import Settings, load
 from broker.topology import Queue, Topology
 from fedmq.doctor.asking import Asking
-from fedmq.doctor.connection import of_greeting, of_power, of_sizes, of_trials
+from fedmq.doctor.connection import of_greeting, of_power, of_sizes, of_trials, without_advice_of_power
 from fedmq.doctor.findings import Finding, Level, note, ok, problem, worst
 from fedmq.doctor.machine import installed, of_folder, of_packages, of_torch
 from fedmq.doctor.node import of_clock, of_limits, of_nodes, of_plugins
@@ -123,7 +123,9 @@ def examined(read: Settings, asked: tuple[Role, ...] | None, tell: Callable[[str
         if asked == ("worker",):
             me = (asking.some("/whoami", "whether this user may ask") or [{}])[0]
             findings += of_power(examination, worker, tags_of(me))
-        findings += _of_management(asking, topology, _declared(examination, read, model_bytes), aggregator, model_bytes)
+        declared = _declared(examination, read, model_bytes)
+        told = _of_management(asking, topology, declared, aggregator, model_bytes)
+        findings += without_advice_of_power(told) if asked == ("worker",) else told
         tell("looking at this machine")
         findings += folder + of_packages(*installed())
         if "worker" in roles:

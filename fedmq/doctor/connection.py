@@ -12,7 +12,7 @@ from broker.permissions import commands as commands_for
 from broker.permissions import rights_of
 from fedmq.doctor.findings import Finding, Level, note, ok, problem
 
-__all__ = ["TESTED", "of_greeting", "of_power", "of_sizes", "of_trials"]
+__all__ = ["TESTED", "of_greeting", "of_power", "of_sizes", "of_trials", "without_advice_of_power"]
 
 #: What all tests run on, as docs/rabbitmq-versions.md says.
 TESTED = ((3, 10, 8), (4, 0, 5))
@@ -199,6 +199,17 @@ def of_power(examination: Examination, worker: str, tags: Collection[str]) -> li
             )
         )
     return found
+
+
+def without_advice_of_power(findings: Sequence[Finding]) -> list[Finding]:
+    """Of what the management API told a worker: that it told nothing is as it should be, and no reason for a tag."""
+    is_told_off = any(
+        finding.area == "management" and "may not use the admin UI" in finding.text for finding in findings
+    )
+    if not is_told_off:
+        return list(findings)
+    text = "no login for a worker, as it should be; fedmq doctor as the monitor looks at queues, policies and alarms"
+    return [finding for finding in findings if finding.area != "management"] + [ok("management", text)]
 
 
 def _is_refused(trial: Trial) -> bool:

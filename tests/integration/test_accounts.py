@@ -45,7 +45,7 @@ def test_set_up_twice_is_set_up_once(site: Site) -> None:
     limits = site.admin.listed(f"/vhost-limits/{site.vhost}")[0]["value"]
     assert limits == {"max-connections": 2000, "max-queues": 77}
     assert site.admin.listed(f"/user-limits/{w1}")[0]["value"] == {"max-connections": 8, "max-channels": 128}
-    assert len(site.admin.listed(f"/policies/{site.vhost}")) == 2
+    assert len(site.admin.listed(f"/policies/{site.vhost}")) == 3
     before = site.admin.one("/definitions")
 
     assert "nothing to change" in site.setup("--max-queues", "77")

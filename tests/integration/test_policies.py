@@ -68,7 +68,11 @@ def test_without_apply_nothing_is_asked_and_json_can_be_imported(node: PrivateNo
     assert admin_of(node).get(f"/policies/{host}") == []
     admin_of(node)._request("POST", "/definitions", body=json.loads(done.out))
     names = [row["name"] for row in admin_of(node).get(f"/policies/{host}")]  # type: ignore[attr-defined]
-    assert sorted(names) == ["fedmq-dead-letters-oldest-go", "fedmq-updates-wait-when-full"]
+    assert sorted(names) == [
+        "fedmq-dead-letters-oldest-go",
+        "fedmq-listeners-oldest-go",
+        "fedmq-updates-wait-when-full",
+    ]
 
 
 def test_without_a_management_api_the_commands_remain(tmp_path: Path) -> None:

@@ -11,22 +11,24 @@ from broker.topology import Topology
 from fedmq.doctor.findings import Level, worst
 from fedmq.doctor.queues import of_policies
 
-UPDATES, DEAD = policies(update_bytes=5000, dead_bytes=6000)
+UPDATES, DEAD, LISTENERS = policies(update_bytes=5000, dead_bytes=6000)
 
 
-def test_each_is_for_one_queue_of_every_run_and_for_nothing_else() -> None:
+def test_each_is_for_one_kind_of_queue_of_every_run_and_for_nothing_else() -> None:
     for run in ("digits", "a_b-c"):
         topology = Topology(run)
         names = [queue.name for queue in topology.queues("classic", 0)]
-        names += [topology.outbox("updates"), topology.own_queue("notice", "dead"), f"x.{topology.updates}"]
+        own = [topology.own_queue(what, "dead") for what in ("notice", "events", "watch")]
+        names += [topology.outbox("updates"), *own, f"x.{topology.updates}"]
 
         assert [name for name in names if re.search(UPDATES.pattern, name)] == [topology.updates]
         assert [name for name in names if re.search(DEAD.pattern, name)] == [topology.dead]
+        assert [name for name in names if re.search(LISTENERS.pattern, name)] == own
 
 
 def test_the_doctor_has_nothing_against_them_but_that_old_dead_letters_go() -> None:
     topology = Topology("digits")
-    entries = [policy.entry("/") for policy in (UPDATES, DEAD)]
+    entries = [policy.entry("/") for policy in (UPDATES, DEAD, LISTENERS)]
 
     found = of_policies(topology, {}, entries, topology.queues("classic", 0))
 

@@ -10,8 +10,15 @@ import pytest
 from broker.amqp.trial import ROLES, Examination, Greeting, Role, Tls, Trial
 from broker.errors import AccessRefused, BrokerUnreachable, ConnectionLost, TopologyMismatch, Unroutable
 from broker.permissions import commands, rights_of
-from fedmq.doctor.connection import TESTED, of_greeting, of_power, of_sizes, of_trials
-from fedmq.doctor.findings import Finding, Level, worst
+from fedmq.doctor.connection import (
+    TESTED,
+    of_greeting,
+    of_power,
+    of_sizes,
+    of_trials,
+    without_advice_of_power,
+)
+from fedmq.doctor.findings import Finding, Level, note, worst
 from tests.support.commands import ROOT
 
 GREETING = Greeting(
@@ -168,3 +175,14 @@ def test_a_workers_account_that_can_do_more_is_told_of() -> None:
     assert "wrong-user" in other.text
     assert "--name anna" in other.advice
     assert of_power(Examination(greetings=[Greeting("h:1", "/", "w1", ConnectionLost("gone"))]), "w1", ()) == []
+
+
+def test_a_worker_is_not_advised_to_become_more_powerful() -> None:
+    refused = note("management", "not looked at: alarms (user 'w1' may not use the admin UI at h: give it the tag …)")
+    away = note("management", "not looked at: alarms (the admin UI at h does not answer)")
+    other = note("limits", "few")
+
+    (first, second) = without_advice_of_power([refused, other])
+    assert (first, second.level) == (other, Level.OK)
+    assert "tag" not in second.text
+    assert without_advice_of_power([away, other]) == [away, other]

@@ -22,6 +22,7 @@ from tests.support.signing import Keys
 from tests.support.tasks import Line, Wide
 from tests.support.together import federate
 from tests.support.waiting import wait_for
+from worker_client.training import initial_parameters
 
 pytestmark = pytest.mark.broker
 
@@ -96,7 +97,8 @@ def test_what_the_brokers_administrator_forges_changes_and_replays_is_refused(
     (tmp_path / "fedmq.toml").write_text(SETTINGS.format(run=topology.run, **files))
     results = tmp_path / "runs" / topology.run
     store = CheckpointStore(results / "checkpoints", topology.run)
-    assert fedmq(tmp_path, "init").code == 0
+    model, parameters = initial_parameters(Line())
+    store.create(model, parameters, now=0.0)
 
     def version() -> int:
         return store.load().version

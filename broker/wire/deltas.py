@@ -38,7 +38,7 @@ from broker.wire.chunks import Bodies, Chunks, part_size, section_from
 from broker.wire.encoded import Encoded, compressed, known_codec
 from broker.wire.messages import manifest_of, section_of
 from broker.wire.section import Section
-from broker.wire.tensors import blocks, data_length, read
+from broker.wire.tensors import blocks, data_length, read, spec_of
 
 __all__ = ["Shared", "delta_range", "follow", "told_by_delta"]
 
@@ -107,13 +107,18 @@ def delta_range(manifest: Manifest) -> range:
 def follow(manifest: Manifest, of: str, chunks: Iterable[bytes], before: Shared) -> Parameters:
     """The version that ``manifest`` tells of, from the chunks of its delta and the state before.
 
-    Raises :class:`WireError` as :func:`broker.wire.join`, and if ``before`` is another state than the delta's base.
+    Raises :class:`WireError` as :func:`broker.wire.join`, and if ``before`` is another state than the delta's base, or
+    of another model.
     """
     delta, head = manifest.delta, manifest.head
     if delta is None or not isinstance(head, ParametersHead) or delta.base != before.state:
         raise WireError("a delta from a state that is not the one at hand")
     if manifest.state != _state_after(delta):
         raise WireError("a delta that does not lead to the state that is announced")
+    if {t.name: (t.shape, t.dtype) for t in manifest.model.tensors} != {
+        n: spec_of(v) for n, v in before.tensors.items()
+    }:
+        raise WireError("a delta of another model than the state that it starts from")
     section = section_from(delta.chunks, of, chunks, first=len(manifest.chunks))
     encoded = read(manifest.model, section, known_codec(delta.codec), delta.seed)
     tensors = {

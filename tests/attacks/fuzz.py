@@ -11,25 +11,36 @@ For each input: nothing but the errors of :mod:`broker.errors`, no value that is
 from __future__ import annotations
 
 import argparse
+import contextlib
+import json
 import random
 import re
 import resource
+import struct
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
+from datetime import UTC, datetime
+from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pika
+import pika.data
 
 from aggregator.core import events as on
 from aggregator.reading import from_aside, read_update
 from aggregator.senders import Senders
-from broker.errors import FedmqError, WireError
-from broker.letters import RawLetter, letter_of
+from broker.amqp import patched  # noqa: F401 - mends pika
+from broker.amqp.publisher import plain
+from broker.errors import BrokerError, FedmqError, WireError
+from broker.jsontext import from_json
+from broker.letters import RawLetter, contents, facts, kept_headers, kept_id, letter_of
 from broker.messages import (
     Action,
+    Array,
     Command,
     Event,
     EventKind,
@@ -46,12 +57,15 @@ from broker.messages import (
     parameters_digest,
     pieces,
 )
+from broker.topology import Topology
 from broker.transport import Delivery, Source, Token
-from broker.wire import decode, encode, encode_in_chunks, join, told_by_delta
+from broker.wire import decode, delta_range, encode, encode_in_chunks, follow, join, told_by_delta
 from broker.wire.encoded import compressed
 from broker.wire.envelope import PREFIX, aligned, header_check, pack, unpack
 from broker.wire.tensors import checksum
+from fedmq.monitoring.broker import alarms_of, by_management
 from fedmq.monitoring.monitor import Monitor
+from fedmq.runs import runs_in
 from worker_client.reading import read
 
 __all__ = ["Mutator", "Receivers", "seeds"]
@@ -98,10 +112,7 @@ def seeds() -> Iterator[bytes]:
         )
         yield encode(update)
         yield encode_in_chunks(update, str(update.id), 2048)[0]
-    version = Parameters(
-        run=RUN, epoch=1, version=2, plan=Plan(codec="int8"), digest=parameters_digest(tensors), model=MODEL,
-        tensors=tensors,
-    )  # fmt: skip
+    version = _version(tensors)
     yield encode(version)
     first, _, shared = told_by_delta(version, "v2", None, "int8", chunk_bytes=2048)
     second, _, _ = told_by_delta(version, "v3", shared, "int8", chunk_bytes=2048)
@@ -117,11 +128,54 @@ def seeds() -> Iterator[bytes]:
             "incarnation": "i",
             "state": "training",
             "examples": 3,
+            "aggregator": "a/1",
+            "active": True,
+            "epoch": 1,
+            "page": 0,
+            "pages": 1,
+            "metrics": '{"loss": 0.5}',
+            "rejected": '{"malformed": 2}',
+            "row0": '{"name": "w1", "seen": 1.0, "rejected": {"malformed": 2}, "until": 1e9}',
+            "what": "folded",
         }
         yield encode(Event(run=RUN, kind=kind, source="w1", time=1.0, data=data))
+    yield from table_entries()
+    yield from rows()
+    yield encode(second.__class__(**{**_fields(second), "chunks": second.chunks[:1]}))
     for lossless in (False, True):
         flat = Update(**{**_fields(update), "tensors": {**tensors, "w": np.zeros(1200, np.float32)}, "codec": ""})
         yield from encode_in_chunks(flat, "w1/i/3", 2048, lossless=lossless)[1]
+
+
+def _version(tensors: Mapping[str, Array]) -> Parameters:
+    return Parameters(
+        run=RUN, epoch=1, version=2, plan=Plan(codec="int8"), digest=parameters_digest(tensors), model=MODEL,
+        tensors=tensors,
+    )  # fmt: skip
+
+
+def table_entries() -> Iterator[bytes]:
+    """Good headers of AMQP, as bytes behind something in a prefix's place."""
+    headers: dict[str, Any] = {
+        "worker": "w1", "seq": 3,
+        "x-death": [{"count": 1, "reason": "expired", "time": datetime(2026, 1, 1, tzinfo=UTC)}],
+        "deep": {"a": [1, True, None, {"b": "c"}]}, "amount": Decimal("1.5"), "raw": b"\xff",
+    }  # fmt: skip
+    pieces: list[bytes] = []
+    pika.data.encode_table(pieces, headers)
+    yield bytes(PREFIX.size) + b"".join(pieces)[4:]
+
+
+def rows() -> Iterator[bytes]:
+    """Good answers of the management API, behind something in a prefix's place."""
+    queues = [
+        {"name": f"fedmq.{RUN}.{name}", "vhost": "/", "messages": 3, "messages_ready": 3, "message_bytes": 10,
+         "messages_unacknowledged": 0, "consumers": 1}
+        for name in ("updates", "dead", "parameters", "outbox.w1", "turn")
+    ]  # fmt: skip
+    consumers = [{"queue": {"name": f"fedmq.{RUN}.turn"}, "consumer_tag": "aggregator/a-turn", "active": True}]
+    nodes = [{"name": "rabbit@a", "running": True, "mem_alarm": True, "disk_free_alarm": True, "disk_free": 7}]
+    yield bytes(PREFIX.size) + json.dumps([*queues, *consumers, *nodes]).encode()
 
 
 def _fields(message: Any) -> dict[str, Any]:
@@ -142,13 +196,21 @@ class Receivers:
         manifest = decode(body)
         assert isinstance(manifest, Manifest)
         self._manifest, self._chunks = manifest, list(chunks)
+        version = _version(tensors)
+        _, _, self._shared = told_by_delta(version, "v2", None, "int8", chunk_bytes=2048)
+        told, parts, _ = told_by_delta(version, "v3", self._shared, "int8", chunk_bytes=2048)
+        self._told, self._parts = told, [parts[index] for index in delta_range(told)]
+        self._count = 0
 
     def __call__(self, body: bytes) -> list[str]:
         """How each took it, in words without numbers; raises what no receiver may raise."""
         return [_outcome(lambda r=receiver: r(body)) for receiver in self._all()]  # type: ignore[misc]
 
     def _all(self) -> list[Callable[[bytes], object]]:
-        return [self._update, self._aside, self._version, self._chunk, self._event, self._letter]
+        return [
+            *(self._update, self._aside, self._version, self._chunk, self._event, self._letter),
+            *(self._delta, self._headers, self._answer),
+        ]
 
     def _update(self, body: bytes) -> object:
         announced = {"chunks": len(self._manifest.chunks), "bytes": self._manifest.nbytes}
@@ -170,10 +232,56 @@ class Receivers:
 
     def _event(self, body: bytes) -> object:
         self._monitor.take(Delivery(source=Source.EVENT, body=body))
+        self._count += 1
+        if self._count % 100 == 0:
+            # As the page and ``fedmq status --json`` write it: whatever came in, it must be JSON.
+            json.dumps(self._monitor.snapshot(), allow_nan=False)
+            json.dumps(self._monitor.series(), allow_nan=False)
         return "taken"
 
     def _letter(self, body: bytes) -> object:
-        return letter_of(RawLetter(key="run.w1", body=body), 1, RUN).reason
+        raw = RawLetter(key="run.w1", body=body)
+        letter = letter_of(raw, 1, RUN)
+        if self._count % 10 == 0:
+            text = json.dumps([facts(letter), contents(raw)], allow_nan=False, ensure_ascii=False)
+            assert text.isprintable(), "a dead letter that a terminal would obey"
+        return letter.reason
+
+    def _delta(self, body: bytes) -> object:
+        """As a part of a delta, and as what announces one."""
+        try:
+            manifest = decode(body)
+        except WireError:
+            return type(follow(self._told, "v3", [body, *self._parts[1:]], self._shared)).__name__
+        if isinstance(manifest, Manifest):
+            return type(follow(manifest, "v3", self._parts, self._shared)).__name__
+        return "no manifest"
+
+    def _headers(self, body: bytes) -> object:
+        """As AMQP's own headers, and what a dead letter keeps of them."""
+        start = min(PREFIX.size, len(body))
+        entries = body[start : start + 4096]
+        table = pika.data.decode_table(struct.pack(">I", len(entries)) + entries, 0)[0]
+        kept = kept_headers(plain(table))
+        pika.BasicProperties(headers=kept, message_id=kept_id(str(table)[:300])).encode()
+        json.dumps(contents(RawLetter(headers=table)), allow_nan=False)
+        return len(kept) > 0
+
+    def _answer(self, body: bytes) -> object:
+        """As an answer of the management API."""
+        try:
+            rows = from_json(body[PREFIX.size :])
+        except ValueError:
+            # Of the same structure as the message then.
+            try:
+                rows = [unpack(body)[0]]
+            except WireError:
+                return "nothing"
+        rows = rows if isinstance(rows, list) else [rows]
+        by_management(Topology(RUN), rows, rows, alarms_of(rows))
+        with contextlib.suppress(BrokerError):
+            return len(runs_in(rows))
+        return "no rows"
 
 
 def _outcome(receive: Callable[[], object]) -> str:

@@ -8,13 +8,13 @@ from tests.attacks import fuzz
 
 
 def test_no_input_of_a_few_thousand_gives_anything_but_a_refusal(capsys: pytest.CaptureFixture[str]) -> None:
-    assert fuzz.run(5000, seed=20_261_128) == 0
-    assert "5,000 inputs" in capsys.readouterr().out
+    assert fuzz.run(3000, seed=20_261_128) == 0
+    assert "3,000 inputs" in capsys.readouterr().out
 
 
 def test_it_gets_behind_the_checks() -> None:
     mutator, receivers = fuzz.Mutator(7), fuzz.Receivers()
-    outcomes = {receivers(mutator.next())[0] for _ in range(3000)}
+    outcomes = {receivers(mutator.next())[0] for _ in range(2000)}
     assert {"Arrived", "Announced"} <= outcomes
     assert any("topk" in text for text in outcomes)
     assert any(text.startswith("int#:") for text in outcomes)

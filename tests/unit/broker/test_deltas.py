@@ -121,6 +121,24 @@ def test_a_delta_of_other_bytes_leads_to_another_state() -> None:
         follow(forged, second.message_id, [second.chunks[1]], follower.shared)
 
 
+@pytest.mark.parametrize(
+    "other",
+    [{"v": np.zeros(SIZE, np.float32)}, {"w": np.zeros(SIZE + 1, np.float32)}, {"w": np.zeros(SIZE, np.float16)}],
+    ids=["another name", "another shape", "another dtype"],
+)
+def test_a_delta_of_another_model_is_refused(other: dict[str, Array]) -> None:
+    # Found by ``make fuzz``: a name that is not there was a KeyError.
+    one, two = walk(2)
+    broadcasts, follower = Broadcasts(RUN, chunk_bytes=65_536, codec="int8"), Follower()
+    follower.take_whole(broadcasts.message(one, 2**20))
+    message = broadcasts.message(two, 2**20)
+    assert follower.shared is not None
+    follower.shared = Shared({**other, "mean": follower.shared.tensors["mean"]}, follower.shared.state)
+
+    with pytest.raises(WireError, match="another model"):
+        follower.take_delta(message)
+
+
 def test_another_plan_for_the_same_version_has_the_same_chunks() -> None:
     broadcasts = Broadcasts(RUN, chunk_bytes=65_536, codec="int8")
     first, second = walk(2)

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 from aggregator.core import effects as do
 from aggregator.core import events as on
-from aggregator.core.allowance import BAD, REPEATED, Allowances, Limit
+from aggregator.core.allowance import BAD, LATE, REPEATED, Allowances, Limit
 from aggregator.core.standing import BLAMED
 from aggregator.senders import Senders
 from broker.messages import Reason
@@ -106,6 +106,8 @@ class Gate:
         match fact:
             case do.Rejected(worker, reason) if reason in NO_USE:
                 self._bad.spend(worker, 1.0, self._now())
+            case do.Rejected(worker, reason) if reason not in {Reason.TOO_MANY, Reason.RUN_DONE}:
+                self._bad.spend(worker, LATE, self._now())
             case do.Repeated(update):
                 self._bad.spend(update.worker, REPEATED, self._now())
 

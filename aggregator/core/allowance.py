@@ -10,12 +10,14 @@ from __future__ import annotations
 from collections import OrderedDict
 from dataclasses import dataclass
 
-__all__ = ["BAD", "MOST", "REPEATED", "Allowances", "Bucket", "Limit"]
+__all__ = ["BAD", "LATE", "MOST", "REPEATED", "Allowances", "Bucket", "Limit"]
 
 #: Accounts of which anything is known; beyond, who was heard longest ago is forgotten.
 MOST = 10_000
 #: What an update costs that came before. A thousand may come at once when an aggregator has taken over.
 REPEATED = 0.1
+#: What an update costs that came too late, or was one too many: a worker that means well has some, if it is fast.
+LATE = 0.02
 
 
 @dataclass(frozen=True, slots=True)

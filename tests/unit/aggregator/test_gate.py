@@ -101,10 +101,23 @@ def test_a_hundred_bad_messages_and_no_more_is_read_but_one_a_second(gate: Gate,
     assert gate.is_shut(update_from("w1"), SENDERS)
 
 
-@pytest.mark.parametrize("reason", [Reason.TOO_STALE, Reason.ROUND_CLOSED, Reason.SECOND_IN_ROUND, Reason.RUN_DONE])
-def test_what_an_honest_worker_cannot_help_does_not_count(gate: Gate, reason: Reason) -> None:
-    for _ in range(10_000):
+@pytest.mark.parametrize("reason", [Reason.TOO_STALE, Reason.ROUND_CLOSED, Reason.SECOND_IN_ROUND, Reason.WORKER_SHARE])
+def test_what_comes_too_late_counts_little(gate: Gate, clock: Clock, reason: Reason) -> None:
+    for _ in range(4000):
         gate.note(rejected("w1", reason), 0)
+    assert not gate.is_shut(update_from("w1"), SENDERS)
+    for _ in range(3000):  # forty a second may go on for ever
+        clock.now += 0.025
+        gate.note(rejected("w1", reason), 0)
+    assert not gate.is_shut(update_from("w1"), SENDERS)
+    for _ in range(5000):
+        gate.note(rejected("w1", reason), 0)
+    assert gate.is_shut(update_from("w1"), SENDERS)
+
+
+def test_the_end_of_a_run_counts_against_nobody(gate: Gate) -> None:
+    for _ in range(10_000):
+        gate.note(rejected("w1", Reason.RUN_DONE), 0)
     assert not gate.is_shut(update_from("w1"), SENDERS)
 
 

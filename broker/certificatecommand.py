@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from broker.certificates import CLIENT_DAYS, Authority, host_of
+from broker.certificates import CLIENT_DAYS, Authority, check_account, host_of
 from broker.console import VerboseOption, guard, say, set_up_logging
 from broker.errors import ConfigError
 
@@ -45,6 +45,8 @@ def certificates(
             raise ConfigError("nothing to make: name the broker's host (--broker-host) or a worker (--worker)")
         if len(set(names)) < len(names):
             raise ConfigError("a worker is named twice")
+        for name in names:
+            check_account(name)
         is_new = not (folder / "ca.pem").exists()
         authority = Authority.new(folder) if is_new else Authority.load(folder)
         if is_new:

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from cryptography import x509
     from cryptography.hazmat.primitives.asymmetric.ec import EllipticCurvePrivateKey
 
-__all__ = ["CA_DAYS", "CLIENT_DAYS", "RESERVED", "SERVER_DAYS", "Authority", "host_of"]
+__all__ = ["CA_DAYS", "CLIENT_DAYS", "RESERVED", "SERVER_DAYS", "Authority", "check_account", "host_of"]
 
 #: How long they are valid. What is renewed by hand is forgotten if it must be done each month.
 CA_DAYS, SERVER_DAYS, CLIENT_DAYS = 3650, 825, 825
@@ -41,6 +41,14 @@ def host_of(text: str) -> str:
         if len(text) <= 253 and _HOST.fullmatch(text):
             return text
     raise ConfigError(f"{text!r} is no name and no address of a host") from None
+
+
+def check_account(name: str) -> None:
+    """Raise :class:`ConfigError` unless ``name`` can be that of an account, and of its files."""
+    if re.fullmatch(NAME_PATTERN, name) is None or name in RESERVED:
+        raise ConfigError(
+            f"{name!r} cannot be the name of an account here (pattern {NAME_PATTERN}, and not {' or '.join(RESERVED)})"
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,8 +100,7 @@ class Authority:
 
     def client(self, name: str, *, days: float = CLIENT_DAYS) -> tuple[Path, Path]:
         """A certificate for the account ``name``; the files, its key last."""
-        if re.fullmatch(NAME_PATTERN, name) is None or name in RESERVED:
-            raise ConfigError(f"{name!r} cannot be the name of an account here (pattern {NAME_PATTERN})")
+        check_account(name)
         return self._issue(name, name, hosts=(), days=days)
 
     def _issue(self, file: str, name: str, *, hosts: Sequence[str], days: float) -> tuple[Path, Path]:

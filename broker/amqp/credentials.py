@@ -149,7 +149,7 @@ def _credentials(
         raise ConfigError(f"{what}: has no common name, which would be the account at the broker")
     if user is not None and user != account:
         raise ConfigError(
-            f"broker.url names account {user!r}, and {what} is {account!r}'s: leave it away in broker.url"
+            f"broker.url names account {user!r}, and {what} is that of {account!r}: name none in broker.url"
         )
     return Certified(account)
 

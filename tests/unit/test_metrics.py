@@ -20,10 +20,12 @@ from aggregator.core.snapshot import Entry
 from aggregator.metrics import SERIES as AGGREGATOR
 from aggregator.metrics import AggregatorMetrics
 from broker.amqp.transport import AmqpWorkerTransport
-from broker.errors import ConnectionLost
+from broker.certificates import Authority
+from broker.errors import ConfigError, ConnectionLost
 from broker.messages import ParametersHead, Plan, Reason, Role, UpdateHead, UpdateId
 from broker.metrics import BROKER_SERIES, BUILD, OTHER, Figures, Histogram, Names, Series, half_decades, serve
 from broker.settings import MetricsConfig, load
+from broker.tls import client_context
 from broker.topology import Topology
 from broker.transport import Delivery, LinkState, Source, Token
 from tests.support.builders import update_of, vector
@@ -312,6 +314,40 @@ def test_the_figures_are_served_with_those_of_the_process(metrics: AggregatorMet
     assert "process_resident_memory_bytes" in page
     with socket.socket() as probe:  # it does not outlast the block
         assert probe.connect_ex(("127.0.0.1", config.port)) != 0
+
+
+def test_they_are_served_over_tls_and_whoever_says_nothing_keeps_nobody_waiting(
+    metrics: AggregatorMetrics, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    authority = Authority.new(tmp_path)
+    authority.server(["127.0.0.1"])
+    authority.client("prometheus")
+    ca = tmp_path / "ca.pem"
+    mine = client_context(
+        ca_file=ca, certificate_file=tmp_path / "prometheus.pem", key_file=tmp_path / "prometheus.key"
+    )
+    files = {"certificate_file": tmp_path / "broker.pem", "key_file": tmp_path / "broker.key", "client_ca_file": ca}
+
+    with serve(MetricsConfig.model_validate({"port": free_port(), **files}), metrics) as port:
+        url = f"https://127.0.0.1:{port}/metrics"
+        with (
+            socket.create_connection(("127.0.0.1", port or 0)),  # no handshake comes
+            urllib.request.urlopen(url, timeout=20, context=mine) as answer,
+        ):
+            assert b"fedmq_aggregator_leads" in answer.read()
+        with pytest.raises(OSError, match=r"(?i)required|reset|closed|eof|broken pipe"):
+            urllib.request.urlopen(url, timeout=20, context=client_context(ca_file=ca))
+        with pytest.raises(OSError, match=r"(?i)reset|closed|eof|broken pipe"):
+            get(port)
+    said = capfd.readouterr().err
+    assert "SSL" not in said
+    assert "processing of request" not in said
+
+
+def test_a_certificate_that_cannot_be_used_is_said_at_once(metrics: AggregatorMetrics, tmp_path: Path) -> None:
+    config = MetricsConfig(port=free_port(), certificate_file=tmp_path / "no.pem", key_file=tmp_path / "no.key")
+    with pytest.raises(ConfigError, match=r"metrics\.certificate_file.*No such file"), serve(config, metrics):
+        pass
 
 
 def test_by_the_newer_protocol_as_well(metrics: AggregatorMetrics, caplog: pytest.LogCaptureFixture) -> None:

@@ -299,6 +299,10 @@ def load(
     values: dict[str, Any] = {}
     origins: dict[str, Origin] = {}
     for source in (_from_file(file), _from_environment(os.environ if environment is None else environment), flags):
+        if "broker.url" in (given := {key for key, *_ in source}) and "broker.url_file" not in given:
+            # Else the address of a file of settings would go before that of the environment.
+            values.pop("broker.url_file", None)
+            origins.pop("broker.url_file", None)
         for key, value, *rest in source:
             origins[key] = rest[0] if rest else Origin("flag", f"--set {key}")
             values[key] = value

@@ -224,6 +224,20 @@ def test_an_address_may_come_from_a_file() -> None:
     assert PASSWORD not in str(plain(settings))
 
 
+def test_an_address_of_a_later_source_goes_before_a_file_of_an_earlier_one() -> None:
+    write_secret("url", b"amqp://one/")
+    text = "[broker]\nurl_file = 'url'\nheartbeat = 9\n"
+    assert read(text).broker.urls() == ("amqp://one/",)
+    settings = read(text, FEDMQ_BROKER_URL="amqp://two/")
+    assert (settings.broker.urls(), settings.broker.heartbeat) == (("amqp://two/",), 9)
+    assert settings.origin("broker.url_file").kind == "default"
+    assert read(text, [("broker.url", "amqp://three/")], FEDMQ_BROKER_URL_FILE="url").broker.urls() == (
+        "amqp://three/",
+    )
+    both = {"FEDMQ_BROKER_URL": "amqp://two/", "FEDMQ_BROKER_URL_FILE": "url"}
+    assert read(text, **both).broker.urls() == ("amqp://one/",)
+
+
 @pytest.mark.parametrize("content", [b"", b"\n", b"\xff\xfe"])
 def test_a_file_that_holds_no_address_is_named(content: bytes) -> None:
     write_secret("url", content)

@@ -6,6 +6,7 @@ from aggregator.config import AggregatorConfig
 from aggregator.core import events as on
 from aggregator.core.controls import Order
 from aggregator.core.machine import RoundMachine
+from aggregator.senders import Senders
 from aggregator.signatures import Signatures
 from broker.messages import Action, Command
 from broker.transport import Delivery
@@ -19,6 +20,7 @@ def ordered(
     machine: RoundMachine,
     config: AggregatorConfig,
     *,
+    senders: Senders,
     signatures: Signatures,
     now: float,
 ) -> on.Ordered:
@@ -29,13 +31,15 @@ def ordered(
         delivery: how it came.
         machine: of the run.
         config: the settings of the run's file.
-        signatures: whose commands are executed.
+        senders: whose commands are executed, by the broker's word.
+        signatures: the same by their own.
         now: seconds since 1970.
 
-    Raises :class:`ConfigError` for a command that is not executed: no operator has signed it, or its settings are
-    none.
+    Raises :class:`ConfigError` for a command that is not executed: it is of no operator's account, no operator has
+    signed it, or its settings are none.
     """
     assert delivery.token is not None  # noqa: S101  (the caller has looked)
+    senders.require_operator(delivery.user)
     signatures.require_command(command, delivery.body, now)
     order = None
     if command.action is Action.SET and not machine.controls.knows(command.id):

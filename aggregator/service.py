@@ -433,7 +433,8 @@ class AggregatorService:
 
     def _ordered(self, command: Command, delivery: Delivery, machine: RoundMachine) -> on.Ordered | None:
         try:
-            event = ordered(command, delivery, machine, self._config, signatures=self._signatures, now=self._now())
+            who, signed, now = self._senders, self._signatures, self._now()
+            event = ordered(command, delivery, machine, self._config, senders=who, signatures=signed, now=now)
         except ConfigError as error:
             log.warning("refused a command: %s", error)
             self._reporter.progress("command", machine.version, id=command.id, accepted=False, text=str(error)[:500])

@@ -215,8 +215,9 @@ class AggregatorTable(Table):
     """Keep every applied update on disk, so that ``fedmq replay`` can rebuild any version. Takes the size of the
     model for each update."""
     trusted_users: Annotated[tuple[str, ...], BeforeValidator(listed)] = ()
-    """Accounts of the broker that may speak in any worker's name, besides the aggregator's own: of the operators who
-    publish dead letters again. All others may speak only for the worker that is called as they are."""
+    """Accounts of the broker that may speak in any worker's name and give commands, besides the aggregator's own: of
+    the operators who publish dead letters again. All others may speak only for the worker that is called as they are;
+    an account called ``operator`` may give commands, too."""
     signing_key_file: Path | None = None
     """Private key with which versions, notices and events are signed. See docs/signatures.md."""
     worker_keys_file: Path | None = None

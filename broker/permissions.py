@@ -16,7 +16,6 @@ from broker.topology import CONTROL, DEAD, EVENTS, UPDATES
 
 __all__ = [
     "ACCOUNT_ROLES",
-    "OWN_NONCE",
     "RESERVED",
     "AccountRole",
     "Limits",
@@ -31,10 +30,6 @@ ACCOUNT_ROLES: tuple[AccountRole, ...] = ("aggregator", "monitor", "operator", "
 
 #: Names that stand for something else in routing keys, or are another account's by default.
 RESERVED = frozenset({"aggregator", "monitor", "operator", "administrator", "broker", "unknown", "guest"})
-
-#: Bytes of the random end of the name of a worker's own queue, in hexadecimal digits: since RabbitMQ limits queues only
-#: for a whole virtual host, a worker's right to declare covers no more names than these give.
-OWN_NONCE = 1
 
 ANY = r"[^.]+"
 NOTHING = "^$"
@@ -115,16 +110,17 @@ def rights_of(role: AccountRole, name: str, *, run: str | None = None, worker: s
 
 
 def _of_worker(runs: str, name: str, in_keys: str) -> Rights:
-    notices = rf"{runs}\.notice\.{name}\.[0-9a-f]{{{2 * OWN_NONCE}}}"
+    # Nothing to configure: RabbitMQ has one such right for queues and exchanges, and an exchange of one's own that
+    # hands on to another, or a queue that dead-letters there, goes round every permission on topics.
     told = "|".join(kind.value for kind in TOLD)
     return Rights(
-        configure=rf"^fedmq\.{notices}$",
-        write=rf"^fedmq\.(updates|control|events|{notices})$",
-        read=rf"^fedmq\.(events|{runs}\.(parameters|chunks)|{notices})$",
+        configure=NOTHING,
+        write=r"^fedmq\.(updates|control|events)$",
+        read=rf"^fedmq\.{runs}\.(parameters|chunks|notice\.{name})$",
         topics=(
             Topic(UPDATES, rf"^{runs}\.{in_keys}(\.chunk)?$", NOTHING),
             Topic(CONTROL, rf"^{runs}\.{in_keys}$", NOTHING),
-            Topic(EVENTS, rf"^{runs}\.({told})\.{in_keys}$", rf"^{runs}\.notice\.{in_keys}$"),
+            Topic(EVENTS, rf"^{runs}\.({told})\.{in_keys}$", NOTHING),
         ),
         tags=(),
         # Two connections, as many again while the broker has not given up those that broke silently, and a doctor's.

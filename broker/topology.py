@@ -48,6 +48,12 @@ KEPT_VERSIONS = 8
 OUTBOX_UPDATES = 4
 OUTBOX_BYTES = 64 * 2**20
 
+#: Notices that wait for a worker, and for how long in milliseconds: they are about now. And after how long without
+#: anybody who listens their queue goes; it comes back at the worker's next hello.
+MOST_NOTICES = 1000
+NOTICE_LIFE = 60_000
+NOTICES_EXPIRE = 600_000
+
 #: Delivery limit of quorum queues that give up on nothing. RabbitMQ 4 drops a message without a trace at its
 #: 21st return, if nothing else is said, and each look at it in the admin UI is one. Not -1, which says "no
 #: limit" from 4.0 on: 3.10 accepts it and drops a message at its first return.
@@ -126,6 +132,10 @@ class Topology:
         """Queue of the chunks that ``worker`` sends; the manifests that complete them are in ``updates``."""
         return f"fedmq.{self.run}.outbox.{worker}"
 
+    def notices(self, worker: str) -> str:
+        """Queue of what the aggregator tells ``worker``."""
+        return f"fedmq.{self.run}.notice.{worker}"
+
     def chunk_key(self, worker: str) -> str:
         """Routing key of the chunks that ``worker`` sends."""
         return f"{self.run}.{worker}.chunk"
@@ -176,6 +186,15 @@ class Topology:
         if queue_type == "quorum":
             arguments["x-delivery-limit"] = KEEP
         return Queue(self.outbox(worker), queue_type, UPDATES, (self.chunk_key(worker),), arguments)
+
+    def notices_queue(self, worker: str) -> Queue:
+        """The queue of what the aggregator tells ``worker``; it goes some time after the worker."""
+        arguments: dict[str, str | int | bool] = {
+            "x-max-length": MOST_NOTICES,
+            "x-message-ttl": NOTICE_LIFE,
+            "x-expires": NOTICES_EXPIRE,
+        }
+        return Queue(self.notices(worker), "classic", EVENTS, (self.notice_key(worker),), arguments)
 
     def queues(
         self, queue_type: Literal["classic", "quorum"], model_bytes: int, kept_versions: int = KEPT_VERSIONS

@@ -152,9 +152,9 @@ def _add(facts: RunFacts, what: str, rest: str, row: Mapping[str, Any]) -> None:
         facts.standby = max(0, consumers - 1)
     elif what == "dead":
         facts.dead = _whole(row.get("messages"))
-    elif what == "notice" and facts.workers is not None:
-        # The queue of a worker's notices goes with its connection.
-        facts.workers = sorted({*facts.workers, rest.rpartition(".")[0]})
+    elif what == "notice" and facts.workers is not None and consumers:
+        # The queue of a worker's notices stays for some time after it.
+        facts.workers = sorted({*facts.workers, rest})
     facts.bytes = (facts.bytes or 0) + _whole(row.get("message_bytes"))
 
 

@@ -1,4 +1,6 @@
-"""What a worker believes of what comes in the aggregator's name, where it asks for signatures.
+"""What a worker believes of what comes in the aggregator's name, by the broker's word, and by signatures if it asks.
+
+Notices are believed of the account that publishes the versions, to which nobody else has a right.
 
 A version is looked at before anything else is done with it: whether one of the aggregator's keys has signed it for this
 run, and whether it is older than one that was believed before, in this life of the worker or an earlier one. So
@@ -35,7 +37,7 @@ Order = tuple[int, int, int]
 
 
 class Guard:
-    """Believes everything if it has no keys.
+    """Believes every version if it has no keys.
 
     Args:
         keys: the aggregator's.
@@ -52,6 +54,7 @@ class Guard:
         self._keys = keys
         self._worker, self._run = worker, run
         self._file = folder / FILE if keys is not None and folder is not None else None
+        self._speaker = ""
         self._seldom = Seldom()
         self._newest = (-1, -1, -1) if self._file is None else _noted(self._file, run)
 
@@ -66,14 +69,16 @@ class Guard:
         Of what came with its tensors these are looked at too, for else a forged copy would take the place of the
         version itself. Of chunks it is done when they have come.
         """
-        if self._keys is None:
-            return True
         try:
             if delivery.source is not Source.PARAMETERS:
-                self._keys.speakers(delivery.body, notice_to(self._worker))
+                self._require_speaker(delivery.user)
+                if self._keys is not None:
+                    self._keys.speakers(delivery.body, notice_to(self._worker))
                 return True
-            self._keys.speakers(delivery.body, VERSION)
-            self._require_order(order_in(delivery.body), order_of(delivery.headers))
+            if self._keys is not None:
+                self._keys.speakers(delivery.body, VERSION)
+                self._require_order(order_in(delivery.body), order_of(delivery.headers))
+            self._speaker = delivery.user
         except WireError as error:
             self.refused += 1
             if self._seldom.may(f"{delivery.source} {type(error).__name__}"):
@@ -98,6 +103,10 @@ class Guard:
                 put(self._file, [json.dumps(content).encode()])
             except OSError as error:
                 raise CheckpointNotWritten(f"{self._file}: {error.strerror}") from None
+
+    def _require_speaker(self, user: str) -> None:
+        if self._speaker and user != self._speaker:
+            raise WireError(f"account {user!r} sent it, and the versions are of {self._speaker!r}")
 
     def _require_order(self, order: Order, said: Order) -> None:
         if order != said:

@@ -12,7 +12,7 @@ from broker.accounts.options import VhostOption, accounts_of, remark
 from broker.accounts.provision import close_connections, quoted
 from broker.admin import Admin
 from broker.console import BrokerOption, ConfigOption, SetOption, VerboseOption, broker_command, say
-from broker.errors import ConfigError
+from broker.errors import AccessRefused, ConfigError
 from broker.permissions import rights_of
 from broker.topology import check_name
 
@@ -78,10 +78,13 @@ def _emptied(admin: Admin, name: str, vhost: str) -> list[str]:
             continue
         path = f"/queues/{quoted(vhost)}/{quoted(queue)}"
         updates = queues.get(f"fedmq.{match.group(1)}.updates", {})
-        if match.group(2).startswith("outbox") and updates.get("consumers"):
-            admin.delete(f"{path}/contents")
-            told.append(f"emptied queue {queue}; its run goes on")
-        else:
-            admin.delete(path)
-            told.append(f"deleted queue {queue}")
+        try:
+            if match.group(2).startswith("outbox") and updates.get("consumers"):
+                admin.delete(f"{path}/contents")
+                told.append(f"emptied queue {queue}; its run goes on")
+            else:
+                admin.delete(path)
+                told.append(f"deleted queue {queue}")
+        except AccessRefused:  # an administrator has no rights in a virtual host before somebody gives them
+            told.append(f"left queue {queue}: this login has no rights in virtual host {vhost!r}")
     return told

@@ -192,10 +192,11 @@ class Outboxes:
             announced.id, wanted.count, wanted.room, lambda of, before: self._is_spent(of, announced, before)
         )
         try:
+            end = _End(getter, outbox, announced.worker)
             if wanted.is_waste:
-                await drop(_End(getter, outbox), sought)
+                await drop(end, sought)
                 return None
-            found = await collect(_End(getter, outbox), sought)
+            found = await collect(end, sought)
         except ConnectionLost:
             raise
         except Missing as missing:
@@ -231,6 +232,8 @@ class _Getter:
 
     def __init__(self, channel: Channel) -> None:
         self.channel = channel
+        self.user = ""
+        """The account of what came last, for which the broker vouches."""
         self._reply: asyncio.Future[Message | None] | None = None
         channel.raw.add_callback(lambda _frame: self._answer(None), [pika.spec.Basic.GetEmpty], one_shot=False)
 
@@ -245,6 +248,7 @@ class _Getter:
     def _on_message(
         self, _channel: object, method: pika.spec.Basic.GetOk, properties: pika.BasicProperties, body: bytes
     ) -> None:
+        self.user = properties.user_id or ""
         self._answer((method.delivery_tag, properties.message_id or "", body))
 
     def _answer(self, reply: Message | None) -> None:
@@ -258,9 +262,15 @@ class _End:
 
     getter: _Getter
     queue: str
+    worker: str
 
     async def get(self) -> Message | None:
-        return await self.getter.get(self.queue)
+        """What others than the worker have put there is dropped; the aggregator's account may do all, and shares."""
+        while (got := await self.getter.get(self.queue)) is not None:
+            if self.getter.user in {self.worker, self.getter.channel.session.place.user}:
+                break
+            self.ack(got[0])
+        return got
 
     def ack(self, tag: int) -> None:
         self.getter.channel.raw.basic_ack(tag)

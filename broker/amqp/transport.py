@@ -19,6 +19,7 @@ import pika
 
 from broker.amqp.connection import pause
 from broker.amqp.declare import bind, declare, declare_again, declare_outbox, names_of
+from broker.amqp.notices import Notices
 from broker.amqp.outboxes import Outboxes
 from broker.amqp.publisher import plain
 from broker.amqp.session import Channel
@@ -86,6 +87,7 @@ class AmqpAggregatorTransport(Side):
         self._believe: Believe = lambda _delivery: True
         # What a broker holds for a connection comes back once it has given it up, which takes two heartbeats.
         self._outboxes = Outboxes(topology, 2.5 * config.heartbeat, self._hand)
+        self._notices = Notices(topology, self._send_notice)
 
     def open(self, sink: Sink, *, wait: float = 0.0, believe: Believe | None = None) -> None:
         """See the port."""
@@ -146,7 +148,7 @@ class AmqpAggregatorTransport(Side):
 
     def notify(self, worker: str, message: Outgoing) -> None:
         """See the port."""
-        self._publisher.send(EVENTS, self._topology.notice_key(worker), message, kind="notice")
+        self._consumer.call(self._notices.tell, worker, message)
 
     def event(self, kind: str, message: Outgoing) -> None:
         """See the port."""
@@ -189,6 +191,7 @@ class AmqpAggregatorTransport(Side):
         generation = self._stand(newest)
         self._channel = channel
         self._outboxes.start(channel, alone=generation == 1 and newest is None)
+        self._notices.start(channel)
 
         def on_update(method: pika.spec.Basic.Deliver, properties: pika.BasicProperties, body: bytes) -> None:
             self._unacked[method.delivery_tag] = (method.routing_key, properties)
@@ -203,6 +206,9 @@ class AmqpAggregatorTransport(Side):
                 token = Token(generation, method.delivery_tag)
                 self._hand(delivery_of(Source.CONTROL, body, properties, token=token, redelivered=method.redelivered))
                 return
+            worker = method.routing_key.rpartition(".")[2]
+            if re.fullmatch(NAME_PATTERN, worker):
+                self._notices.welcome(worker)
             self._hand(delivery_of(Source.CONTROL, body, properties, redelivered=method.redelivered))
             channel.raw.basic_ack(method.delivery_tag)
 
@@ -227,6 +233,9 @@ class AmqpAggregatorTransport(Side):
         for kind in HEARD:
             await channel.bind(events, EVENTS, self._topology.event_key(kind, "*"))
 
+    def _send_notice(self, worker: str, message: Outgoing) -> None:
+        self._publisher.send(EVENTS, self._topology.notice_key(worker), message, kind="notice")
+
     def _stand_by(self) -> None:
         self._consumer.mark_up()
         self._hand(Standby())
@@ -235,6 +244,7 @@ class AmqpAggregatorTransport(Side):
         self._channel = None
         self._unacked.clear()
         self._outboxes.stop()
+        self._notices.stop()
         super()._down(reason)
 
     def _is_current(self, token: Token) -> bool:

@@ -23,7 +23,6 @@ from broker.amqp.names import Lookups
 from broker.amqp.refusals import Inequivalent, Operation, limit_of
 from broker.amqp.session import Channel, Session, quiet_pika
 from broker.errors import AccessRefused, BrokerError, ConnectionLost, MessageTooLarge, TopologyMismatch, Unroutable
-from broker.permissions import OWN_NONCE
 from broker.settings import BrokerConfig
 from broker.tls import days_left
 from broker.topology import CONTROL, DEAD, EVENTS, UPDATES, Queue, Topology
@@ -241,9 +240,6 @@ class _Attempts:
 
     async def _as_worker(self) -> None:
         topology, worker = self._topology, self._worker
-        key = topology.notice_key(worker)
-        own = Queue(topology.own_queue("notice", f"{worker}.{secrets.token_hex(OWN_NONCE)}"), "classic", EVENTS, (key,))
-        await self._queue("worker", own, is_own=True)
         for exchange_name, key in (
             (UPDATES, topology.key(worker)),
             (UPDATES, topology.chunk_key(worker)),
@@ -253,6 +249,8 @@ class _Attempts:
             await self._publish("worker", exchange_name, key)
         for name in (topology.parameters, topology.chunks):
             await self._consume("worker", name)
+        if await self._is_there(queue=topology.notices(worker)):  # since its first hello
+            await self._consume("worker", topology.notices(worker))
 
     async def _as_intruder(self) -> None:
         """What would be of use to a worker gone bad. Nothing enters a queue here either, and nothing leaves one."""
@@ -272,11 +270,12 @@ class _Attempts:
         ]
 
         async def declare(channel: Channel) -> None:
-            # Exclusive: it goes with the connection, whatever may come in between.
-            await channel.declare_own_queue(topology.own_queue("watch", other), 1)
-            await channel.delete_queue(topology.own_queue("watch", other))
+            # Exclusive: it goes with the connection, whatever may come in between. A name that workers once had.
+            name = topology.own_queue("notice", f"{self._worker}.{self._nonce[:2]}")
+            await channel.declare_own_queue(name, 1)
+            await channel.delete_queue(name)
 
-        for what, deed in (*tried, ("declare queues of other names than its own", declare)):
+        for what, deed in (*tried, ("declare queues or exchanges", declare)):
             if await self._fails_with(deed) is None:
                 self._found.excess.append(what)
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-import secrets
 from collections.abc import Coroutine
 from concurrent.futures import Future
 from typing import Any
@@ -13,12 +12,12 @@ from typing import Any
 import pika
 
 from broker.amqp.download import Download
+from broker.amqp.notices import listen
 from broker.amqp.session import Channel
-from broker.amqp.side import OWN_QUEUE_LENGTH, Side, delivery_of
+from broker.amqp.side import Side, delivery_of
 from broker.amqp.upload import Route
 from broker.amqp.versions import Reader
 from broker.errors import BrokerError, Unroutable
-from broker.permissions import OWN_NONCE
 from broker.settings import BrokerConfig
 from broker.topology import CONTROL, EVENTS, UPDATES, Topology
 from broker.transport import Believe, Delivery, Outgoing, Sink, Source, order_of
@@ -29,8 +28,6 @@ log = logging.getLogger("fedmq.broker")
 
 #: How often a worker looks whether its run exists.
 RETRY_SECONDS = 1.0
-#: How often a worker binds the queue of its notices once more.
-BIND_SECONDS = 30.0
 
 
 class AmqpWorkerTransport(Side):
@@ -98,30 +95,21 @@ class AmqpWorkerTransport(Side):
         while not await channel.session.exists(exchanges=(EVENTS,), queues=(stream,)):
             self._say_absent()
             await asyncio.sleep(RETRY_SECONDS)
-        notices = self._topology.own_queue("notice", f"{self._worker}.{secrets.token_hex(OWN_NONCE)}")
-        await channel.declare_own_queue(notices, OWN_QUEUE_LENGTH)
-        key = self._topology.notice_key(self._worker)
-        await channel.bind(notices, EVENTS, key)
 
         def on_notice(_method: object, properties: pika.BasicProperties, body: bytes) -> None:
             if self._believe(notice := delivery_of(Source.EVENT, body, properties)):
                 self._hand(notice)
 
-        await channel.consume(notices, on_notice, tag=f"{self._worker}-notices")
-        versions = Reader(channel, stream, f"{self._worker}-parameters", self._take)
-        await versions.begin()
-        beside = [_beside(versions.keep_up()), _beside(self._bind_again(channel, notices, key))]
+        notices = listen(channel, self._topology.notices(self._worker), on_notice, tag=f"{self._worker}-notices")
+        beside = [_beside(notices)]
         try:
+            versions = Reader(channel, stream, f"{self._worker}-parameters", self._take)
+            await versions.begin()
+            beside.append(_beside(versions.keep_up()))
             await self._download_on(channel)
         finally:
             for task in beside:
                 task.cancel()
-
-    async def _bind_again(self, channel: Channel, notices: str, key: str) -> None:
-        never: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        while not await channel.wait(never, BIND_SECONDS):
-            # Somebody may have deleted the exchange, and with it this, and somebody else have made it again.
-            await channel.bind(notices, EVENTS, key)
 
     def _fetch(self, delivery: Delivery, part: range | None) -> None:
         self._download = Download(delivery, part, self._hand)

@@ -395,7 +395,8 @@ def test_large_messages_are_read_in_large_pieces(
 
 def test_names_in_the_admin_ui_say_who_is_who(node: PrivateNode, ends: Ends, topology: Topology) -> None:
     ends.aggregator(config_of(node), topology)
-    ends.worker(config_of(node), topology, "w7")
+    worker, _ = ends.worker(config_of(node), topology, "w7")
+    worker.control(Outgoing(body=b"hello")).result(PATIENCE)
     admin = admin_of(node)
 
     def properties() -> dict[str, dict[str, object]]:

@@ -130,7 +130,7 @@ def test_an_exchange_that_another_run_made_again_is_bound_again(name: str, run: 
 
 
 def test_a_worker_listens_to_notices_again(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("broker.amqp.workerside.BIND_SECONDS", 0.2)
+    monkeypatch.setattr("broker.amqp.notices.AGAIN_SECONDS", 0.2)
     worker, inbox = run.ends.worker(config_of(run.node), run.topology, "w2")
     inbox.wait_delivery(1, Source.PARAMETERS, LONG)
     with channel(run.node) as inside:

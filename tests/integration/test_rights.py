@@ -13,8 +13,10 @@ import pytest
 from broker.amqp.node import PrivateNode
 from broker.amqp.trial import Role, examine
 from broker.topology import CONTROL, DEAD, EVENTS, UPDATES, Topology
+from broker.transport import Outgoing
 from tests.support.accounts import Site
 from tests.support.ends import Ends
+from tests.support.waiting import wait_for
 
 pytestmark = pytest.mark.broker
 
@@ -31,7 +33,10 @@ def site(node: PrivateNode, tmp_path_factory: pytest.TempPathFactory) -> Iterato
         aggregator, _ = ends.aggregator(made.config("aggregator"), RUN)
         for worker in made.workers:
             aggregator.admit(worker)
+            aggregator.notify(worker, Outgoing(body=b"a notice"))
         ends.worker(made.config(made.workers[1]), RUN, name=made.workers[1])
+        notices = {RUN.notices(worker) for worker in made.workers}
+        wait_for(lambda: notices <= {row["name"] for row in made.admin.queues(made.vhost)}, what="queues for notices")
         yield made
     finally:
         ends.close()
@@ -94,14 +99,12 @@ def get(queue: str) -> Deed:
 
 def test_a_worker_does_what_workers_do_and_nothing_else(site: Site) -> None:
     me, other = site.workers
-    own = RUN.own_queue("notice", f"{me}.c0")
+    own = RUN.notices(me)
     allowed: dict[str, Deed] = {
         "its updates": publish(UPDATES, RUN.key(me)),
         "its chunks": publish(UPDATES, RUN.chunk_key(me)),
         "its hello": publish(CONTROL, RUN.key(me)),
         "its heartbeat": publish(EVENTS, RUN.event_key("heartbeat", me)),
-        "its notices' queue": declare(own),
-        "its notices": bind(own, EVENTS, RUN.notice_key(me)),
         "what was noticed": get(own),
     }
     theirs = [RUN.updates, RUN.control, RUN.turn, RUN.dead, RUN.outbox(me), RUN.outbox(other)]
@@ -119,6 +122,8 @@ def test_a_worker_does_what_workers_do_and_nothing_else(site: Site) -> None:
         "a dead letter": publish(DEAD, RUN.key(me)),
         "straight into a queue": publish("", RUN.updates),
         "an exchange that everybody has": publish("amq.topic", "a"),
+        "its notices' queue": declare(own),
+        "its notices": bind(own, EVENTS, RUN.notice_key(me)),
         "all events": bind(own, EVENTS, "#"),
         "another's notices": bind(own, EVENTS, RUN.notice_key(other)),
         "all updates": bind(own, UPDATES, "#"),
@@ -126,7 +131,7 @@ def test_a_worker_does_what_workers_do_and_nothing_else(site: Site) -> None:
         "a queue of any name": declare("mine"),
         "a queue that the broker names": declare(""),
         "a queue like another's": declare(RUN.own_queue("notice", f"{other}.c1")),
-        "more than its names": declare(RUN.own_queue("notice", f"{me}.c0ffee")),
+        "a queue of a name that is its own": declare(RUN.own_queue("notice", f"{me}.c0")),
         "dead-lettering to a queue": declare(
             RUN.own_queue("notice", f"{me}.c1"), **{"x-dead-letter-exchange": "", "x-dead-letter-routing-key": "q"}
         ),
@@ -198,6 +203,6 @@ def test_the_doctor_finds_a_workers_account_with_too_much_power_and_none_in_one_
     found = examine(site.config("aggregator"), RUN, worker, roles=("worker",))
     assert [trial for trial in found.trials if trial.error is not None] == []
     words = " | ".join(found.excess)
-    for word in ("another worker's updates", "commands", "as the aggregator", RUN.updates, RUN.dead, "other names"):
+    for word in ("another worker's updates", "commands", "as the aggregator", RUN.updates, RUN.dead, "declare"):
         assert word in words
     assert "default exchange" not in words

@@ -12,6 +12,7 @@ import pytest
 
 from broker.amqp.node import PrivateNode
 from broker.settings import Origin, Settings
+from broker.transport import Outgoing
 from fedmq.runs import _look
 from tests.support.commands import SECRET, assert_one_message, fedmq
 from tests.support.ends import Ends, version
@@ -40,7 +41,8 @@ def there(node: PrivateNode, host: str) -> Iterator[dict[str, str]]:
     ends.close()
     aggregator, _ = ends.aggregator(config_of(node), a)
     ends.aggregator(config_of(node), a)
-    ends.worker(config_of(node), a, "w1")
+    worker, _ = ends.worker(config_of(node), a, "w1")
+    worker.control(Outgoing(body=b"hello")).result(20)
     aggregator.broadcast(version(7)).result(20)
     with channel(node) as inside:
         inside.basic_publish("fedmq.updates", a.key("w1"), b"an update")

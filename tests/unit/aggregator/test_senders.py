@@ -10,7 +10,7 @@ import pytest
 from aggregator.core import events as on
 from aggregator.reading import from_aside, read_update
 from aggregator.senders import Senders
-from broker.errors import WireError
+from broker.errors import ConfigError, WireError
 from broker.messages import Event, EventKind, Goodbye, Hello, Reason, Role
 from broker.transport import Delivery, Source, Token
 from broker.wire import encode
@@ -69,3 +69,14 @@ def test_hellos_goodbyes_and_events_are_held_to_the_same(make: Callable[[], Hell
     for user in ("w2", ""):
         with pytest.raises(WireError, match=r"account 'w2' speaks|no user id"):
             from_aside(replace(delivery, user=user), RUN, 3, senders=SENDERS)
+
+
+@pytest.mark.parametrize("user", ["operator", "aggregator", "olga"])
+def test_operators_give_commands(user: str) -> None:
+    SENDERS.require_operator(user)
+
+
+@pytest.mark.parametrize("user", ["", "w1", "Operator", "operator "])
+def test_nobody_else_does(user: str) -> None:
+    with pytest.raises(ConfigError, match=r"may give no commands: .* aggregator\.trusted_users"):
+        SENDERS.require_operator(user)

@@ -7,7 +7,7 @@ import shlex
 
 import pytest
 
-from broker.permissions import ACCOUNT_ROLES, OWN_NONCE, AccountRole, Rights, commands, rights_of
+from broker.permissions import ACCOUNT_ROLES, AccountRole, Rights, commands, rights_of
 from broker.topology import CONTROL, DEAD, EVENTS, UPDATES, Topology
 
 RUN = Topology("digits")
@@ -15,7 +15,7 @@ ALL = {
     *(exchange.name for exchange in RUN.exchanges()),
     *(queue.name for queue in RUN.queues("classic", 0)),
     *(RUN.outbox(worker) for worker in ("w1", "w2")),
-    *(RUN.own_queue("notice", f"{worker}.c0") for worker in ("w1", "w2")),
+    *(RUN.notices(worker) for worker in ("w1", "w2")),
     *(RUN.own_queue(what, "c0ffee00") for what in ("events", "watch")),
 }
 
@@ -32,15 +32,14 @@ def may(rights: Rights, exchange: str, key: str, name: str, *, read: bool = Fals
     return True
 
 
-def test_a_worker_declares_its_own_notices_and_reads_and_writes_what_is_everybodys() -> None:
-    rights, own = rights_of("worker", "w1"), RUN.own_queue("notice", "w1.c0")
+def test_a_worker_declares_nothing_and_reads_versions_and_its_own_notices() -> None:
+    rights = rights_of("worker", "w1")
 
-    assert covered(rights.configure) == {own}
-    assert covered(rights.write) == {UPDATES, CONTROL, EVENTS, own}
-    assert covered(rights.read) == {EVENTS, RUN.parameters, RUN.chunks, own}
+    assert covered(rights.configure) == set()
+    assert not re.search(rights.configure, "amq.gen-7")
+    assert covered(rights.write) == {UPDATES, CONTROL, EVENTS}
+    assert covered(rights.read) == {RUN.parameters, RUN.chunks, RUN.notices("w1")}
     assert rights.tags == ()
-    assert len(own.rpartition(".")[2]) == 2 * OWN_NONCE
-    assert not re.search(rights.configure, f"{own}0")  # no more names than these
 
 
 @pytest.mark.parametrize("name", ["w1", "w", "w10", "W1", "w1-evaluator"])
@@ -59,8 +58,7 @@ def test_under_its_own_name_a_worker_says_what_workers_say_and_under_no_other(na
         assert not may(rights, CONTROL, key, name)
     for kind in ("notice", "status"):
         assert not may(rights, EVENTS, RUN.event_key(kind, name), name)
-    assert may(rights, EVENTS, RUN.notice_key(name), name, read=True)
-    for key in ("#", "digits.#", "digits.*.*", RUN.notice_key("w2"), RUN.event_key("heartbeat", name)):
+    for key in ("#", "digits.#", "digits.*.*", RUN.notice_key(name), RUN.event_key("heartbeat", name)):
         assert not may(rights, EVENTS, key, name, read=True)
 
 
@@ -107,6 +105,6 @@ def test_of_one_run_they_are_for_no_other(role: AccountRole) -> None:
 def test_as_commands_they_are_whole_words_for_a_shell() -> None:
     first, *topics = commands(rights_of("worker", "w1"), "my host", "w1")
 
-    assert first.startswith("rabbitmqctl set_permissions -p 'my host' w1 '^fedmq")
+    assert first.startswith("rabbitmqctl set_permissions -p 'my host' w1 '^$' '^fedmq")
     assert [shlex.split(line)[5] for line in topics] == [UPDATES, CONTROL, EVENTS]
     assert all("{username}" in line for line in topics)

@@ -173,3 +173,15 @@ def test_a_manifest_is_believed_and_then_its_chunks_if_they_are_those(keys: Keys
     broken = read(replace(delivery, chunks=(forged, *chunks[1:])), RUN, signed=True)
     assert isinstance(broken, Broken)
     assert isinstance(broken.head, ParametersHead)
+
+
+def test_without_keys_notices_are_believed_of_the_account_that_publishes_the_versions() -> None:
+    guard = Guard(None, "w1", RUN, None)
+    notice = Delivery(source=Source.EVENT, body=b"a notice", user="aggregator")
+    assert guard.believes(notice), "no version has come yet"
+    assert guard.believes(Delivery(source=Source.PARAMETERS, body=b"a version", user="aggregator"))
+
+    assert guard.believes(notice)
+    assert not guard.believes(replace(notice, user="mallory"))
+    assert not guard.believes(replace(notice, user=""))
+    assert guard.refused == 2

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from broker.certificates import CLIENT_DAYS, Authority, check_account, host_of
+from broker.certificates import CLIENT_DAYS, Authority, check_account, host_of, require_free
 from broker.console import VerboseOption, guard, say, set_up_logging
 from broker.errors import ConfigError
 
@@ -47,6 +47,9 @@ def certificates(
             raise ConfigError("a worker is named twice")
         for name in names:
             check_account(name)
+        for name in (*names, *(["broker"] if hosts else [])):
+            # Before anything is made: half of what was wanted would be in the way of the next attempt.
+            require_free(folder, name)
         is_new = not (folder / "ca.pem").exists()
         authority = Authority.new(folder) if is_new else Authority.load(folder)
         if is_new:

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from cryptography import x509
     from cryptography.hazmat.primitives.asymmetric.ec import EllipticCurvePrivateKey
 
-__all__ = ["CA_DAYS", "CLIENT_DAYS", "RESERVED", "SERVER_DAYS", "Authority", "check_account", "host_of"]
+__all__ = ["CA_DAYS", "CLIENT_DAYS", "RESERVED", "SERVER_DAYS", "Authority", "check_account", "host_of", "require_free"]
 
 #: How long they are valid. What is renewed by hand is forgotten if it must be done each month.
 CA_DAYS, SERVER_DAYS, CLIENT_DAYS = 3650, 825, 825
@@ -49,6 +49,13 @@ def check_account(name: str) -> None:
         raise ConfigError(
             f"{name!r} cannot be the name of an account here (pattern {NAME_PATTERN}, and not {' or '.join(RESERVED)})"
         )
+
+
+def require_free(folder: Path, name: str) -> None:
+    """Raise :class:`ConfigError` if there is a certificate or a key of that name."""
+    for made in (folder / f"{name}.key", folder / f"{name}.pem"):
+        if made.exists():
+            raise ConfigError(f"{made} is there already: move it away to have a new one (or use another --folder)")
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,9 +114,7 @@ class Authority:
         from cryptography.hazmat.primitives.asymmetric import ec  # noqa: PLC0415
 
         certificate_path, key_path = self.folder / f"{file}.pem", self.folder / f"{file}.key"
-        for made in (key_path, certificate_path):
-            if made.exists():
-                raise ConfigError(f"{made} is there already: move it away to have a new one (or use another --folder)")
+        require_free(self.folder, file)
         key = ec.generate_private_key(ec.SECP256R1())
         certificate = _signed(name, key, self, hosts=hosts, days=days)
         write_secret(key_path, _pem_of(key))

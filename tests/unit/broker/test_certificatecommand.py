@@ -34,7 +34,8 @@ def test_an_authority_a_broker_and_workers_and_more_of_them_later(tmp_path: Path
     assert "listeners" not in said
     assert (folder / "ca.pem").read_bytes() == before
     assert (folder / "aggregator.key").stat().st_mode & 0o777 == 0o600
-    certificates(folder, "--worker", "w2", code=2)
+    certificates(folder, "--worker", "w3", "--worker", "w2", code=2)
+    assert not (folder / "w3.key").exists()
 
 
 def test_what_cannot_be_made_makes_nothing(tmp_path: Path) -> None:

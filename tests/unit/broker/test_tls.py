@@ -142,6 +142,18 @@ def test_a_certificate_out_of_its_time_may_be_renewed(tmp_path: Path, days: floa
 
 
 @pytest.mark.parametrize(
+    ("code", "words", "is_passing"),
+    [(9, "look at the clocks", True), (23, "is not accepted: certificate revoked", False)],
+)
+def test_what_else_may_be_wrong_with_a_certificate(code: int, words: str, is_passing: bool) -> None:
+    error = ssl.SSLCertVerificationError(1, "certificate verify failed")
+    error.verify_code, error.verify_message = code, "certificate revoked"
+    said, passing = complaint(error, "localhost", ca_file="")
+    assert words in said
+    assert passing is is_passing
+
+
+@pytest.mark.parametrize(
     ("reason", "words", "is_passing"),
     [
         ("WRONG_VERSION_NUMBER", "does not speak TLS at this port", False),

@@ -23,7 +23,8 @@ SETTINGS = """
 heartbeat = 5
 login_grace = 30
 [aggregator]
-buffer_size = 2
+buffer_size = 1
+max_staleness = 100000
 stop_after_rounds = 100000
 linger = 1.0
 commit_seconds = 1.0
@@ -68,26 +69,25 @@ class Federation:
 
 @pytest.fixture
 def site(node: PrivateNode, tmp_path: Path) -> Iterator[Site]:
-    made = Site(node, tmp_path, "w1", "w2")
+    made = Site(node, tmp_path, "w1")
     made.setup()
     yield made
     made.clean_up()
 
 
 def test_a_run_with_an_account_for_each_goes_on_while_they_change(site: Site, tmp_path: Path) -> None:
-    w1, w2 = site.workers
-    w3 = f"w3-{site.suffix}"
+    (w1,) = site.workers
+    w2 = f"w2-{site.suffix}"
     with ExitStack() as stack:
         run = Federation(tmp_path, site, stack)
         aggregator = run.start("aggregator", "aggregator")
         first = run.start("worker", w1, "--name", w1)
-        second = run.start("worker", w2, "--name", w2, FEDMQ_BROKER_LOGIN_GRACE="0.5")
-        run.wait_progress("of two workers")
+        run.wait_progress("of one worker")
 
-        site.command("add-worker", w3, "--folder", str(site.folder))
-        third = run.start("worker", w3, "--name", w3)
-        third.wait_log("connected to")
-        wait_for(lambda: len(run.connections(w1)) == 2, what="connections of w1 in the management API")
+        site.command("add-worker", w2, "--folder", str(site.folder))
+        second = run.start("worker", w2, "--name", w2, FEDMQ_BROKER_LOGIN_GRACE="0.5")
+        second.wait_log("connected to")
+        wait_for(lambda: len(run.connections(w1)) == 2, 60, what="connections of w1 in the management API")
         before = run.connections(w1)
 
         said = site.command("rotate", w1, "--folder", str(site.folder), "--close")
@@ -98,14 +98,16 @@ def test_a_run_with_an_account_for_each_goes_on_while_they_change(site: Site, tm
 
         site.command("remove-worker", w2)
         assert second.wait() == 4, second.log
-        assert "refused the login of user" in second.log
+        # RabbitMQ takes the permissions first and then the account: a login may come in between.
+        said_why = "refused the login of user" in second.log or "may not use virtual host" in second.log
+        assert said_why, second.log
         assert "Traceback" not in second.log
         run.wait_progress("after a worker was removed")
 
-        for one in (first, third, aggregator):
+        for one in (first, aggregator):
             assert one.process.poll() is None, one.log
-        assert "rejected" not in aggregator.log, aggregator.log
-        assert "closed the channel" not in aggregator.log, aggregator.log
-        done = fedmq(tmp_path, "stop", url=None, environment=run.as_("operator"))
+        assert "wrong-user" not in aggregator.log, aggregator.log
+        assert "no-user" not in aggregator.log, aggregator.log
+        done = fedmq(tmp_path, "stop", "--wait", "60", timeout=120, url=None, environment=run.as_("operator"))
         assert done.code == 0, done
-        assert [one.wait() for one in (aggregator, first, third)] == [0, 0, 0]
+        assert [one.wait() for one in (aggregator, first)] == [0, 0]

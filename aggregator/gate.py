@@ -16,12 +16,12 @@ from aggregator.core import effects as do
 from aggregator.core import events as on
 from aggregator.core.allowance import BAD, LATE, REPEATED, Allowances, Limit
 from aggregator.core.standing import BLAMED
+from aggregator.intake import UNREAD, Unread
 from aggregator.senders import Senders
 from broker.messages import Reason
 from broker.transport import Delivery, Token
-from broker.wire.envelope import MAX_HEADER
 
-__all__ = ["Gate", "GateLimits", "largest_update", "too_large"]
+__all__ = ["Gate", "GateLimits", "too_large"]
 
 #: Seconds of its rate that a worker may send at once.
 BURST_SECONDS = 10.0
@@ -57,9 +57,12 @@ class GateLimits:
 class Gate:
     """All accounts' allowances."""
 
-    def __init__(self, limits: GateLimits, now: Callable[[], float]) -> None:
-        """``now`` gives seconds that never fall."""
+    def __init__(
+        self, limits: GateLimits, now: Callable[[], float], unread: Callable[[], Unread] = Counter[str]
+    ) -> None:
+        """``now`` gives seconds that never fall, and ``unread`` what was left out before it came here."""
         self._now = now
+        self._unread = unread
         self._bad = Allowances(BAD)
         self._aside = Allowances(ASIDE)
         self._limited = [
@@ -114,6 +117,8 @@ class Gate:
     def due(self, *, at_once: bool = False) -> Iterator[on.Shut]:
         """What was refused since the last time, about once a second, or ``at_once``."""
         now = self._now()
+        for who, count in self._unread().items():
+            self._count(who, UNREAD, count)
         if not self._shut or not (at_once or now - self._told >= TELL_SECONDS):
             return
         self._told = now
@@ -122,26 +127,21 @@ class Gate:
             for detail, count in counts.items():
                 yield on.Shut(who, Reason.TOO_MANY, detail, count)
 
-    def _count(self, who: str, detail: str) -> bool:
+    def _count(self, who: str, detail: str, count: int = 1) -> bool:
         name = who if who in self._shut or len(self._shut) < MOST_TOLD else ""
-        self._shut.setdefault(name, Counter())[detail] += 1
+        self._shut.setdefault(name, Counter())[detail] += count
         return True
 
 
 def too_large(token: Token, delivery: Delivery, largest: int) -> on.Unreadable | None:
     """What becomes of an update that has more than ``largest`` bytes, before anything of it is read."""
-    if len(delivery.body) <= largest:
+    if delivery.nbytes <= largest:
         return None
-    detail = f"{len(delivery.body)} bytes; no update of this model has more than {largest}"
+    detail = f"{delivery.nbytes} bytes; no update of this model has more than {largest}"
     return on.Unreadable(token, Reason.TOO_LARGE, detail, delivery.user)
-
-
-def largest_update(model_bytes: int) -> int:
-    """Bytes of a body that an update of a model of this size can have, in any code, signed or not."""
-    return 2 * model_bytes + MAX_HEADER + 2**20
 
 
 def _size(delivery: Delivery) -> int:
     """Bytes of an update, its chunks included, as far as its headers say so."""
     announced = delivery.headers.get("bytes", 0)
-    return len(delivery.body) + (announced if isinstance(announced, int) and announced > 0 else 0)
+    return delivery.nbytes + (announced if isinstance(announced, int) and announced > 0 else 0)

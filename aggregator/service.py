@@ -22,8 +22,9 @@ from aggregator.core import effects as do
 from aggregator.core import events as on
 from aggregator.core.machine import RoundMachine
 from aggregator.core.snapshot import Snapshot
-from aggregator.gate import Gate, largest_update, too_large
+from aggregator.gate import Gate, too_large
 from aggregator.history import History
+from aggregator.intake import Intake
 from aggregator.meter import Meter
 from aggregator.orders import ordered
 from aggregator.reading import from_aside, read_update
@@ -54,6 +55,7 @@ from broker.transport import (
     Incoming,
     Source,
     Standby,
+    largest_update,
 )
 from broker.wire import encode_parts
 
@@ -119,11 +121,12 @@ class AggregatorService:
         self._accept_older, self._drop_changes = accept_older, drop_changes
         self._wall = time.time() - time.monotonic()
         self._senders = Senders("", frozenset(config.trusted_users))
-        self._gate = Gate(config.gate_limits(), self._now)
+        # Asked anew each time: its own account is known once it is connected.
+        self._inbox: Intake[Incoming | on.Happening] = Intake(lambda who: self._senders.speaks_for_all(who))  # noqa: PLW0108
+        self._gate = Gate(config.gate_limits(), self._now, self._inbox.left_out)
         self._seldom = Seldom()
         self._led: Reign | None = None
         self._history = History(folder / "history.jsonl")
-        self._inbox: queue.SimpleQueue[Incoming | on.Happening] = queue.SimpleQueue()
         self._writer = CheckpointWriter(store, self._inbox.put)
         self._wake_at: float | None = None
         self._is_to_stop = False

@@ -19,6 +19,7 @@ from typing import Protocol
 
 from broker.errors import FedmqError
 from broker.messages import Reason
+from broker.wire.envelope import MAX_HEADER
 
 __all__ = [
     "HEARD",
@@ -36,6 +37,7 @@ __all__ = [
     "Standby",
     "Token",
     "WorkerTransport",
+    "largest_update",
     "order_of",
 ]
 
@@ -77,6 +79,18 @@ class Delivery:
     """The account that sent it, for which the broker vouches; empty if it does not."""
     token: Token | None = None
     redelivered: bool = False
+    left_out: int = 0
+    """Bytes of a body that is larger than an update can be, of which nothing was handed over; else 0."""
+
+    @property
+    def nbytes(self) -> int:
+        """Size of the body as it came."""
+        return self.left_out or len(self.body)
+
+
+def largest_update(model_bytes: int) -> int:
+    """Bytes of a body that an update of a model of this size can have, in any code, signed or not."""
+    return 2 * model_bytes + MAX_HEADER + 2**20
 
 
 def order_of(headers: Mapping[str, object]) -> tuple[int, int, int]:

@@ -33,7 +33,7 @@ from broker.letters import kept_headers, kept_id
 from broker.messages import NAME_PATTERN, Reason
 from broker.settings import BrokerConfig
 from broker.topology import DEAD, EVENTS, Topology
-from broker.transport import HEARD, Believe, Delivery, Outgoing, Sink, Source, Standby, Token
+from broker.transport import HEARD, Believe, Delivery, Outgoing, Sink, Source, Standby, Token, largest_update
 
 __all__ = ["AmqpAggregatorTransport", "AmqpWorkerTransport"]
 
@@ -69,6 +69,7 @@ class AmqpAggregatorTransport(Side):
         super().__init__(config, topology, "aggregator", route=route, stream=topology.chunks)
         self._config = config
         self._model_bytes = model_bytes
+        self._largest = largest_update(model_bytes)
         self._prefetch = prefetch
         self._consumer_tag = consumer_tag
         self._epoch_after = epoch_after
@@ -113,7 +114,7 @@ class AmqpAggregatorTransport(Side):
             facts["user"] = delivery.user
         body = delivery.body
         if reason is Reason.TOO_LARGE:
-            facts["body"], body = f"{len(body)} bytes, left out", b""
+            facts["body"], body = f"{delivery.nbytes} bytes, left out", b""
         if "chunks" in delivery.headers:
             facts["body"], body = f"{delivery.headers.get('bytes', 0)} bytes, left out", b""
             if delivery.chunks is None and not delivery.lost:
@@ -196,7 +197,11 @@ class AmqpAggregatorTransport(Side):
         def on_update(method: pika.spec.Basic.Deliver, properties: pika.BasicProperties, body: bytes) -> None:
             self._unacked[method.delivery_tag] = (method.routing_key, properties)
             token = Token(generation, method.delivery_tag)
-            delivery = delivery_of(Source.UPDATE, body, properties, token=token, redelivered=method.redelivered)
+            # So many may wait as are prefetched: giants would take all memory before anybody looks at the first.
+            body, left_out = (body, 0) if len(body) <= self._largest else (b"", len(body))
+            delivery = delivery_of(
+                Source.UPDATE, body, properties, token=token, redelivered=method.redelivered, left_out=left_out
+            )
             self._outboxes.announce(token, delivery, method.routing_key.rpartition(".")[2])
             self._hand(delivery)
 

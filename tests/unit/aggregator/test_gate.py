@@ -9,10 +9,10 @@ from hypothesis import strategies as st
 from aggregator.core import effects as do
 from aggregator.core import events as on
 from aggregator.core.allowance import BAD, MOST, Allowances, Limit
-from aggregator.gate import ASIDE, MOST_TOLD, Gate, GateLimits, largest_update, too_large
+from aggregator.gate import ASIDE, MOST_TOLD, Gate, GateLimits, too_large
 from aggregator.senders import Senders
 from broker.messages import Reason, UpdateId
-from broker.transport import Delivery, Source, Token
+from broker.transport import Delivery, Source, Token, largest_update
 
 SENDERS = Senders("aggregator", frozenset({"olga"}))
 
@@ -215,3 +215,10 @@ def test_what_is_larger_than_any_update_is_refused_before_it_is_read() -> None:
     refused = too_large(Token(1, 1), update_from("w1", largest + 1), largest)
     assert isinstance(refused, on.Unreadable)
     assert (refused.reason, refused.worker) == (Reason.TOO_LARGE, "w1")
+
+
+def test_of_what_was_too_large_to_be_handed_over_the_size_is_known() -> None:
+    delivery = Delivery(source=Source.UPDATE, body=b"", user="w1", token=Token(1, 1), left_out=10**9)
+    refused = too_large(Token(1, 1), delivery, largest_update(1000))
+    assert isinstance(refused, on.Unreadable)
+    assert refused.detail.startswith("1000000000 bytes")

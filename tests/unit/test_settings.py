@@ -235,7 +235,7 @@ def test_an_address_of_a_later_source_goes_before_a_file_of_an_earlier_one() -> 
         "amqp://three/",
     )
     both = {"FEDMQ_BROKER_URL": "amqp://two/", "FEDMQ_BROKER_URL_FILE": "url"}
-    assert read(text, **both).broker.urls() == ("amqp://one/",)
+    assert read(text, [], **both).broker.urls() == ("amqp://one/",)
 
 
 @pytest.mark.parametrize("content", [b"", b"\n", b"\xff\xfe"])

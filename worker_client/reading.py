@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass, fields, replace
 
-from broker.errors import ConfigError, WireError
+from broker.errors import AccessRefused, ConfigError, FedmqError, WireError
 from broker.messages import Event, EventKind, Manifest, ModelSpec, Parameters, ParametersHead
 from broker.transport import Delivery, Source
 from broker.wire import Shared, decode, delta_range, follow, join
 from broker.wire.messages import read_chunk
 
-__all__ = ["Broken", "Complete", "Offer", "head_of", "read", "require_account", "under"]
+__all__ = ["Broken", "Complete", "Offer", "explained", "head_of", "read", "require_account", "under"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,6 +49,16 @@ class Broken:
 
     head: ParametersHead
     problem: str
+
+
+def explained(error: FedmqError, account: str, name: str) -> FedmqError:
+    """``error``, with what to do where the broker refuses the worker ``name`` because its account is another's."""
+    if not isinstance(error, AccessRefused) or account in {"", name}:
+        return error
+    return AccessRefused(
+        f"{error}. This worker is called {name!r} and its account {account!r}, which may do what worker {account!r} "
+        f"does: set worker.name = {account!r}, or make an account for this one (fedmq broker add-worker {name})"
+    )
 
 
 def require_account(account: str, name: str, theirs: str) -> None:

@@ -33,7 +33,7 @@ from worker_client.outbox import Outbox
 from worker_client.preparing import Preparation
 from worker_client.presence import Presence
 from worker_client.publishing import Publishing
-from worker_client.reading import Broken, Complete, Offer, head_of, read, require_account
+from worker_client.reading import Broken, Complete, Offer, explained, head_of, read, require_account
 from worker_client.sending import Sender
 from worker_client.shelf import Shelf
 from worker_client.training import Evaluation, Trained, Trainer
@@ -194,7 +194,7 @@ class Session:
                 log.debug("the connection broke (%s); it is being made again", error)
             case Failed(error):
                 self._connected = False
-                self._fail(error)
+                self._fail(explained(error, self._transport.account, self._config.name))
             case Finished(result, error):
                 self._finished(result, error)
             case Published(error):

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from broker.errors import ConfigError
-from worker_client.reading import require_account
+from broker.errors import AccessRefused, ConfigError
+from worker_client.reading import explained, require_account
 
 
 @pytest.mark.parametrize(
@@ -20,3 +20,12 @@ def test_these_may_be_heard(account: str, theirs: str) -> None:
 def test_another_worker_s_account_is_refused_with_what_to_do() -> None:
     with pytest.raises(ConfigError, match=r"called 'w1' and its account at the broker 'w2'.*worker\.name = 'w2'"):
         require_account("w2", "w1", "aggregator")
+
+
+def test_a_refusal_by_the_broker_says_whose_account_it_is() -> None:
+    refused = AccessRefused("no right to declare queue 'q'")
+    assert explained(refused, "w1", "w1") is refused
+    assert explained(ConfigError("else"), "w2", "w1").args == ("else",)
+    text = str(explained(refused, "w2", "w1"))
+    assert text.startswith("no right to declare queue 'q'. This worker is called 'w1' and its account 'w2'")
+    assert "fedmq broker add-worker w1" in text

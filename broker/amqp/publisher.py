@@ -292,7 +292,12 @@ def plain(headers: Mapping[str, Any] | None) -> dict[str, str | int]:
     Without the broker's own (``x-…``).
     """
     return {
-        str(key): value
-        for key, value in (headers or {}).items()
-        if isinstance(value, str | int) and not isinstance(value, bool) and not str(key).startswith("x-")
+        str(key): value for key, value in (headers or {}).items() if _is_plain(value) and not str(key).startswith("x-")
     }
+
+
+def _is_plain(value: object) -> bool:
+    # pika makes whole numbers of floats, 1e300 too, and cannot write them.
+    return isinstance(value, str) or (
+        isinstance(value, int) and not isinstance(value, bool) and -(2**63) <= value < 2**63
+    )

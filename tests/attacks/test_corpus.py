@@ -295,6 +295,8 @@ TABLES = {
     ),
     "a name that is no UTF-8, as long as one can be": table_of(b"\xff" + b"\xfe" * 255 + b"S\0\0\0\0"),
     "the largest number": table_of(entry(b"l", struct.pack(">q", -(2**63)))),
+    "a float of 1e300": table_of(entry(b"d", struct.pack(">d", 1e300))),
+    "the largest decimal": table_of(entry(b"D", b"\xff\x7f\xff\xff\xff")),
     "a number without sign": table_of(entry(b"L", struct.pack(">Q", 2**64 - 1))),
 }
 

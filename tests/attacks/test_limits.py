@@ -79,6 +79,7 @@ TABLES = {
     "texts of three bytes a letter": b"\1tS\0\0\xff\xff" + "€".encode() * 21_845,
     "a long name that is no UTF-8": b"\xff" + b"\xfe" * 255 + b"V" + b"\x40" + b"\xfe" * 64 + b"I\0\0\0\1",
     "what a rejection writes": b"\4userS\0\0\0\5admin\6reasonS\0\0\0\4fine\4typeS\0\0\0\1t\4bodyS\0\0\0\1b",
+    "a float of 1e300": b"\1dd" + struct.pack(">d", 1e300),
     "numbers": b"\1ll\x80" + b"\0" * 7 + b"\1LL" + b"\xff" * 8 + b"\1tt\1",
 }
 

@@ -16,6 +16,7 @@ from broker.topology import CONTROL, DEAD, EVENTS, UPDATES
 
 __all__ = [
     "ACCOUNT_ROLES",
+    "ADMINISTRATORS",
     "RESERVED",
     "AccountRole",
     "Limits",
@@ -33,6 +34,10 @@ RESERVED = frozenset({"aggregator", "monitor", "operator", "administrator", "bro
 
 ANY = r"[^.]+"
 NOTHING = "^$"
+_OF_WORKERS = rf"^fedmq\.{ANY}\.(outbox|notice)\..+$"
+#: Of who makes and removes accounts: to empty and delete what a worker left. The management API does so with the rights
+#: of who asks, and an administrator has none in a virtual host before somebody gives them.
+ADMINISTRATORS = {"configure": _OF_WORKERS, "write": NOTHING, "read": _OF_WORKERS}
 #: What workers and evaluators tell; of a status or a notice only an aggregator's word counts.
 TOLD = (EventKind.HEARTBEAT, EventKind.PROGRESS, EventKind.EVALUATION, EventKind.CHECK)
 

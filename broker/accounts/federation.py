@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from broker.errors import ConfigError
-from broker.permissions import RESERVED, AccountRole, Rights, rights_of
+from broker.permissions import ADMINISTRATORS, RESERVED, AccountRole, Rights, rights_of
 from broker.policies import Policy, policies
 from broker.topology import check_name
 
@@ -120,8 +120,7 @@ def definitions(federation: Federation, passwords: Mapping[str, str], *, adminis
                 "limits": {},
             }
         )
-        # To look at queues and connections; whoever makes accounts may give itself any right.
-        permissions.append({"user": administrator, "vhost": vhost, "configure": "^$", "write": "^$", "read": "^$"})
+        permissions.append({"user": administrator, "vhost": vhost, **ADMINISTRATORS})
     return {
         "vhosts": [{"name": vhost}],
         "users": users,

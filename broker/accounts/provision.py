@@ -11,6 +11,7 @@ from broker.accounts.addresses import leads_here
 from broker.accounts.federation import Account, Federation, general, limits_of
 from broker.admin import Admin, Facts
 from broker.errors import BrokerError, ConfigError
+from broker.permissions import ADMINISTRATORS
 
 __all__ = ["Known", "Outcome", "close_connections", "provision", "provision_accounts", "quoted", "tags_of"]
 
@@ -98,10 +99,10 @@ def _vhost(admin: Admin, federation: Federation, known: Known, outcome: Outcome)
     if federation.vhost not in known.vhosts:
         admin.put(f"/vhosts/{path}", {})
         outcome.changes.append(f"made virtual host {federation.vhost!r}")
-    if known.permissions.get(admin.user) is None:
-        # Without any permission there, even an administrator is told nothing of queues; these allow nothing else.
-        admin.put(f"/permissions/{path}/{quoted(admin.user)}", {"configure": "^$", "write": "^$", "read": "^$"})
-        outcome.changes.append(f"{admin.user!r} may look at virtual host {federation.vhost!r}, and do nothing in it")
+    there = known.permissions.get(admin.user)
+    if there is None or all(there.get(right) == "^$" for right in ADMINISTRATORS):
+        admin.put(f"/permissions/{path}/{quoted(admin.user)}", ADMINISTRATORS)
+        outcome.changes.append(f"{admin.user!r} may delete what removed workers leave in {federation.vhost!r}")
     for limit, value in federation.limits.items():
         if known.vhost_limits.get(limit) != value:
             admin.put(f"/vhost-limits/{path}/{limit}", {"value": value})

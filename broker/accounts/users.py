@@ -28,7 +28,7 @@ class Row:
 
     name: str
     role: str
-    """Whose rights it has; ``other`` if nobody's that fedmq gives."""
+    """Whose rights it has; ``administrator`` of the whole broker by its tag, ``other`` if nobody's that fedmq gives."""
     tags: tuple[str, ...]
     connections: int
     since: float | None
@@ -88,7 +88,11 @@ def rows(
         found.append(
             Row(
                 name=name,
-                role=_role(name, permissions[name], keys.get(name, {})),
+                role=(
+                    "administrator"
+                    if "administrator" in tags.get(name, ())
+                    else _role(name, permissions[name], keys.get(name, {}))
+                ),
                 tags=tags.get(name, ()),
                 connections=len(own),
                 since=min(begun, default=None),

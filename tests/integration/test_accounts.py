@@ -6,12 +6,15 @@ import json
 from collections.abc import Iterator
 from pathlib import Path
 
+import pika
 import pytest
 
 from broker.admin import Admin
 from broker.amqp.node import PrivateNode
 from broker.errors import AccessRefused
+from broker.topology import Topology
 from tests.support.accounts import Site
+from tests.support.waiting import wait_for
 
 pytestmark = pytest.mark.broker
 
@@ -104,6 +107,27 @@ def test_a_worker_is_added_rotated_listed_and_removed(site: Site) -> None:
     operator = site.names["operator"]
     assert "other rights" in site.command("remove-worker", operator, code=2)
     assert may_log_in(site, "operator")
+
+
+def test_what_a_removed_worker_left_goes_with_it(site: Site) -> None:
+    site.setup()
+    (w1, w2), run = site.workers, Topology("left")
+    connection = pika.BlockingConnection(pika.URLParameters(site.config("aggregator").urls()[0]))
+    channel = connection.channel()
+    for name in (run.outbox(w1), run.outbox(w2), run.notices(w1), run.updates):
+        channel.queue_declare(name, durable=True)
+
+    said = site.command("remove-worker", w1)
+    assert f"deleted queue {run.outbox(w1)}" in said
+    assert f"deleted queue {run.notices(w1)}" in said
+    assert {row["name"] for row in site.admin.queues(site.vhost)} == {run.outbox(w2), run.updates}
+
+    channel.basic_consume(run.updates, lambda *_message: None)  # as of a run that goes on
+    wait_for(
+        lambda: site.admin.one(f"/queues/{site.vhost}/{run.updates}").get("consumers"), 60, what="a consumer in the API"
+    )
+    assert f"emptied queue {run.outbox(w2)}; its run goes on" in site.command("remove-worker", w2)
+    connection.close()
 
 
 def test_without_a_folder_the_address_is_shown_once(site: Site) -> None:

@@ -163,7 +163,7 @@ def operator_in_a_workers_name(run: Run) -> str:
 
 
 @attack(
-    who="an operator of another name",
+    who="another account with an operator's rights",
     what="gives a command, and is neither called `operator` nor trusted",
     by="aggregator",
     answer="refused, logged",

@@ -6,17 +6,12 @@ nobody attacks, bit by bit: so an attack that had an effect is known by its name
 
 from __future__ import annotations
 
-import re
-from pathlib import Path
-
 import pytest
 
 from tests.attacks.harness import Federation, Run
-from tests.attacks.table import ATTACKS, ELSEWHERE
+from tests.attacks.table import ATTACKS
 
 pytestmark = pytest.mark.broker
-
-ROOT = Path(__file__).parents[2]
 
 
 @pytest.mark.parametrize("name", ATTACKS)
@@ -42,10 +37,3 @@ def test_the_attacked_run_ends_as_the_other(siege: Run, digests: list[str], fede
         update["worker"] for line in siege.site.history if line["kind"] == "version" for update in line["updates"]
     }
     assert believed == {account.name for account in federation.crew}
-
-
-def test_each_attack_has_a_test_that_is_there() -> None:
-    for row in ELSEWHERE:
-        file, _, name = row.test.partition("::")
-        source = (ROOT / file).read_text()
-        assert re.search(rf"^def {re.escape(name.partition('[')[0])}\(", source, re.MULTILINE), row.test

@@ -138,6 +138,6 @@ def _checkpoints(store: CheckpointStore) -> list[tuple[int, Path]]:
         try:
             with safe_open(file, framework="np") as content:
                 found.append((int(from_json((content.metadata() or {})["state"])["version"]), file))
-        except (SafetensorError, OSError, ValueError, KeyError, TypeError):
+        except (SafetensorError, OSError, ValueError, KeyError, TypeError, OverflowError):
             log.warning("%s cannot be read", file)
     return found

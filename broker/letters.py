@@ -298,7 +298,8 @@ def _tensor(name: str, array: Values) -> dict[str, Any]:
     squares, broken = 0.0, 0
     for flat in pieces(array):
         for start in range(0, flat.size, PIECE):
-            piece = flat[start : start + PIECE].astype(np.float64)
+            with np.errstate(invalid="ignore"):  # of signalling NaN numpy warns
+                piece = flat[start : start + PIECE].astype(np.float64)
             finite = piece[np.isfinite(piece)]
             squares += float(np.dot(finite, finite))
             broken += piece.size - finite.size

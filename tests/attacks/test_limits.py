@@ -8,13 +8,19 @@ import struct
 import threading
 import time
 import tracemalloc
+import warnings
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pika
 import pika.data
 import pytest
+from safetensors.numpy import save_file
 
+from aggregator import lineage, rollback
+from aggregator.checkpoint import CheckpointStore
 from aggregator.history import _lines
 from aggregator.reading import read_update
 from aggregator.senders import Senders
@@ -22,14 +28,14 @@ from broker.admin import Admin
 from broker.amqp import patched  # noqa: F401 - mends pika
 from broker.amqp.download import Download
 from broker.amqp.publisher import plain
-from broker.errors import BrokerError, BrokerUnreachable, ConnectionLost, WireError
+from broker.errors import BrokerError, BrokerUnreachable, CheckpointError, ConnectionLost, WireError
 from broker.jsontext import from_json
-from broker.letters import RawLetter, kept_headers, kept_id, letter_of, replayed_headers
+from broker.letters import RawLetter, contents, kept_headers, kept_id, letter_of, replayed_headers
 from broker.redaction import harmless
 from broker.transport import Delivery, Source, Token
 from broker.wire import decode
 from broker.wire.envelope import MAX_HEADER
-from tests.attacks.corpus import raw
+from tests.attacks.corpus import Author, raw
 
 #: Each takes milliseconds; what this guards against takes minutes.
 SECONDS = 1.0
@@ -168,6 +174,33 @@ def test_json_that_says_nothing_is_a_value_error(text: str | bytes) -> None:
 
 def test_a_line_of_the_history_that_is_nested_without_end_is_passed_over() -> None:
     assert list(_lines(b"[" * 100_000 + b'\n{"version": 1}\n')) == [{"version": 1}]
+
+
+STATES = ["[" * 100_000, '{"a":' * 100_000, "null", "[]", '{"version": Infinity}', '{"version": []}', '{"entries": 1}']
+
+
+@pytest.mark.parametrize("state", STATES)
+def test_a_checkpoint_whose_state_makes_no_sense_is_passed_over(tmp_path: Path, state: str) -> None:
+    store = CheckpointStore(tmp_path, "run")
+    file = tmp_path / "00000001.safetensors"
+    save_file({"w": np.zeros(2, np.float32)}, file, metadata={"format": "5", "state": state})
+
+    assert store.files() == [file]
+    assert rollback._checkpoints(store) == []
+    assert lineage._partial(file) == frozenset()
+    with pytest.raises(CheckpointError):
+        store.load()
+
+
+def test_a_dead_letter_with_a_signalling_nan_is_shown_without_a_word() -> None:
+    values = np.zeros(30_000, np.float32)
+    values.view(np.uint32)[0] = 0x7F800001
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        shown = contents(RawLetter(body=Author("run", "w1").with_values(values)))
+
+    assert shown["tensors"][0]["not_finite"] == 1
 
 
 # ------------------------------------------------------------------------------------------- the management API

@@ -269,7 +269,8 @@ class Link:
             raise reason
 
     async def _connect(self) -> Session:
-        problems: list[BrokerError] = []
+        problems: list[str] = []  # not the errors, whose tracebacks hold their connections
+        untrusted = 0
         addresses = self._login.parameters()
         for one in random.sample(addresses, len(addresses)):
             try:
@@ -278,9 +279,10 @@ class Link:
                 verdict = self._login.refused(error)
                 if verdict is error:
                     raise
-                problems.append(verdict)
+                problems.append(str(verdict))
             except (BrokerUnreachable, Untrusted) as error:
-                problems.append(error)
+                problems.append(str(error))
+                untrusted += isinstance(error, Untrusted)
             else:
                 self._login.accepted()
                 if not self._is_quiet:
@@ -289,8 +291,8 @@ class Link:
                 self.account = session.place.user
                 self.connected()
                 return session
-        self.problem = "; ".join(map(str, problems))
-        if not self.account and all(isinstance(problem, Untrusted) for problem in problems):
+        self.problem = "; ".join(problems)
+        if not self.account and untrusted == len(problems):
             raise Untrusted(self.problem)
         raise BrokerUnreachable(self.problem)
 

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 from aggregator.core import effects as do
 from aggregator.core import events as on
-from aggregator.core.allowance import BAD, LATE, REPEATED, Allowances, Limit
+from aggregator.core.allowance import BAD, LATE, REPEATED, STALLED, Allowances, Limit
 from aggregator.core.standing import BLAMED
 from aggregator.intake import UNREAD, Unread
 from aggregator.senders import Senders
@@ -107,12 +107,20 @@ class Gate:
     def note(self, fact: do.Fact, _version: int) -> None:
         """The round machine has found something to be of no use. An account is called as its worker."""
         match fact:
+            case do.Rejected(worker, Reason.INCOMPLETE):
+                self._bad.spend(worker, STALLED, self._now())
             case do.Rejected(worker, reason) if reason in NO_USE:
                 self._bad.spend(worker, 1.0, self._now())
             case do.Rejected(worker, reason) if reason not in {Reason.TOO_MANY, Reason.RUN_DONE}:
                 self._bad.spend(worker, LATE, self._now())
             case do.Repeated(update):
                 self._bad.spend(update.worker, REPEATED, self._now())
+
+    def not_looked_for(self, delivery: Delivery, senders: Senders) -> str:
+        """Why the chunks of an update that was let in are not even looked for by now; empty if they are."""
+        who = delivery.user
+        is_barred = not senders.speaks_for_all(who) and not self._bad.has_any(who, self._now())
+        return "its chunks were not looked for: too much of its worker's was no use lately" if is_barred else ""
 
     def due(self, *, at_once: bool = False) -> Iterator[on.Shut]:
         """What was refused since the last time, about once a second, or ``at_once``."""

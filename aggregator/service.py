@@ -396,6 +396,12 @@ class AggregatorService:
     def _fetch(self, delivery: Delivery) -> None:
         self._to_fetch.append(delivery)
         if len(self._to_fetch) == 1:
+            self._look_for(delivery)
+
+    def _look_for(self, delivery: Delivery) -> None:
+        if lost := self._gate.not_looked_for(delivery, self._senders):
+            self._inbox.put(replace(delivery, lost=lost))
+        else:
             self._transport.fetch(delivery)
 
     def _fetch_next(self, item: Incoming | on.Happening) -> None:
@@ -404,7 +410,7 @@ class AggregatorService:
             return
         self._to_fetch.popleft()
         if self._to_fetch:
-            self._transport.fetch(self._to_fetch[0])
+            self._look_for(self._to_fetch[0])
 
     def _read_aside(self, delivery: Delivery, machine: RoundMachine) -> on.Happening | None:
         try:

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections import OrderedDict
 from dataclasses import dataclass
 
-__all__ = ["BAD", "LATE", "MOST", "REPEATED", "Allowances", "Bucket", "Limit"]
+__all__ = ["BAD", "LATE", "MOST", "REPEATED", "STALLED", "Allowances", "Bucket", "Limit"]
 
 #: Accounts of which anything is known; beyond, who was heard longest ago is forgotten.
 MOST = 10_000
@@ -18,6 +18,10 @@ MOST = 10_000
 REPEATED = 0.1
 #: What an update costs that came too late, or was one too many: a worker that means well has some, if it is fast.
 LATE = 0.02
+
+
+#: What an update costs whose chunks are not there: everybody's next update waits while they are looked for.
+STALLED = 20.0
 
 
 @dataclass(frozen=True, slots=True)

@@ -42,6 +42,9 @@ PATIENCE = 1.0
 TAKEOVER_SECONDS = 5.0
 #: Between two looks, the second growing.
 PAUSE, LONGEST_PAUSE = 0.25, 2.0
+#: Between two times that an outbox is searched for what is to be dropped: who is refused again and again would have
+#: everybody else's chunks wait for that. What is passed over goes with the next, since it is settled.
+REST_SECONDS = 1.0
 #: Settled updates that are remembered, so that their chunks are dropped wherever they turn up.
 MOST_SETTLED = 10_000
 
@@ -94,6 +97,8 @@ class Outboxes:
         self._settled: OrderedDict[tuple[str, str], None] = OrderedDict()
         self._strangers: OrderedDict[tuple[str, str], float] = OrderedDict()
         """When chunks of an update of another incarnation were first seen, which nobody has announced."""
+        self._resting: dict[str, _Wanted | None] = {}
+        """Workers whose outboxes were searched for waste just now, and the newest that is to be dropped since."""
         self._work: asyncio.Task[None] | None = None
         self._more = asyncio.Event()
         self._begun = self._alone_from = 0.0
@@ -113,6 +118,7 @@ class Outboxes:
         self._wanted.clear()
         self._announced.clear()
         self._held.clear()
+        self._resting.clear()
 
     def announce(self, token: Token, delivery: Delivery, worker: str) -> None:
         """``worker``'s manifest came. The worker by the routing key, which the broker can bind to a user's name."""
@@ -129,7 +135,20 @@ class Outboxes:
     def discard(self, token: Token, delivery: Delivery) -> None:
         """Drop the chunks of an update that is not wanted. Those that were fetched go with :meth:`ack`."""
         if token not in self._held and (announced := self._announced.get(token)) is not None:
-            self._put(_Wanted(token, delivery, announced, is_waste=True))
+            self._drop(_Wanted(token, delivery, announced, is_waste=True))
+
+    def _drop(self, wanted: _Wanted) -> None:
+        worker = wanted.announced.worker
+        if worker in self._resting:
+            self._resting[worker] = wanted
+            return
+        self._resting[worker] = None
+        self._put(wanted)
+        asyncio.get_running_loop().call_later(REST_SECONDS, self._rested, worker)
+
+    def _rested(self, worker: str) -> None:
+        if (wanted := self._resting.pop(worker, None)) is not None:
+            self._drop(wanted)
 
     def ack(self, token: Token) -> None:
         """The update is settled: acknowledge the chunks that were fetched for ``token``, if there are any."""

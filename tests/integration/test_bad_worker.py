@@ -16,14 +16,14 @@ import pytest
 
 from aggregator.checkpoint import CheckpointStore
 from aggregator.config import AggregatorConfig
-from aggregator.core.allowance import BAD
+from aggregator.core.allowance import BAD, STALLED
 from aggregator.history import read_history
 from aggregator.service import AggregatorService
 from broker.admin import Admin
 from broker.amqp.node import PrivateNode
 from broker.amqp.transport import AmqpAggregatorTransport
 from broker.topology import EVENTS, UPDATES
-from broker.wire import encode
+from broker.wire import encode, encode_in_chunks
 from tests.attacks.corpus import MODEL, Author
 from tests.support.node import channel, config_of, fresh_topology, ready
 from tests.support.waiting import wait_for
@@ -175,3 +175,23 @@ def test_what_a_worker_may_claim_and_send_is_what_the_operator_says(bench: Calla
     assert counts["too-many-examples"] == 3
     assert counts["too-many"] > 30
     assert json.dumps(counts)
+
+
+def test_uploads_without_chunks_are_soon_not_waited_for(bench: Callable[..., Bench], node: PrivateNode) -> None:
+    run = bench()
+    raw = run.channel("mallory")
+    for seq in range(12):
+        update = run.author("mallory").update(seq)
+        manifest, chunks = encode_in_chunks(update, str(update.id), 65_536)
+        headers = {"chunks": len(chunks), "bytes": MODEL.nbytes}
+        properties = pika.BasicProperties(
+            delivery_mode=2, user_id=run.names["mallory"], message_id=str(update.id), headers=headers
+        )
+        raw.basic_publish(UPDATES, run.topology.key(run.names["mallory"]), manifest, properties)
+    wait_for(lambda: ready(node, run.topology.dead) == 12, 60, what="dead letters")
+    with channel(node) as inside:
+        letters = [inside.basic_get(run.topology.dead, auto_ack=True)[1].headers for _ in range(12)]
+    assert {letter["reason"] for letter in letters} == {"incomplete"}
+    waited_for = sum("not looked for" not in letter["detail"] for letter in letters)
+    assert BAD.burst / STALLED <= waited_for < 12
+    run.goes_on(0)

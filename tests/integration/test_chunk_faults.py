@@ -111,7 +111,7 @@ def exists(node: PrivateNode, queue: str) -> bool:
 
 def has_outbox(raw: Channel, topology: Topology) -> bool:
     """Whether a chunk arrives; this one is of an upload that is never completed."""
-    properties = pika.BasicProperties(message_id=f"{WORKER}/i/0#0", delivery_mode=2)
+    properties = pika.BasicProperties(message_id=f"{WORKER}/i/0#0", delivery_mode=2, user_id=user_of(raw))
     try:
         raw.basic_publish(UPDATES, topology.chunk_key(WORKER), b"", properties, mandatory=True)
     except pika.exceptions.UnroutableError:
@@ -140,7 +140,7 @@ def user_of(raw: Channel) -> str:
 
 
 def send_chunk(raw: Channel, topology: Topology, update: Update, index: int, body: bytes) -> None:
-    properties = pika.BasicProperties(message_id=f"{update.id}#{index}", delivery_mode=2)
+    properties = pika.BasicProperties(message_id=f"{update.id}#{index}", delivery_mode=2, user_id=user_of(raw))
     raw.basic_publish(UPDATES, topology.chunk_key(WORKER), body, properties, mandatory=True)
 
 

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from aggregator.core import effects as do
 from aggregator.core import events as on
-from aggregator.core.allowance import BAD, MOST, Allowances, Limit
+from aggregator.core.allowance import BAD, MOST, STALLED, Allowances, Limit
 from aggregator.gate import ASIDE, MOST_TOLD, Gate, GateLimits, too_large
 from aggregator.senders import Senders
 from broker.messages import Reason, UpdateId
@@ -222,3 +222,19 @@ def test_of_what_was_too_large_to_be_handed_over_the_size_is_known() -> None:
     refused = too_large(Token(1, 1), delivery, largest_update(1000))
     assert isinstance(refused, on.Unreadable)
     assert refused.detail.startswith("1000000000 bytes")
+
+
+def test_whose_uploads_stall_again_and_again_is_not_waited_for(gate: Gate, clock: Clock) -> None:
+    looked_for = 0
+    while not gate.not_looked_for(update_from("w1"), SENDERS):
+        gate.note(rejected("w1", Reason.INCOMPLETE), 0)
+        looked_for += 1
+    assert looked_for == BAD.burst / STALLED
+    assert gate.is_shut(update_from("w1"), SENDERS)
+    assert not gate.not_looked_for(update_from("w2"), SENDERS)
+    assert not gate.not_looked_for(update_from("aggregator"), SENDERS)
+    clock.now += 1.0
+    assert not gate.not_looked_for(update_from("w1"), SENDERS)
+    gate.note(rejected("w1", Reason.INCOMPLETE), 0)
+    clock.now += STALLED - 2.0
+    assert gate.not_looked_for(update_from("w1"), SENDERS)

@@ -30,6 +30,9 @@ class Desk:
         self._outboxes.stop()
         self._outboxes.start(cast("Any", None), alone=self._alone)
 
+    def end(self) -> None:
+        self._outboxes.stop()
+
     def announce(self, of: str, *, redelivered: bool = False, worker: str = WORKER) -> Token:
         self._tag += 1
         token = Token(1, self._tag)
@@ -40,6 +43,17 @@ class Desk:
 
     def settle(self, token: Token) -> None:
         self._outboxes.ack(token)
+
+    def discard(self, of: str, *, worker: str = WORKER) -> None:
+        token = self.announce(of, worker=worker)
+        headers: dict[str, str | int] = {"message_id": of, "chunks": 2}
+        self._outboxes.discard(token, Delivery(source=Source.UPDATE, body=b"", headers=headers, token=token))
+
+    def waste(self) -> list[str]:
+        return [wanted.announced.id for wanted in self._outboxes._wanted]
+
+    def rested(self, worker: str) -> None:
+        self._outboxes._rested(worker)
 
     def is_spent(self, of: str, sought: Token, *, before: bool = True) -> bool:
         return self._outboxes._is_spent(of, self._outboxes._announced[sought], before)
@@ -116,3 +130,24 @@ def test_of_another_incarnation_is_spent_what_stands_before_a_new_update_and_has
     assert not desk.is_spent("w/h/9", desk.announce("w/i/2"), before=False)
     assert not desk.is_spent("w/h/9", desk.announce("w/i/3", redelivered=True))
     assert desk.is_spent("w/h/9", desk.announce("w/i/4"))
+
+
+def test_who_is_refused_again_and_again_has_its_outbox_searched_once_in_a_while() -> None:
+    async def inside() -> list[str]:
+        desk = Desk(alone=True)
+        for number in range(50):
+            desk.discard(f"w/i/{number}")
+        desk.discard("v/i/0", worker="v")
+        at_once = desk.waste()
+        desk.rested(WORKER)
+        desk.rested(WORKER)
+        desk.rested("v")
+        later = desk.waste()
+        desk.discard("w/i/50")
+        assert at_once == ["w/i/0", "v/i/0"]
+        last = desk.waste()
+        desk.end()
+        return later[2:] + last[3:]
+
+    # The newest of those that came meanwhile, in whose search the others go; and after a rest, at once.
+    assert asyncio.run(inside()) == ["w/i/49", "w/i/50"]

@@ -188,7 +188,15 @@ def of_reason(reason: str, table: str = "broker") -> tuple[str, bool]:
     if not is_alert:
         return f"TLS failed: {reason.replace('_', ' ').lower()}", False
     if not any(word in what for word in REFUSALS):
-        return f"it ended the TLS handshake ({what}): TLS 1.2 or newer is needed on both sides", False
+        words = (
+            f"it ended the TLS handshake ({what}): TLS 1.2 or newer is needed on both sides, and, where the server "
+            f"asks for a certificate, {table}.certificate_file and {table}.key_file"
+        )
+        return words, False
+    if "required" in what:
+        # With TLS 1.3. With 1.2 it is but a handshake that failed.
+        words = f"it asks for a certificate ({what}): set {table}.certificate_file and {table}.key_file"
+        return words, False
     words = (
         f"it does not accept our certificate ({what}): {table}.certificate_file and {table}.key_file must be signed by "
         "a CA that the server trusts, and be valid now"

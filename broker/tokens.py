@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import base64
 import json
+import math
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -60,13 +61,23 @@ def token_of(text: str) -> Token:
             claims = None
     if not isinstance(claims, dict):
         return Token(text)
-    expires = claims.get("exp")
     return Token(
         text,
-        expires=float(expires) if isinstance(expires, int | float) else None,
+        expires=_moment(claims.get("exp")),
         subject=_text(claims.get("sub")),
         client=_text(claims.get("client_id")),
     )
+
+
+def _moment(value: object) -> float | None:
+    """Seconds since 1970, if ``value`` says any that can be waited for."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return None
+    try:
+        moment = float(value)
+    except OverflowError:
+        return None
+    return moment if math.isfinite(moment) else None
 
 
 def _text(value: object) -> str:

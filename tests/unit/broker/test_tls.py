@@ -158,8 +158,9 @@ def test_what_else_may_be_wrong_with_a_certificate(code: int, words: str, is_pas
     [
         ("WRONG_VERSION_NUMBER", "does not speak TLS at this port", False),
         ("TLSV1_ALERT_UNKNOWN_CA", "does not accept our certificate (unknown ca)", False),
-        ("TLSV13_ALERT_CERTIFICATE_REQUIRED", "does not accept our certificate (certificate required)", False),
+        ("TLSV13_ALERT_CERTIFICATE_REQUIRED", "asks for a certificate (certificate required): set broker.", False),
         ("SSLV3_ALERT_CERTIFICATE_EXPIRED", "does not accept our certificate (certificate expired)", True),
+        ("SSLV3_ALERT_HANDSHAKE_FAILURE", "where the server asks for a certificate, broker.certificate_file", False),
         ("TLSV1_ALERT_PROTOCOL_VERSION", "TLS 1.2 or newer is needed on both sides", False),
         ("SOMETHING_NEW", "TLS failed: something new", False),
     ],

@@ -39,7 +39,15 @@ def test_what_is_no_jwt_says_nothing(text: str) -> None:
     assert token_of(text) == Token(text)
 
 
-@pytest.mark.parametrize("claims", [{"exp": "soon", "sub": 7}, {"exp": None, "sub": None}, {}])
+@pytest.mark.parametrize(
+    "claims",
+    [
+        {"exp": "soon", "sub": 7},
+        {"exp": None, "sub": None},
+        {},
+        *({"exp": moment} for moment in (10**400, float("nan"), float("inf"), True)),
+    ],
+)
 def test_claims_of_other_kinds_are_none(claims: dict[str, Any]) -> None:
     token = token_of(unsigned(claims))
     assert (token.expires, token.account()) == (None, "")

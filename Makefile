@@ -26,8 +26,10 @@ PARALLEL ?= -n 3 --dist worksteal
 
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
+SUPPLY := .venv-supply
+SUPPLIED := $(SUPPLY)/.ready
 
-.PHONY: help demo test test-fast chaos fuzz bench lint format docs rabbitmq chromium venv secrets clean
+.PHONY: help demo test test-fast chaos fuzz bench lint format docs rabbitmq chromium venv secrets sbom audit clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -82,8 +84,23 @@ venv: $(READY) ## make or refresh the virtual environment
 secrets: ## make the password that `docker compose up` needs
 	@deploy/make-secrets.sh
 
+sbom: $(SUPPLIED) ## write a bill of materials of all that is installed here, CycloneDX, to results/sbom.json
+	@mkdir -p results
+	@# The tool's check of what it has written takes minutes.
+	$(SUPPLY)/bin/cyclonedx-py environment $(BIN)/python --pyproject pyproject.toml --no-validate --output-reproducible --of JSON -o results/sbom.json
+
+audit: $(SUPPLIED) ## ask PyPI for known holes in what is installed here; says so where it cannot be asked
+	$(SUPPLY)/bin/python deploy/audit.py $(BIN)/python
+
+# The tools have an environment of their own, so that they are not in what they look at.
+$(SUPPLIED): $(READY)
+	@'$(PYTHON)' -m venv $(SUPPLY)
+	@$(SUPPLY)/bin/python -m pip install --quiet --upgrade -c constraints-dev.txt 'pip>=25.1'
+	@$(SUPPLY)/bin/python -m pip install --quiet -c constraints-dev.txt --group supply
+	@touch $@
+
 clean: ## remove everything that these targets made, the virtual environment too
-	rm -rf $(VENV) build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache .coverage
+	rm -rf $(VENV) $(SUPPLY) build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache .coverage
 	find . -path ./$(VENV) -prune -o -name __pycache__ -type d -exec rm -rf {} +
 
 # Written last, so an interrupted installation is done again.

@@ -64,3 +64,15 @@ def test_everything_that_is_copied_exists_and_is_let_in_and_nothing_else() -> No
     assert "*" in lines
     assert sources == allowed
     assert all((ROOT / source).exists() for source in sources)
+
+
+def test_nothing_is_fetched_by_address_and_no_secret_is_in_a_layer() -> None:
+    for instructions in compose.stages().values():
+        for instruction, rest in instructions:
+            assert instruction != "ADD"
+            if instruction in {"ARG", "ENV", "COPY"}:
+                assert not re.search(r"(?i)password|secret|token|_key|amqp", rest)
+    lines = (ROOT / ".dockerignore").read_text().splitlines()
+    # All is kept out, but for what is named: secrets/, runs/ and .git/ are not.
+    assert lines[0 if lines[0] == "*" else 1] == "*"
+    assert not {"!secrets", "!runs", "!.git", "!deploy"} & set(lines)

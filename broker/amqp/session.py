@@ -92,11 +92,16 @@ class Session:
         try:
             error = await asyncio.shield(opened)
         except asyncio.CancelledError:
+            # It may have been opened in this very moment: then its end is told by the other of the two.
+            ended = closed if opened.done() and opened.result() is None else opened
             with contextlib.suppress(pika.exceptions.ConnectionWrongStateError):
                 connection.close()
-            await _first(opened, closed, timeout=CLOSE_SECONDS)
-            if not closed.done():
-                connection.abort()  # a broker, or a machine, that is too slow for manners leaves no open socket behind
+            await _first(ended, timeout=CLOSE_SECONDS)
+            if not ended.done():
+                # Whoever runs the loop ends it after this: a broker, or a machine, that is too slow for manners must
+                # not leave an open socket behind.
+                connection.abort()
+                await _first(ended, timeout=1)
             raise
         if error is not None:
             raise error

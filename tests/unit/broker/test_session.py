@@ -7,9 +7,10 @@ from typing import Any
 
 import pika
 import pika.exceptions
+import pytest
 
 from broker.amqp.refusals import Place
-from broker.amqp.session import Channel
+from broker.amqp.session import Channel, Session
 from broker.errors import AccessRefused, BrokerError, ConnectionLost
 
 
@@ -47,3 +48,48 @@ def test_publishing_after_the_connection_has_gone_is_a_lost_connection_and_no_fa
 def test_the_reason_for_which_the_broker_closed_the_channel_comes_first() -> None:
     refused = AccessRefused("no")
     assert publish_on_a_dead_channel(refused) is refused
+
+
+class Half:
+    """pika's connection; what a broker would answer is up to the test."""
+
+    made: list[Half] = []  # noqa: RUF012
+
+    def __init__(self, _params: object, **callbacks: Any) -> None:
+        self.callbacks = callbacks
+        self.events: list[str] = []
+        Half.made.append(self)
+        asyncio.get_running_loop().call_soon(callbacks["on_open_callback"], self)
+
+    def close(self) -> None:
+        self.events.append("close")
+
+    def abort(self) -> None:
+        self.events.append("abort")
+
+        def lost() -> None:
+            self.events.append("lost")
+            self.callbacks["on_close_callback"](self, pika.exceptions.StreamLostError("cut"))
+
+        asyncio.get_running_loop().call_soon(lost)
+
+
+def test_one_who_gives_up_in_the_moment_of_success_waits_for_the_end_and_leaves_no_socket(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("broker.amqp.session.Connection", Half)
+    monkeypatch.setattr("broker.amqp.session.CLOSE_SECONDS", 0.01)
+
+    async def main() -> None:
+        attempt = asyncio.ensure_future(Session.connect(pika.ConnectionParameters("somewhere")))
+        await asyncio.sleep(0)
+        while not Half.made:
+            await asyncio.sleep(0)
+        await asyncio.sleep(0)  # it is open, and nobody has heard of it yet
+        attempt.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await attempt
+
+    asyncio.run(main())
+    (connection,) = Half.made
+    assert connection.events == ["close", "abort", "lost"]

@@ -22,6 +22,7 @@ COPY --from=wheel /wheels /wheels
 RUN pip install --no-cache-dir -c /constraints.txt /wheels/fedmq-*.whl
 
 # torch first: its layer is by far the largest and changes the least.
+# By itself: its index may lack the pinned releases of what it needs; the last line takes them from PyPI.
 FROM python:${PYTHON}-slim AS worker-venv
 ARG TORCH_INDEX=https://download.pytorch.org/whl/cpu
 # Of fedmq's optional dependencies, those that the tasks in this image use.
@@ -29,7 +30,7 @@ ARG EXTRA=demo
 COPY constraints-dev.txt /constraints.txt
 RUN python -m venv /opt/fedmq
 ENV PATH=/opt/fedmq/bin:$PATH
-RUN pip install --no-cache-dir -c /constraints.txt --index-url "$TORCH_INDEX" torch
+RUN pip install --no-cache-dir --no-deps -c /constraints.txt --index-url "$TORCH_INDEX" torch
 COPY --from=wheel /wheels /wheels
 RUN pip install --no-cache-dir -c /constraints.txt "$(echo /wheels/fedmq-*.whl)[$EXTRA]"
 

@@ -109,6 +109,7 @@ $(READY): pyproject.toml constraints-dev.txt
 	@'$(PYTHON)' -m venv $(VENV) || { echo 'cannot make a virtual environment: Debian and Ubuntu need the package python3-venv' >&2; exit 1; }
 	@# --group came with pip 25.1, which is newer than the pip inside many a python3.
 	@$(BIN)/python -m pip install --help | grep -e '--group' >/dev/null || $(BIN)/python -m pip install --quiet --upgrade -c constraints-dev.txt 'pip>=25.1'
-	$(if $(TORCH_INDEX),$(BIN)/python -m pip install --quiet -c constraints-dev.txt --index-url '$(TORCH_INDEX)' torch)
+	@# By itself: that index may lack the pinned releases of what torch needs; the next line takes them from pip's own.
+	$(if $(TORCH_INDEX),$(BIN)/python -m pip install --quiet --no-deps -c constraints-dev.txt --index-url '$(TORCH_INDEX)' torch)
 	$(BIN)/python -m pip install --quiet -c constraints-dev.txt -e '.[demo,llm,simulate,tensorboard,otel]' --group dev
 	@touch $@

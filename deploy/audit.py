@@ -15,7 +15,7 @@ from typing import Any
 __all__ = ["main", "verdict"]
 
 #: How a service that is away shows in pip-audit's error.
-AWAY = ("ConnectionError", "Connection refused", "Max retries", "Name or service", "timed out", "HTTPError", "SSLError")
+AWAY = ("ConnectionError", "Connection refused", "Max retries", "Name or service", "timed out")
 
 
 def verdict(code: int, out: str, err: str) -> tuple[int, list[str]]:

@@ -52,6 +52,13 @@ def test_torch_is_in_the_worker_only() -> None:
     assert "whl/cpu" in " ".join(rest for _, rest in compose.stages()["worker-venv"])
 
 
+def test_only_torch_itself_is_taken_from_its_index_which_may_lack_pinned_releases() -> None:
+    places = {"Dockerfile": '--index-url "$TORCH_INDEX" torch', "Makefile": "--index-url '$(TORCH_INDEX)' torch"}
+    for place, words in places.items():
+        (line,) = [line for line in (ROOT / place).read_text().splitlines() if words in line]
+        assert "--no-deps" in line
+
+
 def test_everything_that_is_copied_exists_and_is_let_in_and_nothing_else() -> None:
     sources = set()
     for instructions in compose.stages().values():

@@ -32,7 +32,7 @@ from benchmarks.echo import model_of
 from benchmarks.rounds import serve_fedmq
 from broker.admin import Admin
 from broker.amqp.node import PrivateNode
-from broker.messages import Event, EventKind, Hello, Mode, Update, UpdateId
+from broker.messages import Event, EventKind, Hello, Mode, Role, Update, UpdateId
 from broker.topology import CONTROL, EVENTS, UPDATES
 from broker.wire import encode
 
@@ -70,8 +70,10 @@ def update(run: str, worker: str, seq: int) -> bytes:
 def attacks(run: str) -> dict[str, tuple[float, Send]]:
     """What a bad worker does: how often, as a share of the rate, and once."""
     key, own, forged = f"{run}.{BAD}", update(run, BAD, 0), update(run, "w0", 10**6)
-    hello = encode(Hello(run=run, worker=BAD, incarnation="i"))
-    beat = encode(Event(run=run, kind=EventKind.HEARTBEAT, source=BAD, time=0.0, data={"incarnation": "i"}))
+    # As an evaluator: for a worker who is here and does not answer, synchronous rounds without a deadline wait anyway.
+    hello = encode(Hello(run=run, worker=BAD, incarnation="i", role=Role.EVALUATOR))
+    data = {"incarnation": "i", "role": "evaluator"}
+    beat = encode(Event(run=run, kind=EventKind.HEARTBEAT, source=BAD, time=0.0, data=data))
     giant = bytes(3_000_000)
     return {
         "elsewhere": (1.0, lambda channel, _n: publish(channel, "", "elsewhere", b"rubbish")),

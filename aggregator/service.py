@@ -413,10 +413,10 @@ class AggregatorService:
             self._look_for(self._to_fetch[0])
 
     def _read_aside(self, delivery: Delivery, machine: RoundMachine) -> on.Happening | None:
+        who, signed = self._senders, self._signatures
+        if self._gate.is_shut_aside(delivery, who):
+            return None
         try:
-            who, signed = self._senders, self._signatures
-            if self._gate.is_shut_aside(delivery, who):
-                return None
             message = from_aside(delivery, self.run_name, machine.version, self._status.hear, who, signatures=signed)
         except WireError as error:
             if self._seldom.may(f"aside: {delivery.user}"):

@@ -18,8 +18,6 @@ MOST = 10_000
 REPEATED = 0.1
 #: What an update costs that came too late, or was one too many: a worker that means well has some, if it is fast.
 LATE = 0.02
-
-
 #: What an update costs whose chunks are not there: everybody's next update waits while they are looked for.
 STALLED = 20.0
 

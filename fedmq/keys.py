@@ -9,10 +9,11 @@ import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, BinaryIO
 
 import typer
 
+from aggregator.disk import replace_file
 from broker.console import JsonOption, guard, say
 from broker.errors import ConfigError
 from broker.messages import NAME_PATTERN
@@ -138,15 +139,14 @@ def _change(file: Path, changed: Callable[[tuple[PublicKey, ...]], tuple[PublicK
     with _locked(file):
         keys = _read(file) if file.exists() else ()
         after = changed(keys)
-        temporary = file.with_name(f".{file.name}.new")
+
+        def write(out: BinaryIO) -> None:
+            os.fchmod(out.fileno(), file.stat().st_mode & 0o775 if file.exists() else 0o644)
+            out.write(lines_of(after).encode())
+
         try:
-            with temporary.open("w", encoding="utf-8") as out:
-                os.fchmod(out.fileno(), file.stat().st_mode & 0o775 if file.exists() else 0o644)
-                out.write(lines_of(after))
-                out.flush()
-                os.fsync(out.fileno())
             # In one step: whoever reads it meanwhile has the old one or the new one.
-            temporary.replace(file)
+            replace_file(file, write)
         except OSError as error:
             raise ConfigError(f"{file}: {error.strerror}") from None
     return len(keys), len(after)
